@@ -1,0 +1,35 @@
+"""Variational autoencoders as Pyro model and guide functions, measured honestly. All figures are nats per observation."""
+
+from pyro_vae.checkpoint import CheckpointError, load_run
+from pyro_vae.data import Data, DataError, load_data
+from pyro_vae.evaluate import Estimate, evaluate
+from pyro_vae.likelihoods import BernoulliLikelihood, NormalLikelihood
+from pyro_vae.nets import MLPDecoder, MLPEncoder
+from pyro_vae.objectives import NegativeELBO, Objective, scale_latents
+from pyro_vae.presets import PRESETS, load_preset
+from pyro_vae.train import NonFiniteError, fit
+from pyro_vae.vae import VAE
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "VAE",
+    "BernoulliLikelihood",
+    "CheckpointError",
+    "Data",
+    "DataError",
+    "Estimate",
+    "MLPDecoder",
+    "MLPEncoder",
+    "NegativeELBO",
+    "NonFiniteError",
+    "NormalLikelihood",
+    "Objective",
+    "evaluate",
+    "fit",
+    "load_data",
+    "load_preset",
+    "load_run",
+    "scale_latents",
+]

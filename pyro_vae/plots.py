@@ -1,0 +1,195 @@
+"""Arrays -> matplotlib Figure. Nothing here trains, draws random numbers, or touches matplotlib's global state."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["image_grid", "image_rows", "latent_pairs", "latent_scatter", "training_curves"]
+
+# Ten colours that people with any colour vision tell apart (Petroff 2021, arXiv:2107.02270); digits 0 to 9.
+_COLORS = (
+    "#3f90da",
+    "#ffa90e",
+    "#bd1f01",
+    "#94a4a2",
+    "#832db6",
+    "#a96b59",
+    "#e76300",
+    "#b9ac70",
+    "#717581",
+    "#92dadd",
+)
+
+Array = Any  # a NumPy array or anything np.asarray takes, CPU tensors among them
+
+
+def _figure(width: float, height: float, *, tight: bool = False) -> "Figure":
+    from matplotlib.figure import Figure  # not pyplot: no global figure, no backend chosen
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    engine = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0) if tight else ConstrainedLayoutEngine()
+    return Figure(figsize=(width, height), dpi=150, layout=engine)
+
+
+def _show(ax: "Axes", image: Array) -> None:
+    """One image ``(H, W)``, ``(1, H, W)`` or ``(3, H, W)`` with values in [0, 1]; values beyond are clipped."""
+    image = np.clip(np.asarray(image, dtype=float), 0, 1)
+    if image.ndim == 3:
+        image = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
+    ax.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+
+def image_rows(rows: Mapping[str, Array], *, title: str = "", columns: Sequence[str] = ()) -> "Figure":
+    """Rows of images under one another, each with its name: an original above its reconstruction, for example.
+
+    Args:
+        rows: name of a row -> images ``(n, H, W)`` or ``(n, C, H, W)``, the same n in all rows.
+        title: above the picture.
+        columns: names of the columns, above the first row.
+    """
+    count = {name: len(images) for name, images in rows.items()}
+    if len(set(count.values())) != 1:
+        raise ValueError(f"image_rows: every row needs the same number of images, found {count}.")
+    n = next(iter(count.values()))
+    size = 0.8 if n <= 12 else 0.5
+    names = max(map(len, rows)) * 0.11
+    figure = _figure(
+        n * size + names + 0.2, len(rows) * size + (0.5 if title else 0.1) + (0.25 if columns else 0), tight=True
+    )
+    figure.suptitle(title, fontsize=13)
+    axes = figure.subplots(len(rows), n, squeeze=False)
+    for row, (name, images) in zip(axes, rows.items(), strict=True):
+        for ax, image in zip(row, images, strict=True):
+            _show(ax, image)
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11)
+    for ax, column in zip(axes[0], columns, strict=False):
+        ax.set_title(column, fontsize=10)
+    return figure
+
+
+def image_grid(images: Array, *, columns: int, title: str = "") -> "Figure":
+    """Images ``(n, H, W)`` or ``(n, C, H, W)`` in a grid, row by row."""
+    rows = -(-len(images) // columns)
+    figure = _figure(columns * 0.8, rows * 0.8 + (0.4 if title else 0), tight=True)
+    figure.suptitle(title, fontsize=13)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for ax, image in zip(axes, images, strict=False):
+        _show(ax, image)
+    for ax in list(axes)[len(images) :]:
+        ax.set_axis_off()
+    return figure
+
+
+def _scatter(ax: "Axes", points: Array, labels: Array, size: float) -> list[Any]:
+    """Points by label; every label keeps its colour whatever others are there. Returns legend handles."""
+    handles = []
+    for label in np.unique(labels):
+        mine = points[labels == label]
+        color = _COLORS[int(label) % len(_COLORS)]
+        handles.append(ax.scatter(mine[:, 0], mine[:, 1], s=size, color=color, linewidths=0, alpha=0.6, label=str(label)))
+    return handles
+
+
+def _mark(ax: "Axes", points: Array, labels: Array, *, fontsize: int) -> None:
+    """Each digit written at the median of its points, so that the picture does not rest on colour alone."""
+    from matplotlib.patheffects import withStroke
+
+    for label in np.unique(labels):
+        x, y = np.median(points[labels == label], axis=0)
+        outline = [withStroke(linewidth=fontsize / 5, foreground="white")]
+        ax.text(x, y, str(label), fontsize=fontsize, weight="bold", ha="center", va="center", path_effects=outline)
+
+
+def _legend(figure: "Figure", handles: Sequence[Any]) -> None:
+    legend = figure.legend(handles=handles, loc="outside right center", title="digit", markerscale=4, fontsize=12)
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_alpha(1)
+
+
+def latent_scatter(points: Array, labels: Array, *, title: str = "", axes_names: tuple[str, str] | None = None) -> "Figure":
+    """Two-dimensional points ``(N, 2)``, coloured by label ``(N,)``.
+
+    Args:
+        points: positions.
+        labels: digits.
+        title: above the picture.
+        axes_names: names of the axes; None where they mean nothing (t-SNE): no ticks then.
+    """
+    points, labels = np.asarray(points), np.asarray(labels)
+    figure = _figure(7.5, 6.2)
+    ax = figure.add_subplot(title=title)
+    handles = _scatter(ax, points, labels, size=max(2.0, 12000 / (len(points) + 500)))
+    _mark(ax, points, labels, fontsize=15)
+    if axes_names is None:
+        ax.set(xticks=[], yticks=[])
+    else:
+        ax.set(xlabel=axes_names[0], ylabel=axes_names[1])
+    _legend(figure, handles)
+    return figure
+
+
+def latent_pairs(points: Array, labels: Array, *, axes: Sequence[int] | None = None, title: str = "") -> "Figure":
+    """All pairs of latent axes as scatter plots in a triangle, coloured by label.
+
+    Args:
+        points: latent means ``(N, latent_dim)``.
+        labels: digits ``(N,)``.
+        axes: the latent axes shown; default: all.
+        title: above the picture.
+    """
+    points, labels = np.asarray(points), np.asarray(labels)
+    axes = range(points.shape[1]) if axes is None else axes
+    if len(axes) < 2:
+        raise ValueError(f"latent_pairs: needs at least 2 latent axes to make a pair, found {len(axes)}.")
+    n = len(axes) - 1
+    side = max(2.4, 6.0 / n)
+    figure = _figure(n * side + 1.0, n * side + 0.4)
+    figure.suptitle(title, fontsize=13)
+    grid = figure.subplots(n, n, squeeze=False, sharex="col", sharey="row")
+    handles: list[Any] = []
+    for row in range(n):
+        for column in range(n):
+            ax, pair = grid[row, column], [axes[column], axes[row + 1]]
+            if column > row:
+                ax.set_axis_off()
+                continue
+            handles = _scatter(ax, points[:, pair], labels, size=max(0.5, 6000 / (len(points) + 500)))
+            _mark(ax, points[:, pair], labels, fontsize=10)
+            if row == n - 1:
+                ax.set_xlabel(f"$z_{{{pair[0] + 1}}}$", fontsize=13)
+            if column == 0:
+                ax.set_ylabel(f"$z_{{{pair[1] + 1}}}$", fontsize=13)
+    _legend(figure, handles)
+    return figure
+
+
+def training_curves(history: Sequence[Mapping[str, Any]], *, title: str = "") -> "Figure":
+    """-ELBO, reconstruction and KL against the epoch, training (line) and test (dashed), nats per image.
+
+    Args:
+        history: what :func:`pyro_vae.fit` returns.
+        title: above the picture.
+    """
+    names = {"neg_elbo": "-ELBO", "reconstruction": "reconstruction", "kl": "KL"}
+    figure = _figure(10, 3.4)
+    figure.suptitle(title, fontsize=13)
+    epochs = [record["epoch"] for record in history]
+    for ax, (key, label), color in zip(figure.subplots(1, 3), names.items(), ("#832db6", "#3f90da", "#e76300"), strict=True):
+        few = {"marker": "o"} if len(epochs) == 1 else {}  # a line through one point is invisible
+        ax.plot(epochs, [record[key] for record in history], color=color, label="train", **few)
+        if all("test" in record for record in history):
+            test = [record["test"][key] for record in history]
+            ax.plot(epochs, test, "--", color="black", label="test", **few)
+        ax.set(xlabel="epoch", ylabel="nats per image", title=label)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+        ax.legend(frameon=False)
+    return figure

@@ -1,0 +1,179 @@
+"""The one training loop."""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_vae.data import Data, as_data
+from pyro_vae.objectives import Objective
+
+__all__ = ["NonFiniteError", "fit", "format_epoch"]
+
+
+class NonFiniteError(FloatingPointError):
+    """Loss or gradient became NaN or infinite; the weights are those of the last good step."""
+
+
+def fit(
+    objective: Objective,
+    data: "Data | Tensor | np.ndarray[Any, Any]",
+    *,
+    epochs: int,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    seed: int = 0,
+    test: "Data | Tensor | np.ndarray[Any, Any] | None" = None,
+    device: torch.device | str | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    verbose: bool = True,
+) -> list[dict[str, Any]]:
+    """Minimise ``objective(batch)["loss"]`` over the parameters of the objective by Adam.
+
+    Data order and noise are functions of (seed, epoch); torch's global random state is left as found. Parameters that do
+    not require a gradient stay fixed.
+
+    Args:
+        objective: what is minimised; moved to ``device`` and trained in place.
+        data: training data. Each epoch visits every observation once, in a new random order.
+        epochs: passes over the data.
+        batch_size: observations per step; the last batch of an epoch holds what is left.
+        lr: Adam's learning rate.
+        seed: seed of data order and noise (not of the initial weights: those are drawn where the model is built).
+        test: held-out data; the objective is evaluated on all of it after each epoch, with the same noise every time.
+        device: where to train; default: where the objective's parameters are.
+        on_epoch: called with each epoch's record as soon as it exists.
+        verbose: print a line per epoch on stdout and, on a terminal, a progress bar on stderr.
+
+    Returns:
+        One record per epoch: ``epoch``, the objective's terms averaged over the epoch's observations (nats per
+        observation, made while the weights move), ``test`` (the same terms on the held-out data), ``seconds`` and
+        ``images_per_second`` of training.
+
+    Raises:
+        ValueError: unusable settings, or data that do not suit the objective.
+        NonFiniteError: loss or gradient became NaN or infinite; raised before the optimiser steps.
+    """
+    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"fit: {name} must be at least 1, found {value}.")
+    if not 0 < lr < float("inf"):
+        raise ValueError(f"fit: lr must be a positive number, found {lr}.")
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("fit: the objective has no parameter that requires a gradient; nothing to train.")
+    device = torch.device(device) if device is not None else parameters[0].device
+    data = as_data(data).to(device)
+    held_out = None if test is None else as_data(test).to(device)
+    for part in (data, held_out):
+        if part is not None and part.x.is_floating_point():  # uint8 is scaled into [0, 1], which suits every likelihood
+            objective.check(part.x)
+    objective.to(device)
+    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
+
+    history: list[dict[str, Any]] = []
+    was_training = objective.training
+    cuda = [device.index or 0] if device.type == "cuda" else []
+    try:
+        # The data have been checked as a whole, so Pyro need not check them in every step.
+        with torch.random.fork_rng(devices=cuda), pyro.validation_enabled(False):
+            for epoch in range(1, epochs + 1):
+                record: dict[str, Any] = {"epoch": epoch}
+                record |= _train_epoch(objective, data, optimizer, parameters, batch_size, seed, epoch, verbose)
+                if held_out is not None:
+                    torch.manual_seed(seed)
+                    record["test"] = _mean_terms(objective, held_out, batch_size=1024)
+                history.append(record)
+                if verbose:
+                    tqdm.write(format_epoch(record), file=sys.stdout)
+                    sys.stdout.flush()
+                if on_epoch is not None:
+                    on_epoch(record)
+    finally:
+        objective.train(was_training)
+    return history
+
+
+def _train_epoch(
+    objective: Objective,
+    data: Data,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[torch.nn.Parameter],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    verbose: bool,
+) -> dict[str, float]:
+    """One pass over the data; the terms averaged over its observations, and the time it took."""
+    objective.train()
+    # Two streams: the order of the data must not depend on how much noise the objective draws.
+    order_seed, noise_seed = np.random.SeedSequence((seed, epoch)).generate_state(2, np.uint64)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(int(order_seed))).to(data.x.device)
+    torch.manual_seed(int(noise_seed))
+    totals: dict[str, float] = {}
+    start = time.perf_counter()
+    bar = tqdm(total=len(data), desc=f"epoch {epoch:2d}", unit="img", leave=False, disable=None if verbose else True)
+    with bar:
+        for step, index in enumerate(order.split(batch_size)):
+            x = data.batch(index)
+            terms = objective(x)
+            optimizer.zero_grad(set_to_none=True)
+            terms["loss"].backward()
+            # NaN and infinity survive a sum, so one number per tensor tells, and one read brings everything here.
+            gradient = torch.stack([p.grad.sum() for p in parameters if p.grad is not None]).sum()
+            *values, gradient_sum = torch.stack([*terms.values(), gradient]).detach().tolist()
+            batch = dict(zip(terms, values, strict=True))
+            if not np.isfinite(batch["loss"] + gradient_sum):
+                raise NonFiniteError(_describe(objective, x, epoch, step + 1, batch["loss"]))
+            optimizer.step()
+            for name, value in batch.items():
+                totals[name] = totals.get(name, 0.0) + value * len(index)
+            bar.update(len(index))
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{batch['loss']:.2f}", refresh=False)
+    seconds = time.perf_counter() - start
+    means = {name: total / len(data) for name, total in totals.items()}
+    return means | {"seconds": seconds, "images_per_second": len(data) / seconds}
+
+
+def _describe(objective: Objective, x: Tensor, epoch: int, step: int, loss: float) -> str:
+    what = "the loss" if not np.isfinite(loss) else "the gradient"
+    return (
+        f"{what} is not finite in epoch {epoch}, batch {step}: loss {loss:g}, {objective.diagnose(x)}. The weights are "
+        "those of the step before. Lower the learning rate, and look at the data of this batch."
+    )
+
+
+def _mean_terms(objective: Objective, data: Data, *, batch_size: int) -> dict[str, float]:
+    """The objective's terms averaged over all observations, in evaluation mode; a short last batch weighs what it holds."""
+    objective.eval()
+    totals: dict[str, float] = {}
+    with torch.no_grad():
+        for index in torch.arange(len(data), device=data.x.device).split(batch_size):
+            for name, value in objective(data.batch(index)).items():
+                totals[name] = totals.get(name, 0.0) + value.item() * len(index)
+    return {name: total / len(data) for name, total in totals.items()}
+
+
+_LABELS = {"reconstruction": "rec", "kl": "kl", "neg_elbo": "-ELBO", "squared_error": "squared error"}
+
+
+def format_epoch(record: dict[str, Any]) -> str:
+    """One line for people: ``epoch  1  rec=150.72  kl=14.92  -ELBO=165.64  test -ELBO=...``.
+
+    ``loss`` is shown where it is not the negative ELBO already shown.
+    """
+    names: list[str] = [name for name in ("reconstruction", "squared_error", "kl", "neg_elbo") if name in record]
+    if "neg_elbo" not in record or abs(record["loss"] - record["neg_elbo"]) > 1e-6 * abs(record["loss"]):
+        names.append("loss")
+    parts = [f"epoch {record['epoch']:2d}", *(f"{_LABELS.get(name, name)}={record[name]:.2f}" for name in names)]
+    if "test" in record:
+        name = "neg_elbo" if "neg_elbo" in record["test"] else "loss"
+        parts.append(f"test {_LABELS.get(name, name)}={record['test'][name]:.2f}")
+    return "  ".join(parts)

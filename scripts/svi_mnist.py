@@ -1,0 +1,251 @@
+#!/usr/bin/env python
+"""Train a VAE on MNIST by stochastic variational inference, evaluate it, and leave a run folder.
+
+The folder holds config.json, metrics.jsonl (a line per epoch), metrics.json (final figures and where they come from),
+checkpoints/ and figures/. Load the model again with pyro_vae.load_run(FOLDER).
+"""
+
+import argparse
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package this script belongs to, installed or not
+
+import pyro
+import torch
+
+import pyro_vae
+from pyro_vae import (
+    PRESETS,
+    CheckpointError,
+    Data,
+    DataError,
+    NonFiniteError,
+    evaluate,
+    fit,
+    latent,
+    load_data,
+    load_preset,
+    plots,
+)
+from pyro_vae.checkpoint import append_jsonl, new_run, save_weights, write_config, write_json
+from pyro_vae.data import BINARIZATIONS, DATASETS, DatasetFallbackWarning
+from pyro_vae.objectives import ESTIMATORS
+from pyro_vae.presets import Settings
+
+NOT_TERMS = ("epoch", "test", "seconds", "images_per_second")  # of an epoch's record; the others are the objective's
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, Settings]:
+    """The command line, and the preset's settings with what the command line changes."""
+
+    def of_preset(name: str) -> str:
+        values = {preset: getattr(settings, name) for preset, settings in PRESETS.items()}
+        if len(set(values.values())) == 1:
+            return f"default: {next(iter(values.values()))}"
+        return "default: " + ", ".join(f"{value} for {preset}" for preset, value in values.items())
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--preset", choices=list(PRESETS), default="bernoulli-z20", help="reference system (default: %(default)s)")
+    add("--dataset", choices=DATASETS, default="auto", help="auto: mnist if it can be had, else digits (default: auto)")
+    add("--data-dir", help="folder that holds MNIST/raw (default: $PYRO_VAE_DATA, else ~/.cache/pyro_vae)")
+    add("--epochs", type=int, help=of_preset("epochs"))
+    add("--batch-size", type=int, help=of_preset("batch_size"))
+    add("--lr", type=float, help=f"Adam's learning rate ({of_preset('lr')})")
+    add("--latent-dim", type=int, help=of_preset("latent_dim"))
+    add("--hidden", type=int, nargs="*", help=f"encoder's hidden widths, mirrored in the decoder ({of_preset('hidden')})")
+    add("--beta", type=float, help=f"weight of the KL in the loss ({of_preset('beta')})")
+    add("--particles", type=int, help=f"latent draws per image in the loss ({of_preset('particles')})")
+    add("--objective", choices=ESTIMATORS, help=f"KL estimated at the draws, or closed form ({of_preset('objective')})")
+    add("--binarize", dest="binarization", choices=BINARIZATIONS, help=of_preset("binarization"))
+    add("--seed", type=int, default=0, help="of weights, data order and noise (default: %(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one (default: auto)")
+    add("--out", type=Path, help="run folder (default: a new one, runs/PRESET-DATASET-DATE-TIME)")
+    add("--overwrite", action="store_true", help="replace the earlier run that --out holds (default: refuse)")
+    add("--no-figures", action="store_true", help="skip the pictures (default: make them)")
+    args = parser.parse_args(argv)
+    names = ("epochs", "batch_size", "lr", "latent_dim", "hidden", "beta", "particles", "objective", "binarization")
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if "hidden" in changes:
+        changes["hidden"] = tuple(changes["hidden"])
+    if args.overwrite and args.out is None:
+        parser.error("--overwrite needs --out: a default folder is always new")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed: expected a whole number from 0 to 2^63 - 1, found {args.seed}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here; use --device cpu, or install torch with CUDA")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return args, load_preset(args.preset, **changes)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def load(args: argparse.Namespace, settings: Settings) -> tuple[Data, Data, str]:
+    """Training and test data, and what to tell if they are not MNIST as they should be (empty if they are)."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DatasetFallbackWarning)
+        train, test = load_data(args.dataset, data_dir=args.data_dir, binarization=settings.binarization)
+    messages = [str(warning.message) for warning in caught if issubclass(warning.category, DatasetFallbackWarning)]
+    return train, test, "\n".join(messages)
+
+
+def warn_loudly(message: str) -> None:
+    if message:
+        line = "!" * 100
+        print(f"{line}\n{message}\n{line}", file=sys.stderr, flush=True)
+
+
+def make_figures(vae: pyro_vae.VAE, train: Data, test: Data, history: list[dict[str, Any]], args: Any) -> Iterator[Any]:
+    """Yields (name, figure). Shapes: images (n, *event_shape)."""
+    title = f"{args.preset} on {train.name}"
+    train_labels, test_labels = train.labels, test.labels
+    if train_labels is None or test_labels is None:
+        raise DataError(f"{train.name}: the pictures need labels; pass --no-figures.")
+    yield "training_curves", plots.training_curves(history, title=title)
+
+    some = test.batch(torch.randperm(len(test))[:8].to(test.x.device))
+    decoded = vae.decode(vae.encode(some).mean)
+    rows = {"test image": some, "reconstruction": decoded.mean}
+    if isinstance(vae.likelihood, pyro_vae.BernoulliLikelihood):  # a sample with normal noise on each pixel shows nothing
+        rows["Bernoulli sample"] = decoded.sample()
+    yield "reconstructions", plots.image_rows(cpu(rows), title=f"{title}: test images and their reconstructions")
+
+    some = train.batch(torch.randperm(len(train))[:10].to(train.x.device))
+    rows = {"train image": some, "reconstruction": vae.decode(vae.encode(some).mean).mean}
+    yield "reconstructions_train", plots.image_rows(cpu(rows), title=f"{title}: training images and reconstructions")
+
+    samples = vae.decode(vae.prior().sample((36,))).mean
+    yield "prior_samples", plots.image_grid(samples.cpu(), columns=6, title=f"{title}: from the prior")
+
+    six, nine = (int((test_labels == digit).nonzero()[0]) for digit in (6, 9))
+    ends = test.batch(torch.tensor([six, nine], device=test.x.device))
+    paths = latent.interpolate(vae, *ends, steps=10)
+    rows = dict(zip(("latent space", "pixel space"), paths, strict=True))
+    yield "interpolation", plots.image_rows(cpu(rows), title=f"{title}: from a 6 to a 9")
+
+    some = test.batch(torch.randperm(len(test))[:10].to(test.x.device))
+    rows = dict(zip(("original", "2 % flipped", "reconstruction"), latent.denoise(vae, some, flip_rate=0.02), strict=True))
+    yield "denoising", plots.image_rows(cpu(rows), title=f"{title}: denoising")
+
+    rows = {str(d): latent.sample_like(vae, train, d, num_samples=20) for d in range(10)}
+    caption = f"{title}: encode an image of the digit, draw from its posterior, decode"
+    yield "samples_by_label", plots.image_rows(cpu(rows), title=caption)
+
+    means = latent.latent_means(vae, train)
+    if vae.latent_dim > 1:
+        # All axes where they are few; else the four that the model uses most, by variance of the posterior means.
+        axes = sorted(means.var(0).argsort(descending=True)[:4].tolist())
+        which = "all axes" if vae.latent_dim <= 4 else f"the 4 axes of {vae.latent_dim} that vary most"
+        caption = f"{title}: latent means of the training set, {which}"
+        yield "latent_pairs", plots.latent_pairs(means.cpu(), train_labels.cpu(), axes=axes, title=caption)
+
+    if args.preset == "bernoulli-z10":  # each as its reference does it
+        index, what = torch.randperm(len(train))[:1000], "1,000 random training images"
+        means, labels = means[index], train_labels[index]
+    else:
+        means, labels = latent.latent_means(vae, test)[:3000], test_labels[:3000]
+        what = f"the first {len(means):,} test images"
+    points = latent.tsne(means)
+    yield "tsne", plots.latent_scatter(points, labels.cpu(), title=f"{title}: t-SNE of the latent means of {what}")
+
+
+def cpu(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: images.cpu() for name, images in rows.items()}
+
+
+def run(args: argparse.Namespace, settings: Settings) -> None:
+    train, test, warning = load(args, settings)
+    warn_loudly(warning)
+    out = new_run(args.out, name=f"{settings.preset}-{train.name}", overwrite=args.overwrite)
+    torch.manual_seed(args.seed)
+    vae = settings.build_vae(train.event_shape).to(args.device)
+    provenance = {
+        "dataset": train.name,
+        "requested_dataset": args.dataset,
+        "seed": args.seed,
+        "device": args.device,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "pyro_vae": pyro_vae.__version__,
+            "pyro-ppl": pyro.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    write_config(out, settings, event_shape=tuple(train.event_shape), **provenance)
+    size = sum(p.numel() for p in vae.parameters())
+    print(f"{settings.preset} on {train.name}: {len(train):,} training and {len(test):,} test images", end=" ")
+    print(f"of shape {tuple(train.event_shape)}, binarization {settings.binarization}", end="; ")
+    print(f"{size:,} parameters; {args.device}, {torch.get_num_threads()} threads")
+    if isinstance(vae.likelihood, pyro_vae.NormalLikelihood):
+        constant = vae.likelihood.constant(train.event_shape)
+        print(f"rec and -ELBO include the normal density's constant {constant:.2f}; squared error + kl leaves it out")
+    print(f"run folder: {out}", flush=True)
+
+    def on_epoch(record: dict[str, Any]) -> None:
+        append_jsonl(out / "metrics.jsonl", record)
+        save_weights(out, vae)
+
+    start = time.perf_counter()
+    try:
+        history = fit(
+            settings.build_objective(vae),
+            train,
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            lr=settings.lr,
+            seed=args.seed,
+            test=test,
+            on_epoch=on_epoch,
+        )
+    except NonFiniteError:
+        save_weights(out, vae)
+        raise
+    seconds = time.perf_counter() - start
+    vae.eval()
+    figures = evaluate(vae, test, seed=args.seed)
+    metrics = {
+        "preset": settings.preset,
+        "binarization": settings.binarization,
+        **provenance,
+        "seconds": seconds,
+        "images_per_second": sum(r["images_per_second"] for r in history) / len(history),
+        "train": {name: history[-1][name] for name in history[-1] if name not in NOT_TERMS},
+        "test": {name: asdict(estimate) for name, estimate in figures.items()},
+    }
+    write_json(out / "metrics.json", metrics)
+    for name, estimate in figures.items():
+        print(f"test {name:15s} {estimate.value:9.3f} +- {estimate.standard_error:.3f} nats")
+    if not args.no_figures:
+        torch.manual_seed(args.seed)
+        with torch.no_grad():
+            for name, figure in make_figures(vae, train.to(args.device), test.to(args.device), history, args):
+                figure.savefig(out / "figures" / f"{name}.png")
+    warn_loudly(warning)
+    print(f"done in {seconds:.0f} s of training; everything is in {out}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, settings = parse_arguments(argv)
+    try:
+        run(args, settings)
+    except (DataError, CheckpointError, NonFiniteError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was computed before is in the run folder", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
