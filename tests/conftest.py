@@ -1,0 +1,65 @@
+"""Every test starts from the same seed and an empty Pyro param store; real MNIST comes from PYRO_VAE_DATA."""
+
+import os
+
+import pyro
+import pytest
+import torch
+
+from pyro_vae import VAE, BernoulliLikelihood, MLPDecoder, MLPEncoder, NormalLikelihood, load_data
+
+LIKELIHOODS = {
+    "bernoulli": BernoulliLikelihood(),
+    "normal-sigmoid": NormalLikelihood(),
+    "normal-identity": NormalLikelihood(variance=0.1, mean="identity"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.manual_seed(0)
+    pyro.clear_param_store()
+    with pyro.validation_enabled(True):
+        yield
+
+
+def make_vae(event_shape=(1, 4, 4), latent_dim=3, hidden=(16,), likelihood=None) -> VAE:
+    shape = {"event_shape": event_shape, "latent_dim": latent_dim}
+    encoder, decoder = MLPEncoder(hidden=hidden, **shape), MLPDecoder(hidden=hidden[::-1], **shape)
+    return VAE(encoder, decoder, likelihood=likelihood, **shape)
+
+
+@pytest.fixture
+def vae() -> VAE:
+    return make_vae()
+
+
+@pytest.fixture
+def vae64() -> VAE:
+    return make_vae().double()
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return load_data("digits")
+
+
+@pytest.fixture(scope="session")
+def mnist():
+    if not os.environ.get("PYRO_VAE_DATA"):
+        pytest.skip("real MNIST: set PYRO_VAE_DATA to the folder that holds MNIST/raw")
+    return load_data("mnist")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says whether the tests on real MNIST ran, so that a green run without them cannot be mistaken for one with them."""
+    reports = [r for r in terminalreporter.stats.get("passed", []) if r.when == "call"]
+    ran = sum("mnist" in getattr(r, "user_fixtures", ()) for r in reports)
+    terminalreporter.write_line(f"tests on real MNIST that passed: {ran}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    report.user_fixtures = list(getattr(item, "fixturenames", ()))
+    return report

@@ -1,0 +1,219 @@
+"""The negative ELBO against Pyro's own estimators and against closed forms."""
+
+import math
+
+import pyro.distributions as dist
+import pyro.optim
+import pytest
+import torch
+from conftest import LIKELIHOODS, make_vae
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from torch.distributions import kl_divergence
+
+from pyro_vae import NegativeELBO, Objective, scale_latents
+from pyro_vae.vae import VAE
+
+X = torch.rand(7, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+PYRO = {"trace": Trace_ELBO, "mean-field": TraceMeanField_ELBO}
+
+
+def gradients(loss, vae):
+    return torch.autograd.grad(loss, list(vae.parameters()))
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS.values(), ids=LIKELIHOODS)
+@pytest.mark.parametrize("beta", [1.0, 4.0, 0.3])
+@pytest.mark.parametrize("particles", [1, 5])
+@pytest.mark.parametrize("estimator", ["trace", "mean-field"])
+def test_value_and_gradient_equal_pyros_for_the_same_noise(estimator, particles, beta, likelihood):
+    vae = make_vae(likelihood=likelihood).double()
+    torch.manual_seed(5)
+    ours = NegativeELBO(vae, estimator=estimator, num_particles=particles, beta=beta)(X)["loss"]
+    elbo = PYRO[estimator](num_particles=particles, vectorize_particles=particles > 1, max_plate_nesting=1)
+    model, guide = scale_latents(vae.model, beta), scale_latents(vae.guide, beta)
+    torch.manual_seed(5)
+    theirs = elbo.differentiable_loss(model, guide, X) / len(X)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for a, b in zip(gradients(ours, vae), gradients(theirs, vae), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_steps_equal_those_of_pyros_svi():
+    """Same noise, same batches: Adam on our loss and SVI with pyro.optim.Adam move the weights to the same place."""
+    ours, theirs = make_vae().double(), make_vae().double()
+    theirs.load_state_dict(ours.state_dict())
+    objective = NegativeELBO(ours)
+    optimizer = torch.optim.Adam(ours.parameters(), lr=1e-2, fused=True)
+    mean = 1 / len(X)  # SVI sums over the batch
+    svi = SVI(poutine.scale(theirs.model, mean), poutine.scale(theirs.guide, mean), pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    for step in range(20):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        loss = objective(X)["loss"]
+        loss.backward()
+        optimizer.step()
+        torch.manual_seed(step)
+        assert svi.step(X) == pytest.approx(loss.item(), rel=1e-9)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_closed_form_kl_is_the_formula(vae64):
+    q = vae64.encode(X)
+    mu, sigma = q.base_dist.loc, q.base_dist.scale
+    expected = 0.5 * (mu**2 + sigma**2 - (sigma**2).log() - 1).sum(-1).mean()
+    torch.testing.assert_close(NegativeELBO(vae64, estimator="mean-field")(X)["kl"], expected)
+
+
+def test_closed_form_kl_within_pyros_estimate(vae64):
+    """Value: Pyro's log q(z|x) - log p(z) over many draws, within 5 of its own standard errors."""
+    n = 20_000
+    with torch.no_grad():
+        _, draws = NegativeELBO(vae64).per_image(X, num_particles=n)  # (n, images)
+        exact = kl_divergence(vae64.encode(X), vae64.prior().expand((len(X),)))
+    error = draws.std(0) / math.sqrt(n)
+    assert (error > 0).all()
+    assert ((draws.mean(0) - exact).abs() < 5 * error).all()
+
+
+def test_gradient_of_closed_form_kl_within_pyros_estimate():
+    """Gradient with respect to loc and log-scale, image by image, against the pathwise estimate draw by draw."""
+    n = 20_000
+    loc = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    log_scale = torch.tensor([0.2, -1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    prior = dist.Normal(torch.zeros(3, dtype=torch.float64), 1.0)
+    exact = torch.autograd.grad(kl_divergence(dist.Normal(loc, log_scale.exp()), prior).sum(), (loc, log_scale))
+    torch.testing.assert_close(exact, (loc.detach(), (2 * log_scale.detach()).exp() - 1))  # mu and sigma^2 - 1
+    many = [p.detach().expand(n, 3).clone().requires_grad_() for p in (loc, log_scale)]  # one leaf per draw
+    q = dist.Normal(many[0], many[1].exp())
+    z = q.rsample()
+    estimates = torch.autograd.grad((q.log_prob(z) - prior.log_prob(z)).sum(), many)
+    for estimate, truth in zip(estimates, exact, strict=True):
+        error = estimate.std(0) / math.sqrt(n)
+        assert ((estimate.mean(0) - truth).abs() < 5 * error).all()
+
+
+class LinearGaussian(VAE):
+    """z ~ N(0, 1), x | z ~ N(w z, s^2 I): posterior and marginal in closed form."""
+
+    w = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    variance = 0.5
+
+    def __init__(self, shift=0.0, stretch=1.0):
+        from pyro_vae import NormalLikelihood
+
+        decoder = torch.nn.Linear(1, 2, bias=False, dtype=torch.float64)
+        decoder.weight.data[:, 0] = self.w
+        likelihood = NormalLikelihood(variance=self.variance, mean="identity")
+        super().__init__(torch.nn.Identity(), decoder, latent_dim=1, event_shape=(2,), likelihood=likelihood)
+        self.double()
+        self.shift, self.stretch = shift, stretch
+
+    def posterior(self, x):
+        precision = 1 + self.w @ self.w / self.variance
+        return dist.Normal((x @ self.w / self.variance / precision).unsqueeze(-1), precision**-0.5).to_event(1)
+
+    def encode(self, x):
+        q = self.posterior(x).base_dist
+        return dist.Normal(q.loc + self.shift, q.scale * self.stretch).to_event(1)
+
+    def log_marginal(self, x):
+        covariance = torch.outer(self.w, self.w) + self.variance * torch.eye(2, dtype=torch.float64)
+        return dist.MultivariateNormal(torch.zeros(2, dtype=torch.float64), covariance).log_prob(x)
+
+
+def test_exact_posterior_as_guide_gives_log_marginal_without_variance():
+    model = LinearGaussian()
+    x = torch.randn(6, 2, dtype=torch.float64)
+    reconstruction, kl = NegativeELBO(model).per_image(x, num_particles=50)
+    torch.testing.assert_close(-(reconstruction + kl), model.log_marginal(x).expand(50, 6), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("estimator", ["trace", "mean-field"])
+def test_elbo_is_log_marginal_minus_kl_to_the_posterior(estimator):
+    model = LinearGaussian(shift=0.3, stretch=1.5)
+    x, n = torch.randn(6, 2, dtype=torch.float64), 40_000
+    gap = kl_divergence(model.encode(x), model.posterior(x))
+    reconstruction, kl = NegativeELBO(model, estimator=estimator).per_image(x, num_particles=n)
+    elbo = -(reconstruction + kl)
+    error = elbo.std(0) / math.sqrt(n)
+    assert (gap > 0.05).all()
+    assert ((elbo.mean(0) - (model.log_marginal(x) - gap)).abs() < 5 * error).all()
+
+
+def test_terms_add_up_and_beta_weighs_kl_alone(vae64):
+    terms = {}
+    for beta in (1.0, 4.0):
+        torch.manual_seed(2)
+        terms[beta] = NegativeELBO(vae64, beta=beta)(X)
+    for name in ("neg_elbo", "reconstruction", "kl"):
+        torch.testing.assert_close(terms[1.0][name], terms[4.0][name])
+    t = terms[4.0]
+    torch.testing.assert_close(t["loss"], t["reconstruction"] + 4 * t["kl"])
+    torch.testing.assert_close(t["neg_elbo"], t["reconstruction"] + t["kl"])
+    torch.testing.assert_close(terms[1.0]["loss"], terms[1.0]["neg_elbo"])
+
+
+def test_squared_error_is_that_of_the_drawn_latents():
+    vae = make_vae(likelihood=LIKELIHOODS["normal-sigmoid"]).double()
+    torch.manual_seed(4)
+    terms = NegativeELBO(vae, estimator="mean-field")(X)
+    torch.manual_seed(4)
+    z = vae.encode(X).rsample()
+    expected = ((X - vae.decode(z).mean) ** 2).flatten(1).sum(1).mean()
+    torch.testing.assert_close(terms["squared_error"], expected)
+
+
+def test_each_image_is_scored_by_itself(vae64):
+    """No mixing over the batch: an image's terms are the same whatever stands beside it."""
+    objective = NegativeELBO(vae64, estimator="mean-field")
+    _, together = objective.per_image(X)
+    alone = torch.cat([objective.per_image(x.unsqueeze(0))[1] for x in X], dim=1)
+    torch.testing.assert_close(together, alone)
+
+
+def test_more_particles_less_variance_same_mean(vae64):
+    with torch.no_grad():
+        values = {
+            k: torch.stack([NegativeELBO(vae64, num_particles=k)(X)["loss"] for _ in range(300)]) for k in (1, 16)
+        }
+    error = math.hypot(*(v.std().item() / math.sqrt(len(v)) for v in values.values()))
+    assert abs(values[1].mean() - values[16].mean()) < 5 * error
+    ratio = (values[1].var() / values[16].var()).item()
+    assert 16 / 1.6 < ratio < 16 * 1.6  # a ratio of two variances on 300 draws each spreads by about 12 %
+
+
+def test_score_function_guide_is_refused(vae64):
+    class Discrete(VAE):
+        def encode(self, x):
+            return dist.Poisson(torch.ones(len(x), self.latent_dim, dtype=x.dtype)).to_event(1)
+
+    vae64.__class__ = Discrete
+    vae64.prior = lambda: dist.Poisson(vae64.prior_scale).to_event(1)
+    with pytest.raises(ValueError, match="reparameterised guide"):
+        NegativeELBO(vae64)(X)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"estimator": "jit"}, "trace, mean-field, found 'jit'"),
+        ({"num_particles": 0}, "num_particles must be at least 1"),
+        ({"beta": 0.0}, "beta must be a positive"),
+        ({"beta": float("nan")}, "beta must be a positive"),
+    ],
+)
+def test_bad_settings(vae, arguments, match):
+    with pytest.raises(ValueError, match=match):
+        NegativeELBO(vae, **arguments)
+
+
+def test_objective_without_forward():
+    with pytest.raises(NotImplementedError, match="must define forward"):
+        Objective()(X)
+
+
+def test_diagnose_names_the_largest_log_scale(vae64):
+    expected = vae64.encode(X).base_dist.scale.log().max().item()
+    assert f"log-scale of the encoder {expected:g}" in NegativeELBO(vae64).diagnose(X)
