@@ -92,5 +92,6 @@ def tsne(latents: Tensor, *, perplexity: float = 30.0, seed: int = 0) -> "np.nda
 
     if len(latents) <= perplexity:
         raise ValueError(f"tsne: needs more observations than the perplexity {perplexity:g}, found {len(latents)}.")
-    embedding = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(latents.cpu().numpy())
+    init = "pca" if latents.shape[1] > 1 else "random"  # PCA to two dimensions needs two
+    embedding = TSNE(perplexity=perplexity, init=init, random_state=seed).fit_transform(latents.cpu().numpy())
     return np.asarray(embedding)

@@ -79,10 +79,10 @@ def image_grid(images: Array, *, columns: int, title: str = "") -> "Figure":
     rows = -(-len(images) // columns)
     figure = _figure(columns * 0.8, rows * 0.8 + (0.4 if title else 0), tight=True)
     figure.suptitle(title, fontsize=13)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax, image in zip(axes, images, strict=False):
         _show(ax, image)
-    for ax in list(axes)[len(images) :]:
+    for ax in axes[len(images) :]:
         ax.set_axis_off()
     return figure
 
@@ -108,10 +108,9 @@ def _mark(ax: "Axes", points: Array, labels: Array, *, fontsize: int) -> None:
 
 
 def _legend(figure: "Figure", handles: Sequence[Any]) -> None:
-    legend = figure.legend(handles=handles, loc="outside right center", title="digit", markerscale=4, fontsize=12)
+    legend = figure.legend(handles=handles, loc="outside right center", title="digit", fontsize=12)
     for handle in legend.legend_handles:
-        if handle is not None:
-            handle.set_alpha(1)
+        handle.set(alpha=1, sizes=[50])  # type: ignore[union-attr]
 
 
 def latent_scatter(points: Array, labels: Array, *, title: str = "", axes_names: tuple[str, str] | None = None) -> "Figure":
@@ -125,8 +124,9 @@ def latent_scatter(points: Array, labels: Array, *, title: str = "", axes_names:
     """
     points, labels = np.asarray(points), np.asarray(labels)
     figure = _figure(7.5, 6.2)
-    ax = figure.add_subplot(title=title)
-    handles = _scatter(ax, points, labels, size=max(2.0, 12000 / (len(points) + 500)))
+    figure.suptitle(title, fontsize=13)
+    ax = figure.add_subplot()
+    handles = _scatter(ax, points, labels, size=max(2.0, 30000 / (len(points) + 500)))
     _mark(ax, points, labels, fontsize=15)
     if axes_names is None:
         ax.set(xticks=[], yticks=[])

@@ -90,11 +90,11 @@ def fit(
                     torch.manual_seed(seed)
                     record["test"] = _mean_terms(objective, held_out, batch_size=1024)
                 history.append(record)
+                if on_epoch is not None:  # before the line, so that an epoch that was announced has been kept
+                    on_epoch(record)
                 if verbose:
                     tqdm.write(format_epoch(record), file=sys.stdout)
                     sys.stdout.flush()
-                if on_epoch is not None:
-                    on_epoch(record)
     finally:
         objective.train(was_training)
     return history

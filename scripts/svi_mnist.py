@@ -155,7 +155,7 @@ def make_figures(vae: pyro_vae.VAE, train: Data, test: Data, history: list[dict[
         means, labels = latent.latent_means(vae, test)[:3000], test_labels[:3000]
         what = f"the first {len(means):,} test images"
     points = latent.tsne(means)
-    yield "tsne", plots.latent_scatter(points, labels.cpu(), title=f"{title}: t-SNE of the latent means of {what}")
+    yield "tsne", plots.latent_scatter(points, labels.cpu(), title=f"{title}: t-SNE of {what}")
 
 
 def cpu(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -46,7 +46,9 @@ def test_steps_equal_those_of_pyros_svi():
     objective = NegativeELBO(ours)
     optimizer = torch.optim.Adam(ours.parameters(), lr=1e-2, fused=True)
     mean = 1 / len(X)  # SVI sums over the batch
-    svi = SVI(poutine.scale(theirs.model, mean), poutine.scale(theirs.guide, mean), pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    svi = SVI(
+        poutine.scale(theirs.model, mean), poutine.scale(theirs.guide, mean), pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO()
+    )
     for step in range(20):
         torch.manual_seed(step)
         optimizer.zero_grad()
@@ -175,9 +177,7 @@ def test_each_image_is_scored_by_itself(vae64):
 
 def test_more_particles_less_variance_same_mean(vae64):
     with torch.no_grad():
-        values = {
-            k: torch.stack([NegativeELBO(vae64, num_particles=k)(X)["loss"] for _ in range(300)]) for k in (1, 16)
-        }
+        values = {k: torch.stack([NegativeELBO(vae64, num_particles=k)(X)["loss"] for _ in range(300)]) for k in (1, 16)}
     error = math.hypot(*(v.std().item() / math.sqrt(len(v)) for v in values.values()))
     assert abs(values[1].mean() - values[16].mean()) < 5 * error
     ratio = (values[1].var() / values[16].var()).item()

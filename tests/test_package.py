@@ -1,0 +1,28 @@
+import subprocess
+import sys
+
+import pyro_vae
+
+
+def test_import_is_light_and_changes_nothing():
+    code = """
+import random, sys
+import numpy, pyro, torch
+before = torch.random.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads(), random.getstate()
+numpy_state = numpy.random.get_state()[1].tolist()
+validation = pyro.settings.get()
+import pyro_vae
+assert not {"torchvision", "matplotlib", "sklearn", "scipy"} & set(sys.modules), "heavy imports"
+after = torch.random.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads(), random.getstate()
+assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+assert numpy.random.get_state()[1].tolist() == numpy_state
+assert pyro.settings.get() == validation
+assert not pyro.get_param_store().keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_all_names_exist_and_are_documented():
+    for name in pyro_vae.__all__:
+        thing = getattr(pyro_vae, name)
+        assert thing.__doc__, name

@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from pyro_vae import PRESETS, BernoulliLikelihood, NormalLikelihood, load_preset
+from pyro_vae.presets import Settings
+
+
+def linear_sizes(module):
+    return [(m.in_features, m.out_features) for m in module.modules() if isinstance(m, torch.nn.Linear)]
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "decoder", "likelihood", "training"),
+    [
+        ("bernoulli-z20", [(784, 400), (400, 40)], [(20, 400), (400, 784)], BernoulliLikelihood(), (40, 128, 1e-3)),
+        ("bernoulli-z10", [(784, 200), (200, 20)], [(10, 200), (200, 784)], BernoulliLikelihood(), (5, 128, 1e-2)),
+        (
+            "gaussian-z4",
+            [(784, 64), (64, 32), (32, 8)],
+            [(4, 32), (32, 64), (64, 784)],
+            NormalLikelihood(variance=0.5, mean="sigmoid"),
+            (50, 200, 1e-3),
+        ),
+    ],
+)
+def test_presets_are_the_reference_systems(name, encoder, decoder, likelihood, training):
+    settings = load_preset(name)
+    vae = settings.build_vae((1, 28, 28))
+    assert linear_sizes(vae.encoder) == encoder
+    assert linear_sizes(vae.decoder) == decoder
+    assert vae.likelihood == likelihood
+    assert (settings.epochs, settings.batch_size, settings.lr) == training
+    assert (settings.beta, settings.particles, settings.binarization) == (1, 1, "none")
+
+
+def test_changes_leave_the_preset_alone():
+    settings = load_preset("bernoulli-z20", latent_dim=2, beta=4.0, objective="mean-field", particles=3)
+    assert PRESETS["bernoulli-z20"].latent_dim == 20
+    vae = settings.build_vae((1, 8, 8))
+    objective = settings.build_objective(vae)
+    assert (vae.latent_dim, vae.event_shape) == (2, (1, 8, 8))
+    assert (objective.beta, objective.estimator, objective.num_particles) == (4.0, "mean-field", 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"latent_dim": 0}, "latent_dim: expected a whole number >= 1, found 0"),
+        ({"batch_size": 1.5}, "batch_size: expected a whole number"),
+        ({"hidden": (10, 0)}, r"hidden: expected a tuple of whole numbers >= 1, found \(10, 0\)"),
+        ({"hidden": 10}, "hidden: expected a tuple"),
+        ({"lr": float("nan")}, "lr: expected a positive number"),
+        ({"beta": -1}, "beta: expected a positive number"),
+        ({"likelihood": "poisson"}, "likelihood: expected one of bernoulli, normal, found 'poisson'"),
+        ({"objective": "iwae"}, "objective: expected one of trace, mean-field"),
+        ({"binarization": "dither"}, "binarization: expected one of none, threshold, dynamic"),
+        ({"learning_rate": 1.0}, "no setting learning_rate; the settings are preset, likelihood"),
+    ],
+)
+def test_bad_changes(changes, match):
+    with pytest.raises(ValueError, match=match):
+        load_preset("bernoulli-z20", **changes)
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match="bernoulli-z20, bernoulli-z10, gaussian-z4, found 'vae'"):
+        load_preset("vae")
+
+
+def test_no_hidden_layer_is_a_linear_model():
+    settings = Settings("own", "bernoulli", (), latent_dim=2, epochs=1, batch_size=1, lr=0.1)
+    assert linear_sizes(settings.build_vae((3,)).encoder) == [(3, 4)]

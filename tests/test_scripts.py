@@ -1,0 +1,200 @@
+"""The scripts as a user runs them: in a process of their own, from another folder."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pyro.infer import Predictive
+
+from pyro_vae import PRESETS, load_run
+
+ROOT = Path(__file__).resolve().parents[1]
+OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # nobody listens there
+FIGURES = [
+    "denoising",
+    "interpolation",
+    "latent_pairs",
+    "prior_samples",
+    "reconstructions",
+    "reconstructions_train",
+    "samples_by_label",
+    "training_curves",
+    "tsne",
+]
+
+
+def svi_mnist(*arguments, cwd, **environment):
+    command = [sys.executable, str(ROOT / "scripts" / "svi_mnist.py"), *map(str, arguments)]
+    env = os.environ | environment
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run on digits with all that it leaves behind."""
+    cwd = tmp_path_factory.mktemp("svi")
+    result = svi_mnist("--dataset", "digits", "--epochs", 2, "--out", "run", "--seed", 5, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return cwd / "run", result
+
+
+def test_lines_on_stdout(run):
+    _, result = run
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("bernoulli-z20 on digits: 1,500 training and 297 test images of shape (1, 8, 8)")
+    epochs = [line for line in lines if line.startswith("epoch")]
+    assert [line.split()[1] for line in epochs] == ["1", "2"]
+    assert all(name in epochs[0] for name in ("rec=", "kl=", "-ELBO=", "test -ELBO="))
+    assert result.stderr == ""
+
+
+def test_run_folder(run):
+    folder, _ = run
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "figures",
+        "metrics.json",
+        "metrics.jsonl",
+    ]
+    assert sorted(path.stem for path in (folder / "figures").iterdir()) == FIGURES
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (folder / "figures").iterdir())
+    assert [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_metrics(run):
+    folder, _ = run
+    metrics = json.loads((folder / "metrics.json").read_text())
+    expected = {"dataset": "digits", "binarization": "none", "preset": "bernoulli-z20", "seed": 5, "device": "cpu"}
+    assert metrics | expected == metrics
+    assert metrics["versions"]["torch"] == torch.__version__
+    assert metrics["threads"] >= 1
+    assert metrics["seconds"] > 0
+    assert metrics["images_per_second"] > 0
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    for name in ("neg_elbo", "reconstruction", "kl"):
+        assert metrics["train"][name] == last[name]
+        assert set(metrics["test"][name]) == {"value", "standard_error", "num_samples"}
+    assert metrics["test"]["neg_elbo"]["value"] == pytest.approx(last["test"]["neg_elbo"], abs=1.0)
+    assert metrics["test"]["neg_elbo"]["standard_error"] > 0
+
+
+def test_load_run_and_predict(run):
+    folder, _ = run
+    vae = load_run(folder)
+    assert Predictive(vae.model, num_samples=3)(size=2)["x"].shape == (3, 2, 1, 8, 8)
+
+
+def test_same_seed_same_weights(run, tmp_path):
+    folder, _ = run
+    svi_mnist("--dataset", "digits", "--epochs", 2, "--out", "run", "--seed", 5, "--no-figures", cwd=tmp_path)
+    a, b = load_run(folder), load_run(tmp_path / "run")
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert not list((tmp_path / "run" / "figures").iterdir())
+
+
+def test_folder_in_use_is_refused_unless_told(run):
+    folder, _ = run
+    before = (folder / "metrics.json").read_text()
+    arguments = ("--dataset", "digits", "--epochs", 1, "--out", folder, "--no-figures")
+    refused = svi_mnist(*arguments, cwd=folder.parent)
+    assert refused.returncode == 2
+    assert "not empty" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert (folder / "metrics.json").read_text() == before
+
+
+def test_overwrite(tmp_path):
+    arguments = ("--dataset", "digits", "--epochs", 1, "--out", "run", "--no-figures")
+    assert svi_mnist(*arguments, cwd=tmp_path).returncode == 0
+    assert svi_mnist(*arguments, "--overwrite", cwd=tmp_path).returncode == 0
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_without_mnist_and_network_auto_trains_on_digits_and_says_so(tmp_path):
+    result = svi_mnist("--epochs", 1, "--no-figures", cwd=tmp_path, PYRO_VAE_DATA=str(tmp_path / "none"), **OFFLINE)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("NOT MNIST") == 2  # before and after the lines that would push it off the screen
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("bernoulli-z20-digits-")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert (metrics["dataset"], metrics["requested_dataset"]) == ("digits", "auto")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_option(tmp_path, preset):
+    arguments = f"""--preset {preset} --dataset digits --epochs 1 --batch-size 100 --lr 0.002 --latent-dim 2 --hidden 20 10
+        --beta 2 --particles 2 --objective mean-field --binarize dynamic --seed 1 --device cpu --out run --no-figures"""
+    result = svi_mnist(*arguments.split(), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "loss=" in result.stdout  # beta is not 1, so the loss is not the bound
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    expected = {"hidden": [20, 10], "beta": 2.0, "particles": 2, "objective": "mean-field", "binarization": "dynamic"}
+    assert config | expected == config
+
+
+ERRORS = {
+    "mnist without mnist": (["--dataset", "mnist"], "MNIST: missing in .*train-images-idx3-ubyte"),
+    "unknown preset": (["--preset", "z20"], "invalid choice: 'z20'"),
+    "latent": (["--latent-dim", "0"], "latent_dim: expected a whole number >= 1, found 0"),
+    "epochs": (["--epochs", "0"], "epochs: expected a whole number >= 1"),
+    "lr": (["--lr", "nan"], "lr: expected a positive number"),
+    "seed": (["--seed", "-1"], "--seed: expected a whole number from 0"),
+    "overwrite": (["--overwrite"], "--overwrite needs --out"),
+    "not a folder": (["--dataset", "digits", "--out", "/dev/null/run"], "cannot be made"),
+    "explodes": (["--dataset", "digits", "--lr", "1e30", "--out", "boom"], "not finite in epoch .*largest log-scale"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "match"), ERRORS.values(), ids=ERRORS)
+def test_errors_are_one_clear_line_and_exit_code_2(tmp_path, arguments, match):
+    result = svi_mnist(*arguments, cwd=tmp_path, PYRO_VAE_DATA=str(tmp_path / "none"), **OFFLINE)
+    assert result.returncode == 2, result.stdout
+    assert re.search(match, result.stderr)
+    assert "Traceback" not in result.stderr
+    if "boom" in arguments:  # nothing computed is lost
+        vae = load_run(tmp_path / "boom")
+        assert all(p.isfinite().all() for p in vae.parameters())
+
+
+def test_interrupt_keeps_the_epochs_done(tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "svi_mnist.py"),
+        "--dataset",
+        "digits",
+        "--epochs",
+        "100000",
+        "--out",
+        "run",
+    ]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("epoch  3"):
+                process.send_signal(signal.SIGINT)
+                break
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) >= 3
+    load_run(tmp_path / "run")
+
+
+def test_help_says_every_default(tmp_path):
+    text = " ".join(svi_mnist("--help", cwd=tmp_path).stdout.split())
+    for default in (
+        "40 for bernoulli-z20, 5 for bernoulli-z10, 50 for gaussian-z4",
+        "default: bernoulli-z20",
+        "default: auto",
+    ):
+        assert default in text
+    options = text.split("options:")[1].split(" --")[1:]
+    assert len(options) >= 17
+    assert all("default" in option for option in options if not option.startswith("help")), options

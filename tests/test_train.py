@@ -1,0 +1,252 @@
+import math
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from conftest import make_vae
+from torch import nn
+
+from pyro_vae import Data, NegativeELBO, NonFiniteError, NormalLikelihood, Objective, fit, load_preset
+from pyro_vae.train import format_epoch
+
+
+class Mean(Objective):
+    """Loss = mean of the batch, whatever the weight: what an average over an epoch must reproduce."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.modes, self.seen = [], []
+
+    def forward(self, x):
+        self.modes.append(self.training)
+        self.seen.append(x.clone())
+        return {"loss": x.mean() + 0 * self.weight, "noise": torch.randn(())}
+
+
+def weights(module):
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def equal(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+X = torch.rand(53, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("batch_size", [1, 10, 52, 53, 100])
+def test_epoch_average_weighs_a_short_last_batch_by_what_it_holds(batch_size):
+    x = torch.arange(53.0).unsqueeze(1)
+    (record,) = fit(Mean(), x, epochs=1, batch_size=batch_size, test=x[:7], verbose=False)
+    assert record["loss"] == pytest.approx(26.0, rel=1e-6)
+    assert record["test"]["loss"] == pytest.approx(3.0, rel=1e-6)
+
+
+def test_each_epoch_sees_every_observation_once_in_a_new_order():
+    objective = Mean()
+    fit(objective, torch.arange(53.0).unsqueeze(1), epochs=2, batch_size=10, verbose=False)
+    first, second = (torch.cat(objective.seen[i : i + 6]).flatten().tolist() for i in (0, 6))
+    assert sorted(first) == sorted(second) == list(range(53))
+    assert first != second
+    assert first != sorted(first)
+
+
+def test_same_seed_same_run_and_other_seeds_differ():
+    start = make_vae()
+    results = {}
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        vae = make_vae()
+        vae.load_state_dict(start.state_dict())
+        torch.manual_seed(hash(name) % 1000)  # the caller's state must not matter
+        history = fit(NegativeELBO(vae), X, epochs=2, batch_size=10, seed=seed, verbose=False)
+        results[name] = weights(vae), [record["loss"] for record in history]
+    assert equal(results["a"][0], results["b"][0])
+    assert results["a"][1] == results["b"][1]
+    assert not equal(results["a"][0], results["c"][0])
+
+
+def test_data_order_does_not_depend_on_the_noise_drawn():
+    quiet, noisy = Mean(), Mean()
+    forward = noisy.forward
+    noisy.forward = lambda x: (torch.rand(1000), forward(x))[1]
+    for objective in (quiet, noisy):
+        fit(objective, X, epochs=2, batch_size=10, verbose=False)
+    assert all(torch.equal(a, b) for a, b in zip(quiet.seen, noisy.seen, strict=True))
+
+
+def test_testing_is_without_a_step_in_evaluation_mode_with_the_same_noise():
+    start = make_vae()
+    trained = []
+    for test in (None, X[:20]):
+        vae = make_vae()
+        vae.load_state_dict(start.state_dict())
+        fit(NegativeELBO(vae), X, epochs=2, batch_size=10, test=test, verbose=False)
+        trained.append(weights(vae))
+    assert equal(*trained)
+    objective = Mean()
+    history = fit(objective, X, epochs=3, batch_size=53, test=X, verbose=False)
+    assert objective.modes == [True, False] * 3
+    assert len({record["test"]["noise"] for record in history}) == 1
+    assert len({record["noise"] for record in history}) == 3
+
+
+def test_callers_state_is_left_as_found(vae):
+    vae.eval()
+    state = torch.random.get_rng_state()
+    with pyro.validation_enabled(True):
+        fit(NegativeELBO(vae).eval(), X, epochs=1, verbose=False)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        with pytest.raises(ValueError, match="Expected"):
+            pyro.distributions.Normal(0.0, -1.0)  # validation is on again
+    assert not vae.training
+    assert not pyro.get_param_store().keys()
+
+
+def test_frozen_parameters_stay(vae):
+    for p in vae.decoder.parameters():
+        p.requires_grad_(False)
+    decoder, encoder = weights(vae.decoder), weights(vae.encoder)
+    fit(NegativeELBO(vae), X, epochs=1, verbose=False)
+    assert equal(decoder, weights(vae.decoder))
+    assert not equal(encoder, weights(vae.encoder))
+    vae.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        fit(NegativeELBO(vae), X, epochs=1, verbose=False)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "numpy", "uint8", "Data"])
+def test_kinds_of_data(vae, kind):
+    x = {"tensor": X, "numpy": X.numpy().astype(np.float64), "uint8": (X * 255).byte(), "Data": Data(X)}[kind]
+    (record,) = fit(NegativeELBO(vae), x, epochs=1, verbose=False)
+    assert math.isfinite(record["loss"])
+
+
+def test_records_and_line_per_epoch(vae, capsys):
+    seen = []
+    history = fit(NegativeELBO(vae), X, epochs=2, test=X[:5], on_epoch=seen.append)
+    assert seen == history
+    assert [record["epoch"] for record in history] == [1, 2]
+    for record in history:
+        assert record["neg_elbo"] == pytest.approx(record["reconstruction"] + record["kl"], rel=1e-5)
+        assert set(record["test"]) == {"loss", "neg_elbo", "reconstruction", "kl"}
+        assert record["images_per_second"] == pytest.approx(53 / record["seconds"])
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [format_epoch(record) for record in history]
+    assert err == ""  # no progress bar where stderr is no terminal
+
+
+def test_format_of_a_line():
+    record = {"epoch": 1, "loss": 165.64, "neg_elbo": 165.64, "reconstruction": 150.72, "kl": 14.92}
+    assert format_epoch(record) == "epoch  1  rec=150.72  kl=14.92  -ELBO=165.64"
+    record |= {"loss": 210.4, "test": {"neg_elbo": 130.0}}
+    assert format_epoch(record) == "epoch  1  rec=150.72  kl=14.92  -ELBO=165.64  loss=210.40  test -ELBO=130.00"
+    assert format_epoch({"epoch": 12, "loss": 0.5, "test": {"loss": 0.25}}) == "epoch 12  loss=0.50  test loss=0.25"
+
+
+class Breaks(Objective):
+    """A quadratic that at its third step yields a loss or a gradient that is not finite."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.how, self.step, self.good = how, 0, None
+
+    def forward(self, x):
+        self.step += 1
+        loss = (self.weight**2).sum()
+        if self.step == 3:
+            self.good = self.weight.detach().clone()
+            if self.how == "gradient":
+                loss = loss + (self.weight - self.weight.detach()).abs().sqrt().sum()  # 0, with an infinite slope
+            else:
+                loss = loss * float(self.how)
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("how", ["nan", "inf", "gradient"])
+def test_not_finite_stops_before_the_step(how):
+    objective = Breaks(how)
+    what = "gradient" if how == "gradient" else "loss"
+    with pytest.raises(NonFiniteError, match=f"the {what} is not finite in epoch 1, batch 3: loss"):
+        fit(objective, X, epochs=1, batch_size=10, verbose=False)
+    assert torch.equal(objective.weight, objective.good)
+
+
+def test_exploding_learning_rate_names_the_log_scale(vae):
+    seen = []
+    with pytest.raises(
+        NonFiniteError, match=r"epoch \d+, batch \d+: loss .*largest log-scale of the encoder .*learning rate"
+    ):
+        fit(NegativeELBO(vae), X, epochs=200, batch_size=10, lr=1e30, verbose=False, on_epoch=seen.append)
+    assert all(p.isfinite().all() for p in vae.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, found 0"),
+        ({"epochs": 1, "batch_size": 0}, "batch_size must be at least 1"),
+        ({"epochs": 1, "lr": -1.0}, "lr must be a positive number, found -1"),
+        ({"epochs": 1, "lr": math.nan}, "lr must be a positive number"),
+    ],
+)
+def test_bad_settings(vae, arguments, match):
+    with pytest.raises(ValueError, match=match):
+        fit(NegativeELBO(vae), X, verbose=False, **arguments)
+
+
+def test_data_that_do_not_suit_the_likelihood(vae):
+    with pytest.raises(ValueError, match="BernoulliLikelihood scores values in"):
+        fit(NegativeELBO(vae), X * 255, epochs=1, verbose=False)
+    with pytest.raises(ValueError, match="BernoulliLikelihood scores values in"):
+        fit(NegativeELBO(vae), X, test=X - 1, epochs=1, verbose=False)
+    vae.likelihood = NormalLikelihood(mean="identity")
+    fit(NegativeELBO(vae), X * 255 - 100, epochs=1, verbose=False)
+
+
+def test_data_of_another_shape(vae):
+    with pytest.raises(ValueError, match=r"\(\*batch, 1, 4, 4\), found torch.float32 of shape \(53, 16\)"):
+        fit(NegativeELBO(vae), X.flatten(1), epochs=1, verbose=False)
+
+
+def test_vae_finds_the_two_dimensions_of_its_data():
+    """Data on a known two-dimensional manifold: after training, two latents carry information and the others none."""
+    torch.manual_seed(0)
+    z = torch.randn(2000, 2)
+    x = (z @ torch.randn(2, 1 * 4 * 4) * 2).reshape(-1, 1, 4, 4)
+    vae = make_vae(latent_dim=4, hidden=(32,), likelihood=NormalLikelihood(variance=0.5, mean="identity"))
+    fit(NegativeELBO(vae), x, epochs=25, batch_size=100, lr=1e-2, verbose=False)
+    used = vae.encode(x).mean.var(0) > 0.1
+    assert used.sum() == 2
+
+
+def test_real_mnist_first_epoch_lands_on_the_published_figure(mnist):
+    """System A, epoch 1: published train average 165.64."""
+    train, _ = mnist
+    settings = load_preset("bernoulli-z20")
+    vae = settings.build_vae(train.event_shape)
+    (record,) = fit(settings.build_objective(vae), train, epochs=1, batch_size=128, lr=1e-3, verbose=False)
+    assert record["neg_elbo"] == pytest.approx(165.64, abs=1.5)
+    assert record["kl"] == pytest.approx(14.92, abs=1.0)
+
+
+@pytest.mark.slow
+def test_real_mnist_40_epochs_of_system_a(mnist):
+    train, _ = mnist
+    settings = load_preset("bernoulli-z20")
+    vae = settings.build_vae(train.event_shape)
+    record = fit(settings.build_objective(vae), train, epochs=40, batch_size=128, lr=1e-3)[-1]
+    assert record["neg_elbo"] == pytest.approx(102.28, abs=0.35)
+    assert record["reconstruction"] == pytest.approx(76.8, abs=0.5)
+    assert record["kl"] == pytest.approx(25.5, abs=0.3)
+
+
+@pytest.mark.slow
+def test_real_mnist_5_epochs_of_system_b(mnist):
+    train, _ = mnist
+    settings = load_preset("bernoulli-z10")
+    vae = settings.build_vae(train.event_shape)
+    history = fit(settings.build_objective(vae), train, epochs=5, batch_size=128, lr=1e-2)
+    assert history[-1]["neg_elbo"] == pytest.approx(117.06, abs=0.5)
