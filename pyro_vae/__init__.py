@@ -2,7 +2,8 @@
 
 from pyro_vae.checkpoint import CheckpointError, load_run
 from pyro_vae.data import Data, DataError, load_data
-from pyro_vae.evaluate import Estimate, evaluate
+from pyro_vae.evaluate import evaluate
+from pyro_vae.importance import Estimate, log_marginal
 from pyro_vae.likelihoods import BernoulliLikelihood, NormalLikelihood
 from pyro_vae.nets import MLPDecoder, MLPEncoder
 from pyro_vae.objectives import NegativeELBO, Objective, scale_latents
@@ -31,5 +32,6 @@ __all__ = [
     "load_data",
     "load_preset",
     "load_run",
+    "log_marginal",
     "scale_latents",
 ]

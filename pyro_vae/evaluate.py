@@ -1,6 +1,5 @@
 """Whole-dataset measures -> plain records."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,24 +8,10 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vae.data import Data, as_data
+from pyro_vae.importance import Estimate, log_marginal
 from pyro_vae.vae import VAE
 
-__all__ = ["Estimate", "evaluate"]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A Monte-Carlo figure.
-
-    Args:
-        value: mean over the data, nats per observation.
-        standard_error: how far ``value`` would move if the latents were drawn anew, the data kept: 0 where it is exact.
-        num_samples: latent draws made per observation; 0 where none was needed.
-    """
-
-    value: float
-    standard_error: float
-    num_samples: int
+__all__ = ["evaluate"]
 
 
 def evaluate(
@@ -34,6 +19,7 @@ def evaluate(
     data: "Data | Tensor | np.ndarray[Any, Any]",
     *,
     num_samples: int = 10,
+    importance_samples: int = 0,
     batch_size: int = 500,
     seed: int = 0,
 ) -> dict[str, Estimate]:
@@ -50,17 +36,22 @@ def evaluate(
         vae: evaluated in evaluation mode, without gradients, where its parameters are; left in the mode it was in.
         data: observations; dynamic binarisation is drawn once per call, the same for the same seed.
         num_samples: latent draws per observation, at least 2 (one draw carries no error).
+        importance_samples: draws per observation for log p(x) by :func:`~pyro_vae.importance.log_marginal`, at least 2; 0:
+            leave it out.
         batch_size: observations held at once, times num_samples.
         seed: seed of the draws; torch's global random state is left as found.
 
     Returns:
-        :class:`Estimate` by name: ``neg_elbo``, ``reconstruction``, ``kl``, and what the likelihood adds.
+        :class:`~pyro_vae.importance.Estimate` by name: ``neg_elbo``, ``reconstruction``, ``kl``, what the likelihood adds,
+        and ``log_marginal`` (higher is better, at least -neg_elbo up to its error).
 
     Raises:
         ValueError: fewer than 2 samples, or data that do not suit the likelihood.
     """
     if num_samples < 2:
         raise ValueError(f"evaluate: num_samples must be at least 2 to know the error, found {num_samples}.")
+    if importance_samples == 1 or importance_samples < 0:
+        raise ValueError(f"evaluate: importance_samples must be 0 or at least 2, found {importance_samples}.")
     device = vae.prior_loc.device
     data = as_data(data).to(device)
     if data.x.is_floating_point():
@@ -68,8 +59,9 @@ def evaluate(
     was_training = vae.training
     vae.eval()
     means, variances, kls = [], [], []
+    observations = []
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             for index in torch.arange(len(data), device=device).split(batch_size):
                 x = data.batch(index)
@@ -78,6 +70,9 @@ def evaluate(
                 means.append(draws.mean(0))
                 variances.append(draws.var(0))
                 kls.append(kl_divergence(q, vae.prior().expand(q.batch_shape)))
+                observations.append(x)
+            if importance_samples:  # in one call, whose draws are independent from image to image
+                log_p = log_marginal(vae.generate, vae.infer, torch.cat(observations), num_samples=importance_samples)
     finally:
         vae.train(was_training)
     # Averaged in float64: one float32 sum over a data set would cost digits.
@@ -93,4 +88,6 @@ def evaluate(
     moved = vae.likelihood.terms(reconstruction + error, vae.event_shape)  # the terms are affine, so this scales the error
     for name, value in extra.items():
         figures[name] = Estimate(value.item(), abs((moved[name] - value).item()), num_samples)
+    if importance_samples:
+        figures["log_marginal"] = log_p.mean
     return figures

@@ -79,7 +79,7 @@ def fit(
 
     history: list[dict[str, Any]] = []
     was_training = objective.training
-    cuda = [device.index or 0] if device.type == "cuda" else []
+    cuda = [device] if device.type == "cuda" else []
     try:
         # The data have been checked as a whole, so Pyro need not check them in every step.
         with torch.random.fork_rng(devices=cuda), pyro.validation_enabled(False):

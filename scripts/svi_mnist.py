@@ -36,6 +36,7 @@ from pyro_vae import (
 )
 from pyro_vae.checkpoint import append_jsonl, new_run, save_weights, write_config, write_json
 from pyro_vae.data import BINARIZATIONS, DATASETS, DatasetFallbackWarning
+from pyro_vae.importance import UnreliableEstimateWarning
 from pyro_vae.objectives import ESTIMATORS
 from pyro_vae.presets import Settings
 
@@ -69,12 +70,20 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one (default: auto)")
     add("--out", type=Path, help="run folder (default: a new one, runs/PRESET-DATASET-DATE-TIME)")
     add("--overwrite", action="store_true", help="replace the earlier run that --out holds (default: refuse)")
+    add(
+        "--importance-samples",
+        type=int,
+        default=100,
+        help="draws per test image for log p(x) by importance sampling; 0: leave it out (default: %(default)s)",
+    )
     add("--no-figures", action="store_true", help="skip the pictures (default: make them)")
     args = parser.parse_args(argv)
     names = ("epochs", "batch_size", "lr", "latent_dim", "hidden", "beta", "particles", "objective", "binarization")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if "hidden" in changes:
         changes["hidden"] = tuple(changes["hidden"])
+    if args.importance_samples < 0 or args.importance_samples == 1:
+        parser.error(f"--importance-samples: expected 0 or at least 2, found {args.importance_samples}")
     if args.overwrite and args.out is None:
         parser.error("--overwrite needs --out: a default folder is always new")
     if not 0 <= args.seed < 2**63:
@@ -212,7 +221,9 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         raise
     seconds = time.perf_counter() - start
     vae.eval()
-    figures = evaluate(vae, test, seed=args.seed)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UnreliableEstimateWarning)
+        figures = evaluate(vae, test, importance_samples=args.importance_samples, seed=args.seed)
     metrics = {
         "preset": settings.preset,
         "binarization": settings.binarization,
@@ -223,6 +234,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         "test": {name: asdict(estimate) for name, estimate in figures.items()},
     }
     write_json(out / "metrics.json", metrics)
+    for unreliable in caught:
+        print(f"warning: {unreliable.message}", file=sys.stderr)
     for name, estimate in figures.items():
         print(f"test {name:15s} {estimate.value:9.3f} +- {estimate.standard_error:.3f} nats")
     if not args.no_figures:

@@ -1,7 +1,20 @@
+import doctest
+import importlib
+import pkgutil
 import subprocess
 import sys
 
+import pytest
+
 import pyro_vae
+
+MODULES = [module.name for module in pkgutil.iter_modules(pyro_vae.__path__, "pyro_vae.")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    module = importlib.import_module(name)
+    assert doctest.testmod(module, extraglobs=vars(pyro_vae) | {"torch": importlib.import_module("torch")}).failed == 0
 
 
 def test_import_is_light_and_changes_nothing():

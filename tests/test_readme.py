@@ -19,8 +19,9 @@ assert draws["z"].shape == (16, 1, 20) and draws["x"].shape == (16, 1, 1, 8, 8)
 assert reconstruction.shape == (5, 1, 8, 8) and replicates.shape == (100, 5, 1, 8, 8)
 assert images.shape == (16, 1, 1, 8, 8)
 """
-    code = "import warnings; warnings.simplefilter('error')\n" + "\n".join(blocks) + checks
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=None)
+    # Any warning fails it but the one that a barely trained model earns.
+    strict = "import warnings; warnings.simplefilter('error'); warnings.filterwarnings('ignore', 'log_marginal: .*heavy')\n"
+    subprocess.run([sys.executable, "-c", strict + "\n".join(blocks) + checks], cwd=tmp_path, check=True)
 
 
 def test_files_named_in_the_readme_exist():

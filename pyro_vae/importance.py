@@ -1,0 +1,288 @@
+"""log p(x) by importance sampling, for any Pyro model and guide with one data plate, with its error and its health.
+
+The driver, :func:`log_marginal`, traces guide and model vectorised over draws, in chunks of bounded memory. The array part,
+:class:`_Accumulator` and :func:`pareto_k`, knows no Pyro: log weights (draws, images) come in, figures per image go out.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor, nn
+
+__all__ = ["Estimate", "ImportanceEstimate", "LogMarginal", "UnreliableEstimateWarning", "log_marginal", "pareto_k"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A Monte-Carlo figure.
+
+    Args:
+        value: mean over the data, nats per observation.
+        standard_error: how far ``value`` would move if the latents were drawn anew, the data kept: 0 where it is exact.
+        num_samples: latent draws made per observation; 0 where none was needed.
+    """
+
+    value: float
+    standard_error: float
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class ImportanceEstimate(Estimate):
+    """An :class:`Estimate` by importance sampling, with the health of its weights.
+
+    Args:
+        median_ess: median over the observations of the effective sample size.
+        unreliable: number of observations whose Pareto k says that their error cannot be trusted.
+    """
+
+    median_ess: float
+    unreliable: int
+
+
+class UnreliableEstimateWarning(UserWarning):
+    """Importance weights whose tail is too heavy for the estimate's error to be trusted."""
+
+
+@dataclass(frozen=True, eq=False)
+class LogMarginal:
+    """log p(x) per observation, in nats, estimated from below: E[value] <= log p(x), equal as the draws grow.
+
+    Args:
+        value: ``(B,)``, log of the mean importance weight.
+        standard_error: ``(B,)``, of ``value``, by the delta method.
+        ess: ``(B,)``, effective sample size, from 1 to ``num_samples``.
+        pareto_k: ``(B,)``, shape of the weights' tail; below 0.5 good, above 0.7 not to be trusted; nan for fewer than
+            25 draws, which show no tail.
+        num_samples: draws made per observation.
+    """
+
+    value: Tensor
+    standard_error: Tensor
+    ess: Tensor
+    pareto_k: Tensor
+    num_samples: int
+
+    @property
+    def unreliable(self) -> Tensor:
+        """``(B,)`` of bool: Pareto k above min(1 - 1 / log10(K), 0.7) (Vehtari et al. 2024)."""
+        if self.num_samples < 25:
+            return torch.zeros_like(self.pareto_k, dtype=torch.bool)
+        return self.pareto_k > min(1 - 1 / math.log10(self.num_samples), 0.7)
+
+    @property
+    def mean(self) -> ImportanceEstimate:
+        """The mean over all observations with its error, their draws being independent."""
+        error = (self.standard_error**2).sum().sqrt() / len(self.value)
+        return ImportanceEstimate(
+            value=self.value.mean().item(),
+            standard_error=error.item(),
+            num_samples=self.num_samples,
+            median_ess=self.ess.median().item(),
+            unreliable=int(self.unreliable.sum()),
+        )
+
+
+def log_marginal(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    x: Tensor,
+    *,
+    num_samples: int = 1000,
+    chunk_size: int | None = None,
+) -> LogMarginal:
+    r"""Importance-sampled marginal log-likelihood of every observation under a Pyro model, with the guide as proposal.
+
+    .. math:: \log \hat p(x_i) = \log \frac1K \sum_{k=1}^K w_{ik}, \qquad
+        w_{ik} = \frac{p(x_i, z_{ik})}{q(z_{ik} \mid x_i)}, \quad z_{ik} \sim q(z \mid x_i)
+
+    A lower bound in expectation, by Jensen's inequality, that tightens as K grows (Burda et al. 2016, arXiv:1509.00519).
+    Latent sites that the guide does not have are drawn from the model, so a guide that does nothing gives plain Monte Carlo
+    from the prior. Scaling of sites (``poutine.scale``, subsampling) is left out: it is no part of the density. Works
+    without gradients, in evaluation mode where model and guide are modules or methods of modules, and leaves torch's random
+    state as found: the same state gives the same draws, so seed anew between calls whose errors are to be independent.
+
+    Args:
+        model: Pyro program, called as ``model(x)``; every site in one plate of dimension -1 over the observations.
+        guide: Pyro program, called as ``guide(x)``.
+        x: observations, ``(B, ...)``.
+        num_samples: draws per observation, K.
+        chunk_size: pairs (draw, observation) held at once; default: as many as hold 2^22 numbers of observations. Memory
+            grows with it and not with K or B.
+
+    Returns:
+        :class:`LogMarginal`, each field ``(B,)``, float64.
+
+    Raises:
+        ValueError: no draws or data; a site outside the data plate, or in the guide alone; a log weight of nan or +inf, with
+            its site.
+
+    Warns:
+        UnreliableEstimateWarning: once, if the Pareto k of some observations says that their errors cannot be trusted. The
+            values there are still lower bounds in expectation.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(x):  # z ~ N(0, 1), x | z ~ N(z, 1), hence x ~ N(0, 2)
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):  # the exact posterior
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> x = torch.tensor([0.0, 1.0, -3.0])
+        >>> estimate = log_marginal(model, guide, x, num_samples=100)
+        >>> torch.allclose(estimate.value.float(), dist.Normal(0.0, 2**0.5).log_prob(x))
+        True
+    """
+    if num_samples < 1:
+        raise ValueError(f"log_marginal: num_samples must be at least 1, found {num_samples}.")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"log_marginal: chunk_size must be at least 1, found {chunk_size}.")
+    if x.dim() == 0 or x.numel() == 0:
+        raise ValueError(f"log_marginal: expected observations of shape (B, ...), found shape {tuple(x.shape)}.")
+    chunk_size = chunk_size or max(1, 2**22 // x[0].numel())
+    draws = min(num_samples, chunk_size)  # all draws of few images rather than the reverse: the guide runs once for each
+    chunks = [min(draws, num_samples - done) for done in range(0, num_samples, draws)]
+    parts = []
+    with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), _evaluating(model, guide):
+        for images in x.split(max(1, chunk_size // draws)):
+            accumulator = _Accumulator(num_samples)
+            for k in chunks:
+                accumulator.add(_log_weights(model, guide, images, k))
+            parts.append(accumulator.figures())
+    value, error, ess, tail = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    result = LogMarginal(value, error, ess, tail, num_samples)
+    if bad := int(result.unreliable.sum()):
+        warnings.warn(
+            f"log_marginal: {bad:,} of {len(x):,} observations have importance weights of too heavy a tail (Pareto k): "
+            f"there the value reads low and its error too small. Draw more than {num_samples:,}, or fit a better guide.",
+            UnreliableEstimateWarning,
+            stacklevel=2,
+        )
+    return result
+
+
+@contextmanager
+def _evaluating(*programs: Callable[..., Any]) -> Iterator[None]:
+    """Puts modules, and modules whose methods the programs are, into evaluation mode, and back as they were."""
+    owners = [getattr(program, "__self__", program) for program in programs]
+    modules = {module: module.training for owner in owners if isinstance(owner, nn.Module) for module in owner.modules()}
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, training in modules.items():
+            module.training = training
+
+
+def _log_weights(model: Callable[..., Any], guide: Callable[..., Any], x: Tensor, num_samples: int) -> Tensor:
+    """log p(x, z) - log q(z | x) for fresh draws of z: ``(num_samples, B)``."""
+    shape = (num_samples, len(x))
+
+    def vectorized(program: Callable[..., Any]) -> Callable[..., Any]:
+        def run() -> Any:
+            with pyro.plate("_importance_samples", num_samples, dim=-2):
+                return program(x)
+
+        return run
+
+    guide_trace = prune_subsample_sites(poutine.trace(vectorized(guide)).get_trace())
+    model_trace = prune_subsample_sites(poutine.trace(poutine.replay(vectorized(model), trace=guide_trace)).get_trace())
+    terms = {}
+    for sign, trace, name in (
+        *((1, model_trace, name) for name in model_trace.nodes),
+        *((-1, guide_trace, name) for name in guide_trace.nodes),
+    ):
+        site = trace.nodes[name]
+        if site["type"] != "sample":
+            continue
+        if trace is guide_trace and name not in model_trace.nodes:
+            raise ValueError(f"log_marginal: site {name!r} is in the guide but not in the model. Draw it in both.")
+        if trace is model_trace and not site["is_observed"] and name not in guide_trace.nodes:
+            continue  # drawn from the model itself, which cancels from the weight
+        log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
+        if log_prob.dim() > 2 or log_prob.shape[-1:] != shape[-1:]:
+            raise ValueError(
+                f"log_marginal: site {name!r} has log-probabilities of shape {tuple(log_prob.shape)}, expected {shape}: "
+                "(draws, observations). Put it in the data plate, and declare all other dimensions by .to_event."
+            )
+        terms[sign, name] = sign * log_prob
+    log_weights: Tensor = sum(terms.values(), torch.zeros(shape, device=x.device))
+    if (log_weights.isnan() | (log_weights == math.inf)).any():
+        bad = [name for (_, name), term in terms.items() if (term.isnan() | (term == math.inf)).any()]
+        raise ValueError(
+            f"log_marginal: nan or +inf log weight, from site {', '.join(map(repr, bad or [n for _, n in terms]))}. "
+            "Look at that distribution's parameters for these observations."
+        )
+    return log_weights.expand(shape)
+
+
+class _Accumulator:
+    """Streams log weights ``(draws, B)``; keeps, per observation, two sums and the largest weights, whatever K."""
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = num_samples
+        # The tail that a generalised Pareto distribution is fitted to (Vehtari et al. 2024), and the weight below it.
+        self.keep = math.ceil(min(0.2 * num_samples, 3 * math.sqrt(num_samples))) + 1
+        self.log_sum = self.log_sum_squares = torch.tensor(-math.inf, dtype=torch.float64)
+        self.largest: Tensor | None = None
+
+    def add(self, log_weights: Tensor) -> None:
+        log_weights = log_weights.double()
+        self.log_sum = torch.logaddexp(self.log_sum.to(log_weights.device), log_weights.logsumexp(0))
+        self.log_sum_squares = torch.logaddexp(self.log_sum_squares.to(log_weights.device), (2 * log_weights).logsumexp(0))
+        if self.largest is not None:
+            log_weights = torch.cat([self.largest, log_weights])
+        self.largest = log_weights.topk(min(self.keep, len(log_weights)), dim=0).values  # descending
+
+    def figures(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """value, standard error, ess, Pareto k: each ``(B,)``."""
+        assert self.largest is not None
+        k = self.num_samples
+        possible = self.log_sum > -math.inf
+        ess = torch.where(possible, (2 * self.log_sum - self.log_sum_squares).exp(), 0.0)
+        # Relative variance of the mean weight, which the delta method takes to the log; unknown from a single draw.
+        variance = (k / ess - 1).clamp_min(0) / (k - 1) if k > 1 else torch.full_like(ess, math.nan)
+        return self.log_sum - math.log(k), variance.sqrt(), ess, pareto_k(self.largest)
+
+
+def pareto_k(largest: Tensor) -> Tensor:
+    """Shape k of a generalised Pareto distribution fitted to the tail of importance weights (Vehtari et al. 2024).
+
+    By the estimator of Zhang and Stephens (2009, Technometrics 51:316), drawn towards 0.5 as if by ten more observations.
+
+    Args:
+        largest: log weights ``(M + 1, B)``, descending: a tail of M and the one below it, where the tail begins.
+
+    Returns:
+        ``(B,)``; nan for a tail shorter than 5, -inf where there is no tail (weights equal to 1e-3), inf where the largest
+        weight leaves nothing for the rest, or every weight is 0.
+    """
+    size = len(largest) - 1
+    if size < 5:
+        return torch.full_like(largest[0], math.nan)
+    weights = (largest.double() - largest[0]).exp()  # relative to the largest: no overflow
+    tail = (weights[:-1] - weights[-1]).flip(0)  # (M, B), ascending excesses over the threshold
+    quartile = tail[int(size / 4 + 0.5) - 1]
+    grid = 30 + int(math.sqrt(size))
+    steps = torch.arange(1, grid + 1, dtype=tail.dtype, device=tail.device).unsqueeze(-1)
+    theta = 1 / tail[-1] + (1 - (grid / (steps - 0.5)).sqrt()) / (3 * quartile)  # (grid, B)
+    shape = torch.log1p(-theta.unsqueeze(1) * tail).mean(1)  # (grid, B)
+    profile = size * ((-theta / shape).log() - shape - 1)  # log-likelihood of each theta
+    theta_hat = (theta * profile.softmax(0)).sum(0)
+    k = torch.log1p(-theta_hat * tail).mean(0)
+    k = (size * k + 10 * 0.5) / (size + 10)
+    k = torch.where(quartile > 0, k, math.inf)
+    k = torch.where(largest[0] - largest[-1] < 1e-3, -math.inf, k)  # a fit to rounding errors would find a tail in them
+    return torch.where(largest[0] == -math.inf, math.inf, k)

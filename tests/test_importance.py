@@ -1,0 +1,421 @@
+"""log p(x) by importance sampling against closed forms, and against the known ways of getting it wrong."""
+
+import math
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import LIKELIHOODS, make_vae
+from torch import nn
+
+from pyro_vae import evaluate, log_marginal
+from pyro_vae.importance import UnreliableEstimateWarning, _Accumulator, pareto_k
+
+X = torch.randn(9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+class LinearGaussian:
+    """z ~ N(0, I_2), x | z ~ N(W z, s^2 I_3): exact posterior and marginal; the guide is shifted and stretched off it."""
+
+    def __init__(self, shift=0.0, stretch=1.0):
+        self.w = torch.tensor([[1.0, 0.5], [-2.0, 0.3], [0.2, 1.5]], dtype=torch.float64)
+        self.variance, self.shift, self.stretch = 0.5, shift, stretch
+        eye = torch.eye(2, dtype=torch.float64)
+        self.covariance = torch.linalg.inv(eye + self.w.T @ self.w / self.variance)
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=x.dtype), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ self.w.T, self.variance**0.5).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            loc = x @ self.w / self.variance @ self.covariance + self.shift
+            pyro.sample("z", dist.MultivariateNormal(loc, self.covariance * self.stretch**2))
+
+    def log_marginal(self, x):
+        covariance = self.w @ self.w.T + self.variance * torch.eye(3, dtype=torch.float64)
+        return dist.MultivariateNormal(torch.zeros(3, dtype=torch.float64), covariance).log_prob(x)
+
+
+def test_exact_posterior_gives_exact_answer_and_full_sample_size():
+    toy = LinearGaussian()
+    result = log_marginal(toy.model, toy.guide, X, num_samples=50)
+    torch.testing.assert_close(result.value, toy.log_marginal(X), rtol=0, atol=1e-10)
+    torch.testing.assert_close(result.ess, torch.full((9,), 50.0, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert (result.standard_error < 1e-7).all()
+    assert result.value.shape == result.pareto_k.shape == (9,)
+
+
+def test_wrong_guide_is_right_within_its_error_over_20_seeds():
+    toy = LinearGaussian(shift=0.1, stretch=1.3)
+    exact, k = toy.log_marginal(X), 2000
+    for seed in range(20):
+        torch.manual_seed(seed)
+        result = log_marginal(toy.model, toy.guide, X, num_samples=k)
+        bias = (k / result.ess - 1) / (2 * k)  # of the log of a mean, to first order
+        assert ((result.value - exact).abs() < 4.5 * result.standard_error + bias).all()  # 180 comparisons
+        assert (result.ess < k).all()
+
+
+def test_reported_errors_are_the_spread_over_seeds():
+    toy = LinearGaussian(shift=0.1, stretch=1.3)
+    runs = []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        runs.append(log_marginal(toy.model, toy.guide, X, num_samples=300))
+    spread = torch.stack([run.value for run in runs]).std(0)
+    reported = torch.stack([run.standard_error for run in runs]).mean(0)
+    torch.testing.assert_close(reported, spread, rtol=0.3, atol=0)  # a spread of 200 is known to 5 %; 9 of them
+    whole = torch.tensor([run.mean.value for run in runs]).std().item()
+    assert sum(run.mean.standard_error for run in runs) / len(runs) == pytest.approx(whole, rel=0.25)
+
+
+def test_bound_from_below_that_tightens():
+    toy = LinearGaussian(shift=0.5, stretch=0.7)
+    exact = toy.log_marginal(X).mean().item()
+    means = []
+    for k in (1, 5, 50):
+        values = []
+        for seed in range(300):
+            torch.manual_seed(seed)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UnreliableEstimateWarning)
+                values.append(log_marginal(toy.model, toy.guide, X, num_samples=k).mean.value)
+        means.append(torch.tensor(values).mean().item())
+    assert means[0] < means[1] < means[2] < exact
+
+
+@pytest.mark.parametrize("sizes", [[50], [7] * 7 + [1], [1] * 50, [49, 1]])
+def test_streaming_equals_all_at_once(sizes):
+    log_weights = torch.randn(50, 4, dtype=torch.float64) * 3 - 500
+    accumulator = _Accumulator(50)
+    for chunk in log_weights.split(sizes):
+        accumulator.add(chunk)
+    value, error, ess, k = accumulator.figures()
+    w = (log_weights + 500).exp()
+    torch.testing.assert_close(value, w.mean(0).log() - 500, rtol=0, atol=1e-9)
+    torch.testing.assert_close(ess, w.sum(0) ** 2 / (w**2).sum(0), rtol=1e-9, atol=0)
+    torch.testing.assert_close(error, w.std(0) / w.mean(0) / math.sqrt(50), rtol=1e-9, atol=0)
+    assert torch.equal(k, pareto_k(log_weights.sort(0, descending=True).values[:11]))  # ceil(0.2 * 50) and the one below
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 20, 60, 61, 10_000])
+def test_chunks_change_nothing_but_the_order_of_the_draws(chunk_size):
+    """K = 20 draws of 9 images, chunks that divide and chunks that do not: right everywhere, and the counts are kept."""
+    toy = LinearGaussian()
+    result = log_marginal(toy.model, toy.guide, X, num_samples=20, chunk_size=chunk_size)
+    torch.testing.assert_close(result.value, toy.log_marginal(X), rtol=0, atol=1e-10)
+    torch.testing.assert_close(result.ess, torch.full((9,), 20.0, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert result.num_samples == 20
+
+
+def test_chunks_give_the_same_value_for_the_same_draws(monkeypatch):
+    """Fixed noise, indexed by draw and image, so that chunking alone can differ."""
+    toy = LinearGaussian(shift=0.3, stretch=1.2)
+    noise = torch.randn(23, 9, 2, dtype=torch.float64)
+    root = torch.linalg.cholesky(toy.covariance) * toy.stretch
+
+    def value(chunk_size):
+        draws = min(23, chunk_size)
+        blocks = [
+            noise[k : k + draws, b : b + max(1, chunk_size // draws)]
+            for b in range(0, 9, max(1, chunk_size // draws))
+            for k in range(0, 23, draws)
+        ]
+        queue = iter(blocks)
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                loc = x @ toy.w / toy.variance @ toy.covariance + toy.shift
+                q = dist.MultivariateNormal(loc, toy.covariance * toy.stretch**2)
+                z = loc + next(queue) @ root.T
+                q.rsample = q.sample = lambda shape=None: z
+                q.expand = lambda shape: q
+                pyro.sample("z", q)
+
+        return log_marginal(toy.model, guide, X, num_samples=23, chunk_size=chunk_size).value
+
+    reference = value(1000)
+    for chunk_size in (1, 4, 23, 46, 50):
+        torch.testing.assert_close(value(chunk_size), reference, rtol=0, atol=1e-9)
+
+
+def test_each_image_has_its_own_weights():
+    """The known failure: weights summed over the batch before the mean over draws are wrong for every image."""
+    toy = LinearGaussian(shift=0.2, stretch=1.2)
+    together = log_marginal(toy.model, toy.guide, X, num_samples=20_000)
+    alone = torch.cat([log_marginal(toy.model, toy.guide, x.unsqueeze(0), num_samples=20_000).value for x in X])
+    assert ((together.value - alone).abs() < 6 * together.standard_error).all()
+    assert ((together.value - toy.log_marginal(X)).abs() < 6 * together.standard_error).all()
+
+
+def test_guide_that_does_nothing_is_prior_sampling():
+    toy = LinearGaussian()
+    result = log_marginal(toy.model, lambda x: None, X, num_samples=200_000)
+    good = ~result.unreliable
+    assert good.sum() > 4
+    assert ((result.value - toy.log_marginal(X)).abs() < 5 * result.standard_error + 1e-3)[good].all()
+
+
+def test_several_latent_sites_and_a_partial_guide():
+    """z1 -> z2 -> x, all normal: x ~ N(0, 1 + 1 + 0.25); the guide proposes z1 alone and leaves z2 to the model."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z1 = pyro.sample("z1", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
+            z2 = pyro.sample("z2", dist.Normal(z1, 1.0))
+            pyro.sample("x", dist.Normal(z2, 0.5), obs=x)
+
+    def both(x):
+        with pyro.plate("data", len(x)):
+            z1 = pyro.sample("z1", dist.Normal(x / 2.25, 1.2))
+            pyro.sample("z2", dist.Normal((4 * x + z1) / 5, 0.5))
+
+    def first(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z1", dist.Normal(x / 2.25, 1.2))
+
+    x = torch.tensor([0.0, 1.0, -2.0], dtype=torch.float64)
+    exact = dist.Normal(torch.zeros((), dtype=x.dtype), 1.5).log_prob(x)
+    for guide in (both, first):
+        result = log_marginal(model, guide, x, num_samples=50_000)
+        assert ((result.value - exact).abs() < 5 * result.standard_error).all()
+        assert (result.standard_error < 0.02).all()
+
+
+class TutorialVAE(nn.Module):
+    """A VAE as Pyro's own tutorial shapes it: its own modules, pyro.module, sites latent and obs, images flattened."""
+
+    class Decoder(nn.Module):
+        def __init__(self, z_dim, hidden_dim):
+            super().__init__()
+            self.fc1, self.fc21 = nn.Linear(z_dim, hidden_dim), nn.Linear(hidden_dim, 16)
+            self.softplus, self.sigmoid = nn.Softplus(), nn.Sigmoid()
+
+        def forward(self, z):
+            return self.sigmoid(self.fc21(self.softplus(self.fc1(z))))
+
+    class Encoder(nn.Module):
+        def __init__(self, z_dim, hidden_dim):
+            super().__init__()
+            self.fc1, self.fc21, self.fc22 = (
+                nn.Linear(16, hidden_dim),
+                nn.Linear(hidden_dim, z_dim),
+                nn.Linear(hidden_dim, z_dim),
+            )
+            self.softplus = nn.Softplus()
+
+        def forward(self, x):
+            hidden = self.softplus(self.fc1(x.reshape(-1, 16)))
+            return self.fc21(hidden), torch.exp(self.fc22(hidden))
+
+    def __init__(self, z_dim=2, hidden_dim=8):
+        super().__init__()
+        self.encoder, self.decoder = self.Encoder(z_dim, hidden_dim), self.Decoder(z_dim, hidden_dim)
+        self.z_dim = z_dim
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", x.shape[0]):
+            z_loc = x.new_zeros(torch.Size((x.shape[0], self.z_dim)))
+            z_scale = x.new_ones(torch.Size((x.shape[0], self.z_dim)))
+            z = pyro.sample("latent", dist.Normal(z_loc, z_scale).to_event(1))
+            loc_img = self.decoder(z)
+            pyro.sample("obs", dist.Bernoulli(loc_img, validate_args=False).to_event(1), obs=x.reshape(-1, 16))
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", x.shape[0]):
+            z_loc, z_scale = self.encoder(x)
+            pyro.sample("latent", dist.Normal(z_loc, z_scale).to_event(1))
+
+
+def integral(decode_log_prob, x, half_width=7.0, n=281):
+    """log p(x) of a model with two latents by quadrature over the plane."""
+    axis = torch.linspace(-half_width, half_width, n, dtype=x.dtype)
+    z = torch.cartesian_prod(axis, axis)  # (n^2, 2)
+    log_prior = dist.Normal(torch.zeros((), dtype=x.dtype), 1.0).log_prob(z).sum(-1)
+    return torch.stack([(decode_log_prob(z, image) + log_prior).logsumexp(0) for image in x]) + 2 * math.log(
+        axis[1] - axis[0]
+    )
+
+
+def test_a_third_partys_vae_works_unchanged_and_is_right():
+    vae = TutorialVAE().double()
+    with torch.no_grad():
+        vae.encoder.fc22.bias += 0.5  # untrained, it would be narrower than the posterior, which is close to the prior
+    x = (torch.rand(6, 1, 4, 4) > 0.5).double()
+    result = log_marginal(vae.model, vae.guide, x, num_samples=20_000)
+    exact = integral(lambda z, image: dist.Bernoulli(vae.decoder(z)).log_prob(image.reshape(16)).sum(-1), x)
+    assert ((result.value - exact).abs() < 5 * result.standard_error).all()
+    assert (result.standard_error < 0.05).all()
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS.values(), ids=LIKELIHOODS)
+def test_our_vae_against_quadrature(likelihood):
+    vae = make_vae(latent_dim=2, likelihood=likelihood).double()
+    x = torch.rand(4, 1, 4, 4, dtype=torch.float64)
+    result = log_marginal(vae.model, vae.guide, x, num_samples=20_000)
+    exact = integral(lambda z, image: vae.decode(z).log_prob(image), x)
+    assert ((result.value - exact).abs() < 5 * result.standard_error).all()
+    figures = evaluate(vae, x, importance_samples=5000)
+    estimate = figures["log_marginal"]
+    assert abs(estimate.value - exact.mean().item()) < 5 * estimate.standard_error
+    assert estimate.num_samples == 5000
+    assert 1 <= estimate.median_ess <= 5000
+    assert estimate.value > -figures["neg_elbo"].value
+
+
+@pytest.mark.filterwarnings("ignore::pyro_vae.importance.UnreliableEstimateWarning")
+def test_state_and_mode_are_left_as_found():
+    class Noisy(TutorialVAE):
+        def __init__(self):
+            super().__init__()
+            self.decoder.softplus = nn.Sequential(nn.Softplus(), nn.Dropout(0.5))
+
+    vae = Noisy()
+    vae.encoder.eval()
+    x = torch.rand(5, 16).round()
+    state = torch.random.get_rng_state()
+    first, second = (log_marginal(vae.model, vae.guide, x, num_samples=30) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first.value, second.value)
+    assert vae.training
+    assert vae.decoder.softplus[1].training
+    assert not vae.encoder.training
+    assert all(p.grad is None for p in vae.parameters())
+    assert not first.value.requires_grad
+
+
+def test_scaling_handlers_are_no_part_of_the_density():
+    toy = LinearGaussian()
+    scaled = pyro.poutine.scale(toy.model, 7.0), pyro.poutine.scale(toy.guide, 7.0)
+    torch.testing.assert_close(log_marginal(*scaled, X, num_samples=10).value, toy.log_marginal(X), rtol=0, atol=1e-10)
+
+
+# --- health ---
+
+
+@pytest.mark.parametrize("shape", [0.2, 0.5, 0.9])
+def test_pareto_k_recovers_the_tail_of_a_known_distribution(shape):
+    """exp(shape * E), E exponential, is Pareto with tail index shape; 40 columns tell bias from spread."""
+    n = 20_000
+    keep = math.ceil(3 * math.sqrt(n)) + 1
+    log_weights = torch.empty(n, 40, dtype=torch.float64).exponential_() * shape
+    k = pareto_k(log_weights.topk(keep, dim=0).values)
+    spread = (1 + shape) / math.sqrt(keep)  # asymptotic standard deviation of the estimator
+    assert abs(k.mean().item() - shape) < 5 * spread / math.sqrt(40) + 10 * abs(0.5 - shape) / keep
+    assert k.std().item() == pytest.approx(spread, rel=0.5)
+
+
+def test_pareto_k_at_its_edges():
+    equal = torch.zeros(20, 1)
+    assert pareto_k(equal).item() == -math.inf
+    assert pareto_k(torch.full((20, 1), -math.inf)).item() == math.inf
+    dominated = torch.full((20, 1), -5000.0)
+    dominated[0] = 0
+    assert pareto_k(dominated).item() == math.inf
+    assert pareto_k(torch.zeros(5, 1)).isnan().all()
+
+
+def test_unreliable_weights_are_told_once_with_their_number():
+    toy = LinearGaussian(stretch=0.2)  # a guide far too narrow: infinite variance
+    with pytest.warns(UnreliableEstimateWarning, match=r"of 9 observations .*Draw more than 500") as record:
+        result = log_marginal(toy.model, toy.guide, X, num_samples=500)
+    assert len(record) == 1
+    assert str(record[0].message).split(":")[1].split()[0] == str(int(result.unreliable.sum()))
+    assert result.mean.unreliable == result.unreliable.sum() > 0
+
+
+def test_impossible_observations_are_minus_infinity_and_unreliable():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Uniform(z, z + 1.0, validate_args=False), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(x - 0.9, x - 0.1) if x[0] < 100 else dist.Normal(0.0, 1.0))
+
+    with pytest.warns(UnreliableEstimateWarning, match="1 of 1 "):
+        result = log_marginal(model, guide, torch.tensor([1000.0]), num_samples=50)
+    assert result.value.item() == -math.inf
+    assert (result.ess.item(), result.standard_error.item(), result.pareto_k.item()) == (0, math.inf, math.inf)
+    assert log_marginal(model, guide, torch.tensor([0.5]), num_samples=50).value.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_and_infinity_name_the_site(bad):
+    class Broken(dist.Normal):
+        def log_prob(self, value):
+            return super().log_prob(value) + torch.tensor([0.0, bad])
+
+        def expand(self, batch_shape, _instance=None):
+            return Broken(self.loc.expand(batch_shape), self.scale.expand(batch_shape))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0))
+            pyro.sample("pixels", Broken(z, torch.ones(2)), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0))
+
+    with pytest.raises(ValueError, match=r"nan or \+inf log weight, from site 'pixels'\."):
+        log_marginal(model, guide, torch.zeros(2), num_samples=5)
+
+
+# --- errors ---
+
+
+def test_site_outside_the_plate_is_named():
+    def model(x):
+        w = pyro.sample("weights", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("weights", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"site 'weights' has log-probabilities of shape \(5, 1\), expected \(5, 3\)"):
+        log_marginal(model, guide, torch.zeros(3), num_samples=5)
+
+
+def test_site_in_the_guide_alone_is_named():
+    toy = LinearGaussian()
+
+    def guide(x):
+        toy.guide(x)
+        with pyro.plate("more", len(x)):
+            pyro.sample("extra", dist.Normal(torch.zeros(len(x)), 1.0))
+
+    with pytest.raises(ValueError, match="'extra' is in the guide but not in the model"):
+        log_marginal(toy.model, guide, X, num_samples=5)
+
+
+@pytest.mark.parametrize(
+    ("x", "arguments", "match"),
+    [
+        (X, {"num_samples": 0}, "num_samples must be at least 1, found 0"),
+        (X, {"chunk_size": 0}, "chunk_size must be at least 1, found 0"),
+        (X[:0], {}, r"found shape \(0, 3\)"),
+        (torch.tensor(1.0), {}, r"found shape \(\)"),
+    ],
+)
+def test_bad_arguments(x, arguments, match):
+    toy = LinearGaussian()
+    with pytest.raises(ValueError, match=match):
+        log_marginal(toy.model, toy.guide, x, **arguments)
+
+
+def test_one_draw_is_the_elbo_estimate_and_has_no_error():
+    toy = LinearGaussian(shift=0.5)
+    result = log_marginal(toy.model, toy.guide, X, num_samples=1)
+    assert result.standard_error.isnan().all()
+    assert (result.ess == 1).all()
+    with pytest.raises(ValueError, match="importance_samples must be 0 or at least 2, found 1"):
+        evaluate(make_vae(), torch.rand(3, 1, 4, 4), importance_samples=1)
