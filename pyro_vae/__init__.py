@@ -2,11 +2,12 @@
 
 from pyro_vae.checkpoint import CheckpointError, load_run
 from pyro_vae.data import Data, DataError, load_data
+from pyro_vae.direct import direct_log_marginal, prior_search
 from pyro_vae.evaluate import evaluate
 from pyro_vae.importance import Estimate, log_marginal
-from pyro_vae.likelihoods import BernoulliLikelihood, NormalLikelihood
+from pyro_vae.likelihoods import BernoulliLikelihood, LearnedNormalLikelihood, NormalLikelihood
 from pyro_vae.nets import MLPDecoder, MLPEncoder
-from pyro_vae.objectives import NegativeELBO, Objective, scale_latents
+from pyro_vae.objectives import NegativeDirectLogLikelihood, NegativeELBO, NegativeIWAE, Objective, scale_latents
 from pyro_vae.presets import PRESETS, load_preset
 from pyro_vae.train import NonFiniteError, fit
 from pyro_vae.vae import VAE
@@ -21,17 +22,22 @@ __all__ = [
     "Data",
     "DataError",
     "Estimate",
+    "LearnedNormalLikelihood",
     "MLPDecoder",
     "MLPEncoder",
+    "NegativeDirectLogLikelihood",
     "NegativeELBO",
+    "NegativeIWAE",
     "NonFiniteError",
     "NormalLikelihood",
     "Objective",
+    "direct_log_marginal",
     "evaluate",
     "fit",
     "load_data",
     "load_preset",
     "load_run",
     "log_marginal",
+    "prior_search",
     "scale_latents",
 ]

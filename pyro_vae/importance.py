@@ -1,7 +1,7 @@
 """log p(x) by importance sampling, for any Pyro model and guide with one data plate, with its error and its health.
 
 The driver, :func:`log_marginal`, traces guide and model vectorised over draws, in chunks of bounded memory. The array part,
-:class:`_Accumulator` and :func:`pareto_k`, knows no Pyro: log weights (draws, images) come in, figures per image go out.
+:class:`Accumulator` and :func:`pareto_k`, knows no Pyro: log weights (draws, images) come in, figures per image go out.
 """
 
 import math
@@ -156,7 +156,7 @@ def log_marginal(
     parts = []
     with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), _evaluating(model, guide):
         for images in x.split(max(1, chunk_size // draws)):
-            accumulator = _Accumulator(num_samples)
+            accumulator = Accumulator(num_samples)
             for k in chunks:
                 accumulator.add(_log_weights(model, guide, images, k))
             parts.append(accumulator.figures())
@@ -228,7 +228,7 @@ def _log_weights(model: Callable[..., Any], guide: Callable[..., Any], x: Tensor
     return log_weights.expand(shape)
 
 
-class _Accumulator:
+class Accumulator:
     """Streams log weights ``(draws, B)``; keeps, per observation, two sums and the largest weights, whatever K."""
 
     def __init__(self, num_samples: int) -> None:

@@ -2,7 +2,8 @@
 
 An encoder is any module that maps ``x`` of shape ``(*batch, *event_shape)`` to the pair ``(loc, log_variance)``, each
 ``(*batch, latent_dim)``. A decoder is any module that maps ``z`` of shape ``(*batch, latent_dim)`` to one raw number per
-element of ``x``, ``(*batch, *event_shape)``; the likelihood says what that number means.
+element of ``x``, ``(*batch, *event_shape)``; the likelihood says what that number means. Where it needs two numbers per
+element, as a normal with learned variance does, they stand in a last dimension: ``(*batch, *event_shape, 2)``.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,6 +65,7 @@ class MLPDecoder(nn.Module):
         hidden: widths of the hidden layers, from the latent towards the data.
         latent_dim: number of latent dimensions.
         activation: makes the activation that follows each hidden layer.
+        outputs: raw numbers per element of ``x``; more than one stand in a last dimension.
 
     Example:
         >>> decoder = MLPDecoder((1, 28, 28), hidden=(400,), latent_dim=20)
@@ -78,12 +80,13 @@ class MLPDecoder(nn.Module):
         hidden: Sequence[int],
         latent_dim: int,
         activation: Callable[[], nn.Module] = nn.ReLU,
+        outputs: int = 1,
     ) -> None:
         super().__init__()
-        self.event_shape = torch.Size(event_shape)
+        self.output_shape = torch.Size(event_shape if outputs == 1 else (*event_shape, outputs))
         sizes = (latent_dim, *hidden)
         self.body = _mlp(sizes, activation)
-        self.output = nn.Linear(sizes[-1], self.event_shape.numel())
+        self.output = nn.Linear(sizes[-1], self.output_shape.numel())
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.output(self.body(z)).unflatten(-1, self.event_shape)  # (*batch, *event_shape)
+        return self.output(self.body(z)).unflatten(-1, self.output_shape)  # (*batch, *output_shape)

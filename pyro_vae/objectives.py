@@ -4,6 +4,7 @@
 training loop knows nothing else of an objective.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +16,17 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from pyro_vae.direct import direct_log_prob
 from pyro_vae.vae import VAE
 
-__all__ = ["ESTIMATORS", "NegativeELBO", "Objective", "scale_latents"]
+__all__ = [
+    "ESTIMATORS",
+    "NegativeDirectLogLikelihood",
+    "NegativeELBO",
+    "NegativeIWAE",
+    "Objective",
+    "scale_latents",
+]
 
 ESTIMATORS = ("trace", "mean-field")
 
@@ -118,6 +127,71 @@ class NegativeELBO(Objective):
         with torch.no_grad():
             log_scale = self.vae.encode(x).base_dist.scale.log().max().item()
         return f"largest log-scale of the encoder {log_scale:g}, {super().diagnose(x)}"
+
+
+class NegativeIWAE(NegativeELBO):
+    r"""Negative importance-weighted bound with K draws per image (Burda et al. 2016, arXiv:1509.00519), nats per image.
+
+    .. math:: \mathcal L_K(x) = E_{z_1 \dots z_K \sim q(z|x)} \Big[ \log \frac1K \sum_k
+        \frac{p(x, z_k)}{q(z_k \mid x)} \Big], \qquad \mathrm{ELBO} = \mathcal L_1 \le \mathcal L_K \le \log p(x)
+
+    The weights are normalised per image. (:class:`pyro.infer.RenyiELBO` with alpha = 0 is the same on a batch of one; on a
+    larger one it weighs the batch as a whole, which is looser.)
+
+    Args:
+        vae: the model and guide.
+        num_particles: draws per image, K.
+
+    A call returns ``loss``, the negative bound, and ``neg_elbo``, ``reconstruction``, ``kl`` of the same draws.
+    """
+
+    def __init__(self, vae: VAE, *, num_particles: int = 5) -> None:
+        super().__init__(vae, num_particles=num_particles)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        reconstruction, kl = self.per_image(x)  # (num_particles, batch)
+        log_weights = -(reconstruction + kl)
+        bound = log_weights.logsumexp(0) - math.log(self.num_particles)
+        terms = {"neg_elbo": -log_weights.mean(), "reconstruction": reconstruction.mean(), "kl": kl.mean()}
+        return {"loss": -bound.mean()} | terms | self.vae.likelihood.terms(terms["reconstruction"], self.vae.event_shape)
+
+
+class NegativeDirectLogLikelihood(Objective):
+    r"""Direct Monte-Carlo maximum likelihood: decoder and prior alone, no encoder. Nats per image.
+
+    .. math:: \text{loss} = -\frac1B \sum_i \log \frac1M \sum_m p(x_i \mid z_m), \qquad z_m \sim N(0, I)
+
+    The draws are shared by all images, so that all pairs are one matrix product. Two ways to draw, both biased for log p(x)
+    from below by Jensen's inequality, by about Var(p-hat) / (2 p^2):
+
+    - fixed once (the default): the loss is then the exact negative log-likelihood of another model, the mixture of M
+      components p(x | z_m), and can be minimised without noise. It fits these M points and need not be good between them:
+      the same decoder under fresh draws scores worse.
+    - redrawn at each step: the gradient is noisy, with a few draws dominating each image, but no fixed set of points can be
+      fitted, and the decoder must be good all over the prior.
+
+    Args:
+        vae: its decoder, likelihood and prior are used; the encoder's parameters get no gradient.
+        num_draws: M.
+        redraw: draw anew at each call, instead of once, here, from torch's global random state.
+    """
+
+    z: Tensor
+
+    def __init__(self, vae: VAE, *, num_draws: int = 64, redraw: bool = False) -> None:
+        super().__init__()
+        if num_draws < 1:
+            raise ValueError(f"NegativeDirectLogLikelihood: num_draws must be at least 1, found {num_draws}.")
+        self.vae = vae
+        self.redraw = redraw
+        self.register_buffer("z", vae.prior().sample((num_draws,)))  # (num_draws, latent_dim)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        z = torch.randn_like(self.z) if self.redraw else self.z
+        return {"loss": -direct_log_prob(self.vae, z, x).mean()}
+
+    def check(self, x: Tensor) -> None:
+        self.vae.likelihood.check(x)
 
 
 def _terms(model_trace: Trace, guide_trace: Trace, *, analytic: bool, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """The variational autoencoder: ``encode`` and ``decode`` return distributions, ``model`` and ``guide`` are Pyro programs."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
@@ -10,25 +9,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.likelihoods import BernoulliLikelihood, Likelihood
+from pyro_vae.likelihoods import BernoulliLikelihood, Likelihood, bounded_scale
 
 __all__ = ["VAE"]
-
-# The encoder's log-scale is its own up to +-7 (scales from 1/1100 to 1100) and bends smoothly to stay within +-10.
-_FREE, _LIMIT = 7.0, 10.0
-
-
-def _bounded_scale(log_variance: Tensor) -> Tensor:
-    """exp(log_variance / 2), with the log-scale bent twice differentiably into +-_LIMIT, never a zero gradient.
-
-    Exactly the plain value where |log-scale| <= _FREE, so it changes nothing in a normal training. Outside, atan (not
-    tanh) leaves a gradient large enough to come back. At the upper limit the squared scale is 5e8 and the lower one stays
-    above float32's resolution of the mean, so that densities are finite and right on both sides.
-    """
-    log_scale = 0.5 * log_variance
-    inner = log_scale.clamp(-_FREE, _FREE)
-    room = (_LIMIT - _FREE) * 2 / math.pi
-    return (inner + room * torch.atan((log_scale - inner) / room)).exp()
 
 
 class VAE(nn.Module):
@@ -98,7 +81,7 @@ class VAE(nn.Module):
                 f"found {x.dtype} of shape {tuple(x.shape)}. Reshape x, and scale uint8 images to [0, 1]."
             )
         loc, log_variance = self.encoder(x)
-        return dist.Normal(loc, _bounded_scale(log_variance)).to_event(1)
+        return dist.Normal(loc, bounded_scale(log_variance)).to_event(1)
 
     def decode(self, z: Tensor) -> dist.TorchDistribution:
         """p(x | z) for z of shape ``(*batch, latent_dim)``, any leading dimensions; event shape ``event_shape``."""

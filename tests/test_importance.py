@@ -11,7 +11,7 @@ from conftest import LIKELIHOODS, make_vae
 from torch import nn
 
 from pyro_vae import evaluate, log_marginal
-from pyro_vae.importance import UnreliableEstimateWarning, _Accumulator, pareto_k
+from pyro_vae.importance import Accumulator, UnreliableEstimateWarning, pareto_k
 
 X = torch.randn(9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
@@ -91,7 +91,7 @@ def test_bound_from_below_that_tightens():
 @pytest.mark.parametrize("sizes", [[50], [7] * 7 + [1], [1] * 50, [49, 1]])
 def test_streaming_equals_all_at_once(sizes):
     log_weights = torch.randn(50, 4, dtype=torch.float64) * 3 - 500
-    accumulator = _Accumulator(50)
+    accumulator = Accumulator(50)
     for chunk in log_weights.split(sizes):
         accumulator.add(chunk)
     value, error, ess, k = accumulator.figures()

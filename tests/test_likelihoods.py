@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
+from conftest import LIKELIHOODS
 
-from pyro_vae import BernoulliLikelihood, NormalLikelihood
+from pyro_vae import BernoulliLikelihood, LearnedNormalLikelihood, NormalLikelihood
 
 
 def test_bernoulli_log_prob_is_exact_where_probabilities_saturate():
@@ -77,3 +78,55 @@ def test_normal_check():
     with pytest.raises(ValueError, match="NaN or infinity"):
         NormalLikelihood().check(torch.tensor([1.0, float("nan")]))
     NormalLikelihood().check(torch.tensor([-1e6, 1e6]))
+
+
+@pytest.mark.parametrize(
+    "shapes", [((5, 4, 300), (4, 300)), ((4, 300), (4, 300)), ((3, 5, 4, 300), (4, 300)), ((300,), (300,))]
+)
+def test_joint_log_prob_without_gradient_equals_the_sum_over_pixels(shapes):
+    output_shape, x_shape = shapes
+    output, x = torch.randn(output_shape, dtype=torch.float64) * 20, torch.rand(x_shape, dtype=torch.float64)
+    output.view(-1)[:3] = torch.tensor([800.0, -800.0, 0.0])
+    expected = BernoulliLikelihood()(output).log_prob(x).sum(-1)
+    torch.testing.assert_close(BernoulliLikelihood()(output).to_event(1).log_prob(x), expected, rtol=1e-12, atol=1e-9)
+    in_single = BernoulliLikelihood()(output.float()).to_event(1).log_prob(x.float())
+    torch.testing.assert_close(in_single.double(), expected, rtol=1e-5, atol=1e-3)
+
+
+def test_joint_log_prob_with_gradient_equals_the_sum_over_pixels():
+    output, x = torch.randn(5, 4, 30, dtype=torch.float64, requires_grad=True), torch.rand(4, 30, dtype=torch.float64)
+    joint = BernoulliLikelihood()(output).to_event(1).log_prob(x)
+    torch.testing.assert_close(joint, BernoulliLikelihood()(output).log_prob(x).sum(-1))
+    (gradient,) = torch.autograd.grad(joint.sum(), output)
+    torch.testing.assert_close(gradient, x - torch.sigmoid(output.detach()))
+
+
+def test_joint_log_prob_still_checks_the_values():
+    with pytest.raises(ValueError, match="Expected value"):
+        BernoulliLikelihood()(torch.zeros(3, 4)).to_event(1).log_prob(torch.full((3, 4), 255.0))
+
+
+def test_joint_distribution_expands_and_samples():
+    p = BernoulliLikelihood()(torch.zeros(2, 3)).to_event(1).expand((7, 2))
+    assert (p.batch_shape, p.event_shape) == ((7, 2), (3,))
+    assert p.sample().shape == (7, 2, 3)
+    torch.testing.assert_close(p.log_prob(torch.ones(3)), torch.full((7, 2), -3 * math.log(2)))
+
+
+@pytest.mark.parametrize("likelihood", [*LIKELIHOODS.values(), LearnedNormalLikelihood()], ids=[*LIKELIHOODS, "learned"])
+def test_pairwise_log_prob_is_that_of_every_pair(likelihood):
+    learned = isinstance(likelihood, LearnedNormalLikelihood)
+    output = torch.randn(5, 1, 4, 3, *((2,) if learned else ()), dtype=torch.float64)
+    x = torch.rand(7, 1, 4, 3, dtype=torch.float64)
+    expected = torch.stack([likelihood(o).log_prob(x).flatten(1).sum(1) for o in output])  # one draw at a time
+    torch.testing.assert_close(likelihood.pairwise_log_prob(output, x), expected)
+
+
+def test_learned_normal_is_the_formula():
+    output, x = torch.randn(3, 6, 2, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    mean, log_variance = output[..., 0], output[..., 1]
+    expected = -0.5 * ((x - mean) ** 2 / log_variance.exp() + log_variance + math.log(2 * math.pi))
+    torch.testing.assert_close(LearnedNormalLikelihood()(output).log_prob(x), expected)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        LearnedNormalLikelihood().check(torch.tensor([float("inf")]))
+    assert LearnedNormalLikelihood().terms(torch.tensor(1.0), (6,)) == {}

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import LIKELIHOODS, make_vae
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch.distributions import kl_divergence
 
-from pyro_vae import NegativeELBO, Objective, scale_latents
+from pyro_vae import NegativeDirectLogLikelihood, NegativeELBO, NegativeIWAE, NormalLikelihood, Objective, scale_latents
 from pyro_vae.vae import VAE
 
 X = torch.rand(7, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -103,8 +103,6 @@ class LinearGaussian(VAE):
     variance = 0.5
 
     def __init__(self, shift=0.0, stretch=1.0):
-        from pyro_vae import NormalLikelihood
-
         decoder = torch.nn.Linear(1, 2, bias=False, dtype=torch.float64)
         decoder.weight.data[:, 0] = self.w
         likelihood = NormalLikelihood(variance=self.variance, mean="identity")
@@ -217,3 +215,118 @@ def test_objective_without_forward():
 def test_diagnose_names_the_largest_log_scale(vae64):
     expected = vae64.encode(X).base_dist.scale.log().max().item()
     assert f"log-scale of the encoder {expected:g}" in NegativeELBO(vae64).diagnose(X)
+
+
+# --- the importance-weighted bound ---
+
+
+@pytest.mark.parametrize("particles", [1, 2, 7])
+def test_iwae_equals_pyros_renyi_elbo_image_by_image(vae64, particles):
+    """Value and gradient for the same noise. One image at a time: on a batch Pyro weighs all images together."""
+    for x in X[:3].split(1):
+        torch.manual_seed(5)
+        ours = NegativeIWAE(vae64, num_particles=particles)(x)["loss"]
+        renyi = RenyiELBO(alpha=0, num_particles=particles, vectorize_particles=True, max_plate_nesting=1)
+        vae64.zero_grad()
+        torch.manual_seed(5)
+        theirs = renyi.loss_and_grads(vae64.model, vae64.guide, x)
+        assert ours.item() == pytest.approx(theirs, rel=1e-12)
+        for gradient, p in zip(gradients(ours, vae64), vae64.parameters(), strict=True):
+            torch.testing.assert_close(gradient, p.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_iwae_of_a_batch_is_the_mean_over_images_and_not_the_joint_weight(vae64):
+    objective = NegativeIWAE(vae64, num_particles=4)
+    torch.manual_seed(3)
+    reconstruction, kl = objective.per_image(X)
+    log_weights = -(reconstruction + kl)
+    torch.manual_seed(3)
+    torch.testing.assert_close(objective(X)["loss"], -(log_weights.logsumexp(0) - math.log(4)).mean())
+    # The known failure, weights summed over the batch before the mean over draws, is a looser bound: this test sees it.
+    with torch.no_grad():
+        draws = -torch.stack([sum(objective.per_image(X)) for _ in range(1000)])  # (1000, 4, batch)
+    per_image = (draws.logsumexp(1) - math.log(4)).mean(1)
+    joint = (draws.sum(2).logsumexp(1) - math.log(4)) / len(X)
+    difference = per_image - joint
+    assert difference.mean() > 5 * difference.std() / math.sqrt(1000)
+
+
+def test_iwae_with_one_particle_is_the_elbo(vae64):
+    torch.manual_seed(3)
+    iwae = NegativeIWAE(vae64, num_particles=1)(X)
+    torch.manual_seed(3)
+    elbo = NegativeELBO(vae64)(X)
+    for name in ("loss", "neg_elbo", "reconstruction", "kl"):
+        torch.testing.assert_close(iwae[name], elbo[name])
+
+
+def test_bounds_are_nested_below_log_marginal():
+    model = LinearGaussian(shift=0.3, stretch=1.5)
+    x, exact = torch.randn(6, 2, dtype=torch.float64), None
+    exact = model.log_marginal(x).mean().item()
+    values, errors = [], []
+    for k in (1, 5, 50):
+        draws = torch.stack([-NegativeIWAE(model, num_particles=k)(x)["loss"] for _ in range(2000)])
+        values.append(draws.mean().item())
+        errors.append(draws.std().item() / math.sqrt(len(draws)))
+    assert values[0] + 5 * errors[0] < values[1] < values[1] + 5 * errors[1] < values[2]
+    assert values[2] < exact
+    assert exact - values[2] < 0.05 * (exact - values[0])
+
+
+# --- direct maximum likelihood ---
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS.values(), ids=LIKELIHOODS)
+def test_direct_loss_and_gradient_equal_those_of_the_large_tensor(likelihood):
+    """Against the same estimate written with a (batch, M, pixels) tensor."""
+    vae = make_vae(likelihood=likelihood).double()
+    objective = NegativeDirectLogLikelihood(vae, num_draws=20).double()
+    ours = objective(X)["loss"]
+    log_p = vae.decode(objective.z).log_prob(X.unsqueeze(1))  # (batch, M), by way of (batch, M, 1, 4, 4)
+    theirs = -(log_p.logsumexp(1) - math.log(20)).mean()
+    torch.testing.assert_close(ours, theirs)
+    parameters = list(vae.decoder.parameters())
+    for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_direct_draws_are_kept_or_redrawn(vae):
+    x = torch.rand(5, 1, 4, 4)
+    fixed, fresh = NegativeDirectLogLikelihood(vae), NegativeDirectLogLikelihood(vae, redraw=True)
+    assert fixed.z.shape == (64, 3)
+    assert fixed(x)["loss"] == fixed(x)["loss"]
+    assert fresh(x)["loss"] != fresh(x)["loss"]
+
+
+class Shift(VAE):
+    """x | z ~ N(z + b, 1), z ~ N(0, 1): the marginal is N(b, 2), whose maximum-likelihood b is the mean of the data."""
+
+    class Decoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.b = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+        def forward(self, z):
+            return z + self.b
+
+    def __init__(self):
+        likelihood = NormalLikelihood(variance=1.0, mean="identity")
+        super().__init__(torch.nn.Identity(), self.Decoder(), latent_dim=1, event_shape=(1,), likelihood=likelihood)
+        self.double()
+
+
+def test_direct_gradient_and_optimum_against_the_closed_form():
+    """d/db of the mean of log N(x; b, 2) is (mean of x - b) / 2; it vanishes at the mean of x."""
+    model = Shift()
+    x = torch.randn(50, 1, dtype=torch.float64) * 1.4 + 0.7
+    objective = NegativeDirectLogLikelihood(model, num_draws=200_000)
+    for b in (0.0, 0.4, x.mean().item()):
+        model.decoder.b.data.fill_(b)
+        (gradient,) = torch.autograd.grad(objective(x)["loss"], model.decoder.b)
+        assert -gradient.item() == pytest.approx((x.mean().item() - b) / 2, abs=0.01)  # of 200,000 draws: about 0.002
+
+
+def test_direct_needs_a_draw(vae):
+    with pytest.raises(ValueError, match="num_draws must be at least 1"):
+        NegativeDirectLogLikelihood(vae, num_draws=0)

@@ -16,7 +16,7 @@ from pyro.infer import SVI, Predictive, RenyiELBO, Trace_ELBO, TraceMeanField_EL
 from torch import nn
 
 from pyro_vae import VAE, NegativeELBO, evaluate, fit
-from pyro_vae.vae import _bounded_scale
+from pyro_vae.likelihoods import bounded_scale
 
 
 def parameters(vae):
@@ -196,7 +196,7 @@ def test_latent_dim_must_be_positive():
 
 def test_scale_is_plain_in_the_normal_range():
     log_variance = torch.linspace(-14, 14, 1001, requires_grad=True)
-    scale = _bounded_scale(log_variance)
+    scale = bounded_scale(log_variance)
     assert torch.equal(scale, (0.5 * log_variance).exp())
     (gradient,) = torch.autograd.grad(scale.sum(), log_variance)
     torch.testing.assert_close(gradient, 0.5 * scale.detach())
@@ -204,21 +204,21 @@ def test_scale_is_plain_in_the_normal_range():
 
 def test_scale_never_overflows_and_always_has_a_gradient():
     log_variance = torch.tensor([-1e38, -1e6, -120.0, -20.0, 20.0, 120.0, 1e6, 1e38], requires_grad=True)
-    scale = _bounded_scale(log_variance)
+    scale = bounded_scale(log_variance)
     assert (scale >= math.exp(-10.001)).all()
     assert (scale <= math.exp(10.001)).all()
     (scale.diff() > 0)[[1, 2, 3, 4, 5]].all()
     (gradient,) = torch.autograd.grad(scale.log().sum(), log_variance)
     assert (gradient[1:-1] > 0).all()
     assert gradient.isfinite().all()
-    assert _bounded_scale(torch.tensor([math.inf, -math.inf])).isfinite().all()
+    assert bounded_scale(torch.tensor([math.inf, -math.inf])).isfinite().all()
 
 
 def test_scale_is_twice_differentiable_where_it_bends():
     log_variance = torch.tensor([-14.0, 14.0], dtype=torch.float64, requires_grad=True)
     points = (log_variance + torch.tensor([[-1e-3], [0.0], [1e-3]], dtype=torch.float64)).detach().requires_grad_()
-    assert torch.autograd.gradgradcheck(lambda v: _bounded_scale(v).log(), points)
-    (slope,) = torch.autograd.grad(_bounded_scale(points).log().sum(), points)
+    assert torch.autograd.gradgradcheck(lambda v: bounded_scale(v).log(), points)
+    (slope,) = torch.autograd.grad(bounded_scale(points).log().sum(), points)
     torch.testing.assert_close(slope, torch.full_like(slope, 0.5), atol=1e-6, rtol=0)
 
 

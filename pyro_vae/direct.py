@@ -1,0 +1,100 @@
+"""The decoder and the prior alone, no encoder: Monte-Carlo log-likelihood, and reconstruction by search in the prior.
+
+.. math:: \\log p(x) \\approx \\log \\frac1M \\sum_m p(x \\mid z_m), \\qquad z_m \\sim N(0, I)
+
+The same M draws serve all images, so the log-likelihoods of all pairs (draw, image) are one matrix product
+(``likelihood.pairwise_log_prob``) and memory is O(M x B), never O(M x B x pixels).
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_vae.importance import Accumulator, ImportanceEstimate, LogMarginal
+from pyro_vae.vae import VAE
+
+__all__ = ["DirectLogMarginal", "direct_log_marginal", "direct_log_prob", "prior_search"]
+
+
+def direct_log_prob(vae: VAE, z: Tensor, x: Tensor) -> Tensor:
+    """log (1/M) sum_m p(x_i | z_m) for given draws: z ``(M, latent_dim)``, x ``(B, *event_shape)`` -> ``(B,)``, nats."""
+    return vae.likelihood.pairwise_log_prob(vae.decoder(z), x).logsumexp(0) - math.log(len(z))
+
+
+@dataclass(frozen=True, eq=False)
+class DirectLogMarginal(LogMarginal):
+    """:class:`~pyro_vae.importance.LogMarginal` by draws from the prior that all observations share.
+
+    Args:
+        mean_error: standard error of the mean over the observations. Their errors are not independent, since the draws are
+            the same, so it is found from the spread of that mean between groups of draws.
+    """
+
+    mean_error: float
+
+    @property
+    def mean(self) -> ImportanceEstimate:
+        return replace(super().mean, standard_error=self.mean_error)
+
+
+@torch.no_grad()
+def direct_log_marginal(vae: VAE, x: Tensor, *, num_samples: int = 10_000) -> DirectLogMarginal:
+    """log p(x) by plain Monte Carlo from the prior, in groups of draws, so that memory stays bounded whatever M.
+
+    Unbiased for p(x), and for log p(x) a lower bound in expectation that is loose while few draws explain x: see ``ess`` and
+    ``pareto_k``. Uses torch's global random state.
+
+    Args:
+        vae: its decoder, likelihood and prior; the encoder is not used.
+        x: observations ``(B, *event_shape)``.
+        num_samples: draws M, shared by all observations.
+
+    Raises:
+        ValueError: fewer draws than the 20 groups whose spread gives the error of the mean.
+    """
+    if num_samples < 20:
+        raise ValueError(f"direct_log_marginal: num_samples must be at least 20 to know the error, found {num_samples}.")
+    groups = max(20, math.ceil(num_samples / 5000))
+    sizes = [num_samples * (g + 1) // groups - num_samples * g // groups for g in range(groups)]
+    draws = vae.prior().sample((num_samples,)).split(sizes)
+    parts, by_group = [], []
+    for images in x.split(max(1, 2**24 // max(sizes))):
+        accumulator, logs = Accumulator(num_samples), []
+        for z in draws:
+            log_p = vae.likelihood.pairwise_log_prob(vae.decoder(z), images)  # (group, images)
+            accumulator.add(log_p)
+            logs.append(log_p.double().logsumexp(0) - math.log(len(z)))
+        parts.append(accumulator.figures())
+        by_group.append(torch.stack(logs))  # (groups, images)
+    value, error, ess, tail = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    # Delta method: the mean of log p(x) moves by the mean over images of the relative deviation of p(x), group by group.
+    deviation = (torch.cat(by_group, dim=1) - value).exp().mean(1)
+    return DirectLogMarginal(value, error, ess, tail, num_samples, (deviation.std() / math.sqrt(groups)).item())
+
+
+@torch.no_grad()
+def prior_search(vae: VAE, x: Tensor, *, num_samples: int = 20_000) -> tuple[Tensor, Tensor]:
+    """Reconstruct without an encoder: score draws from the prior by p(x | z).
+
+    Uses torch's global random state.
+
+    Args:
+        vae: its decoder, likelihood and prior.
+        x: observations ``(B, *event_shape)``.
+        num_samples: draws, shared by all observations.
+
+    Returns:
+        (best, average), each ``(B, *event_shape)``: the decoder's mean at the draw of largest p(x | z), and its average over
+        all draws weighted by p(x | z), which is the posterior mean of the reconstruction, self-normalised.
+    """
+    z = vae.prior().sample((num_samples,))
+    outputs = torch.cat([vae.decoder(part) for part in z.split(5000)])  # (num_samples, *event_shape)
+    means = vae.likelihood(outputs).mean
+    best, average = [], []
+    for images in x.split(500):  # (num_samples, 500) log-likelihoods at once
+        log_p = vae.likelihood.pairwise_log_prob(outputs, images)
+        best.append(means[log_p.argmax(0)])
+        average.append((log_p.softmax(0).T @ means.flatten(1)).unflatten(-1, vae.event_shape))
+    return torch.cat(best), torch.cat(average)
