@@ -244,9 +244,11 @@ def test_iwae_of_a_batch_is_the_mean_over_images_and_not_the_joint_weight(vae64)
     torch.testing.assert_close(objective(X)["loss"], -(log_weights.logsumexp(0) - math.log(4)).mean())
     # The known failure, weights summed over the batch before the mean over draws, is a looser bound: this test sees it.
     with torch.no_grad():
-        draws = -torch.stack([sum(objective.per_image(X)) for _ in range(1000)])  # (1000, 4, batch)
+        off = NegativeIWAE(LinearGaussian(shift=0.5, stretch=0.6), num_particles=4)
+        x = torch.randn(7, 2, dtype=torch.float64)
+        draws = -torch.stack([sum(off.per_image(x)) for _ in range(1000)])  # (1000, 4, batch)
     per_image = (draws.logsumexp(1) - math.log(4)).mean(1)
-    joint = (draws.sum(2).logsumexp(1) - math.log(4)) / len(X)
+    joint = (draws.sum(2).logsumexp(1) - math.log(4)) / len(x)
     difference = per_image - joint
     assert difference.mean() > 5 * difference.std() / math.sqrt(1000)
 
