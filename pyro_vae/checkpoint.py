@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pyro_vae.checks import shape, usable_device
 from pyro_vae.presets import Settings
 from pyro_vae.vae import VAE
 
@@ -58,7 +59,9 @@ def new_run(folder: str | Path | None, *, name: str, overwrite: bool = False) ->
         for part in ("checkpoints", "figures"):
             (path / part).mkdir()
     except OSError as error:
-        raise CheckpointError(f"{error.filename}: the run's folder cannot be made ({error.strerror}).") from error
+        raise CheckpointError(
+            f"{error.filename}: the run's folder cannot be made ({error.strerror}). Name another."
+        ) from error
     return path
 
 
@@ -113,8 +116,12 @@ def load_run(folder: str | Path, *, device: torch.device | str = "cpu") -> VAE:
     """
     settings, event_shape = _read_config(Path(folder) / _CONFIG)
     path = Path(folder) / _WEIGHTS
+    device = usable_device(device)
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten: leave the caller's stream alone
-        vae = settings.build_vae(event_shape)
+        try:
+            vae = settings.build_vae(event_shape)
+        except RuntimeError as error:  # torch's answer to a model larger than the memory
+            raise CheckpointError(f"{Path(folder) / _CONFIG}: the model cannot be built ({error}).") from error
     if not path.is_file():
         raise CheckpointError(f"{path}: missing: this run stopped before its first epoch ended. Train it again.")
     try:
@@ -142,12 +149,6 @@ def _read_config(path: Path) -> tuple[Settings, tuple[int, ...]]:
         missing = [name for name in (*names, "event_shape") if name not in config]
         if missing:
             raise ValueError(f"no entry {', '.join(missing)}")
-        event_shape = config["event_shape"]
-        if not (isinstance(event_shape, list) and event_shape and all(isinstance(n, int) and n > 0 for n in event_shape)):
-            raise ValueError(f"event_shape: expected a list of whole numbers >= 1, found {event_shape!r}")
-        chosen = {name: config[name] for name in names}
-        if isinstance(chosen["hidden"], list):
-            chosen["hidden"] = tuple(chosen["hidden"])  # JSON has no tuples
-        return Settings(**chosen), tuple(event_shape)
+        return Settings(**{name: config[name] for name in names}), shape("event_shape", config["event_shape"])
     except (OSError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise CheckpointError(f"{path}: not the config of a run: {error}") from error

@@ -44,6 +44,7 @@ class Data:
         x: ``(N, *event_shape)``: uint8, which a batch scales by 1/255, or floating point, taken as it is.
         labels: ``(N,)`` integers, or None.
         name: what the results call these data.
+        dtype: floating-point type of the batches; default: that of x, or torch's default type where x is uint8.
         binarization: ``"none"``: values as they are (grey); ``"threshold"``: 1 where a value is above 0.5, else 0;
             ``"dynamic"``: each value redrawn as Bernoulli(value) every time it is seen (Salakhutdinov and Murray 2008).
 
@@ -62,8 +63,14 @@ class Data:
     labels: Tensor | None = None
     name: str = "array"
     binarization: str = "none"
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        for name, value in (("x", self.x), ("labels", self.labels)):
+            if not torch.is_tensor(value) and not (name == "labels" and value is None):
+                raise DataError(
+                    f"{self.name}: expected {name} as a tensor, found {type(value).__name__}: torch.as_tensor(...)."
+                )
         if self.binarization not in BINARIZATIONS:
             raise DataError(f"binarization must be one of {', '.join(BINARIZATIONS)}; found {self.binarization!r}.")
         x = self.x
@@ -72,12 +79,14 @@ class Data:
                 f"{self.name}: expected at least one observation, in an array of shape (N, *event_shape); "
                 f"found shape {tuple(x.shape)}. A single observation needs a leading dimension: x[None]."
             )
-        if self.labels is not None and self.labels.shape != x.shape[:1]:
-            raise DataError(f"{self.name}: expected {len(x)} labels, found shape {tuple(self.labels.shape)}.")
+        labels = self.labels
+        if labels is not None and (labels.shape != x.shape[:1] or labels.is_floating_point()):
+            found = f"{labels.dtype} of shape {tuple(labels.shape)}"
+            raise DataError(f"{self.name}: expected {len(x)} labels, whole numbers, found {found}.")
         if x.dtype == torch.uint8:
             return
         if not x.is_floating_point():
-            raise DataError(f"{self.name}: expected uint8 or floating-point values, found {x.dtype}. Convert them first.")
+            raise DataError(f"{self.name}: expected uint8 or floating-point values, found {x.dtype}. Convert: x.float().")
         low, high = x.min().item(), x.max().item()
         if not (np.isfinite(low) and np.isfinite(high)):
             raise DataError(f"{self.name}: found NaN or infinite values. Remove or replace them.")
@@ -95,15 +104,16 @@ class Data:
         """Shape of one observation."""
         return self.x.shape[1:]
 
-    def to(self, device: torch.device | str) -> "Data":
-        """The same data on another device."""
-        return replace(self, x=self.x.to(device), labels=None if self.labels is None else self.labels.to(device))
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Data":
+        """The same data on another device, with batches of another floating-point type; copied only where they differ."""
+        x = self.x.to(device) if self.x.dtype == torch.uint8 or dtype is None else self.x.to(device, dtype)
+        return replace(self, x=x, labels=None if self.labels is None else self.labels.to(device), dtype=dtype or self.dtype)
 
     def batch(self, index: Tensor) -> Tensor:
         """Floating-point observations ``(len(index), *event_shape)``, binarised; dynamic draws use torch's global RNG."""
         x = self.x.index_select(0, index)
         if x.dtype == torch.uint8:
-            x = x.to(torch.get_default_dtype()).div_(255)
+            x = x.to(self.dtype or torch.get_default_dtype()).div_(255)
         if self.binarization == "threshold":
             x = (x > 0.5).to(x.dtype)
         elif self.binarization == "dynamic":
@@ -112,15 +122,24 @@ class Data:
 
 
 def as_data(x: "Data | Tensor | np.ndarray[Any, Any]") -> Data:
-    """Wrap a tensor or NumPy array as :class:`Data`; float64 NumPy arrays become torch's default floating-point type."""
+    """Wrap a tensor or NumPy array as :class:`Data`, without a copy where its memory can be shared.
+
+    Raises:
+        DataError: another type, or an array that no tensor can hold.
+    """
     if isinstance(x, Data):
         return x
+    if isinstance(x, np.ma.MaskedArray):
+        raise DataError("expected an array without a mask, found a masked array. Fill the masked values: x.filled(...).")
     if isinstance(x, np.ndarray):
-        x = torch.from_numpy(np.ascontiguousarray(x))
-        if x.dtype == torch.float64:
-            x = x.to(torch.get_default_dtype())
+        if x.dtype.kind not in "fiub" or x.dtype.itemsize > 8:
+            raise DataError(f"expected an array of numbers, found {x.dtype}. Convert: x.astype('float32').")
+        native = x.astype(x.dtype.newbyteorder("="), copy=not x.flags.writeable)  # tensors share memory that can be written
+        x = torch.from_numpy(np.ascontiguousarray(native))
+    if isinstance(x, tuple):
+        raise DataError("expected one data set, found a tuple. Pass its parts apart: train, test = load_data(...).")
     if not isinstance(x, Tensor):
-        raise DataError(f"expected Data, a tensor or a NumPy array, found {type(x).__name__}. Load it with load_data.")
+        raise DataError(f"expected Data, a tensor or a NumPy array, found {type(x).__name__}. Stack it: torch.stack(...).")
     return Data(x)
 
 
@@ -235,6 +254,9 @@ def _torchvision_mnist(folder: Path) -> Any:
 def _download(class_name: str, root: Path, missing: list[str]) -> None:
     folder = root / class_name / "raw"
     mnist = _torchvision_mnist(folder)
+    hints = [f"run gunzip on {file}.gz, which lies there." for file in missing if (folder / f"{file}.gz").exists()]
+    if root.name in (class_name, "raw"):
+        hints.append(f"--data-dir names the folder above {class_name}.")
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # torchvision sets none: a network that swallows packets would hang it for ever
     try:
@@ -243,7 +265,7 @@ def _download(class_name: str, root: Path, missing: list[str]) -> None:
         raise MissingDataError(
             f"{class_name}: missing in {folder}: {', '.join(missing)}; and the download failed "
             f"({' '.join(str(error).split())}). Copy the files there, or name the folder that holds {class_name}/raw "
-            "by --data-dir or the environment variable PYRO_VAE_DATA."
+            f"by --data-dir or the environment variable PYRO_VAE_DATA. {' '.join(hints)}".rstrip()
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
@@ -266,7 +288,8 @@ def _verify(class_name: str, folder: Path) -> None:
         with path.open("rb") as stream:
             compressed = stream.read(2) == b"\x1f\x8b"
         if digest in owner:
-            raise DataError(f"{path}: swapped: it holds the content of {owner[digest]}. Give both files their own names.")
+            what = f"swapped: it holds the content of {owner[digest]}"
+            raise DataError(f"{path}: {what}. Give each file its own name, or {again}.")
         if compressed:
             raise DataError(f"{path}: still compressed by gzip. Rename it to {file}.gz and run gunzip on it.")
         if found != size:

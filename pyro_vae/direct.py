@@ -64,8 +64,7 @@ def direct_log_marginal(vae: VAE, x: Tensor, *, num_samples: int = 10_000) -> Di
         accumulator, logs = Accumulator(num_samples), []
         for z in draws:
             log_p = vae.likelihood.pairwise_log_prob(vae.decoder(z), images)  # (group, images)
-            accumulator.add(log_p)
-            logs.append(log_p.double().logsumexp(0) - math.log(len(z)))
+            logs.append(accumulator.add(log_p) - math.log(len(z)))
         parts.append(accumulator.figures())
         by_group.append(torch.stack(logs))  # (groups, images)
     value, error, ess, tail = (torch.cat(columns) for columns in zip(*parts, strict=True))

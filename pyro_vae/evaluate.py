@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_vae.checks import whole_number
 from pyro_vae.data import Data, as_data
 from pyro_vae.importance import Estimate, log_marginal
 from pyro_vae.vae import VAE
@@ -48,12 +49,15 @@ def evaluate(
     Raises:
         ValueError: fewer than 2 samples, or data that do not suit the likelihood.
     """
-    if num_samples < 2:
-        raise ValueError(f"evaluate: num_samples must be at least 2 to know the error, found {num_samples}.")
-    if importance_samples == 1 or importance_samples < 0:
-        raise ValueError(f"evaluate: importance_samples must be 0 or at least 2, found {importance_samples}.")
+    if not isinstance(vae, VAE):
+        raise ValueError(f"evaluate: expected a VAE, found {type(vae).__name__}.")
+    num_samples = whole_number("num_samples", num_samples, minimum=2)  # one draw carries no error
+    importance_samples = whole_number("importance_samples", importance_samples, minimum=0)
+    if importance_samples == 1:
+        raise ValueError("importance_samples: expected 0 or a whole number >= 2, found 1.")
+    batch_size, seed = whole_number("batch_size", batch_size), whole_number("seed", seed, minimum=0)
     device = vae.prior_loc.device
-    data = as_data(data).to(device)
+    data = as_data(data).to(device, vae.prior_loc.dtype)
     if data.x.is_floating_point():
         vae.likelihood.check(data.x)
     was_training = vae.training
@@ -65,6 +69,7 @@ def evaluate(
             torch.manual_seed(seed)
             for index in torch.arange(len(data), device=device).split(batch_size):
                 x = data.batch(index)
+                vae.check_batch(x)
                 q = vae.encode(x)
                 draws = -vae.decode(q.sample((num_samples,))).log_prob(x)  # (num_samples, batch)
                 means.append(draws.mean(0))

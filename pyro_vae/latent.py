@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.data import Data
+from pyro_vae.data import Data, as_data
 from pyro_vae.vae import VAE
 
 __all__ = ["denoise", "interpolate", "latent_means", "sample_like", "tsne"]
 
 
 @torch.no_grad()
-def latent_means(vae: VAE, data: Data, *, batch_size: int = 1000) -> Tensor:
+def latent_means(vae: VAE, data: "Data | Tensor | np.ndarray[Any, Any]", *, batch_size: int = 1000) -> Tensor:
     """Posterior mean of every observation, ``(N, latent_dim)``, in the order of the data."""
+    data = as_data(data).to(vae.prior_loc.device, vae.prior_loc.dtype)
     batches = torch.arange(len(data), device=data.x.device).split(batch_size)
     return torch.cat([vae.encode(data.batch(index)).mean for index in batches])
 

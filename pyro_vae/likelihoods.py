@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_vae.checks import number
+
 __all__ = ["BernoulliLikelihood", "LearnedNormalLikelihood", "Likelihood", "NormalLikelihood", "bounded_scale"]
 
 
@@ -153,8 +155,7 @@ class NormalLikelihood:
     mean: str = "sigmoid"
 
     def __post_init__(self) -> None:
-        if not 0 < self.variance < math.inf:
-            raise ValueError(f"NormalLikelihood: variance must be a positive number, found {self.variance}.")
+        number("variance", self.variance)
         if self.mean not in ("sigmoid", "identity"):
             raise ValueError(f"NormalLikelihood: mean must be 'sigmoid' or 'identity', found {self.mean!r}.")
 
@@ -190,6 +191,11 @@ class LearnedNormalLikelihood:
     """
 
     def __call__(self, output: Tensor) -> dist.TorchDistribution:
+        if output.shape[-1] != 2:
+            raise ValueError(
+                f"LearnedNormalLikelihood: expected decoder output of shape (..., 2), mean and log-variance, "
+                f"found {tuple(output.shape)}. Give the decoder outputs=2."
+            )
         mean, log_variance = output.unbind(-1)
         return dist.Normal(mean, bounded_scale(log_variance))
 

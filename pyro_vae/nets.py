@@ -1,7 +1,7 @@
 """Encoder and decoder networks: tensors in, tensors out; no Pyro, no device, no fixed image size.
 
-An encoder is any module that maps ``x`` of shape ``(*batch, *event_shape)`` to the pair ``(loc, log_variance)``, each
-``(*batch, latent_dim)``. A decoder is any module that maps ``z`` of shape ``(*batch, latent_dim)`` to one raw number per
+An encoder is any module that maps ``x`` of shape ``(batch, *event_shape)`` to the pair ``(loc, log_variance)``, each
+``(batch, latent_dim)``. A decoder is any module that maps ``z`` of shape ``(*batch, latent_dim)`` to one raw number per
 element of ``x``, ``(*batch, *event_shape)``; the likelihood says what that number means. Where it needs two numbers per
 element, as a normal with learned variance does, they stand in a last dimension: ``(*batch, *event_shape, 2)``.
 """
@@ -11,6 +11,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+
+from pyro_vae.checks import shape, whole_number
 
 __all__ = ["MLPDecoder", "MLPEncoder"]
 
@@ -45,6 +47,8 @@ class MLPEncoder(nn.Module):
         activation: Callable[[], nn.Module] = nn.ReLU,
     ) -> None:
         super().__init__()
+        event_shape, hidden = shape("event_shape", event_shape), shape("hidden", hidden, empty=True)
+        latent_dim = whole_number("latent_dim", latent_dim)
         self.event_dim = len(event_shape)
         sizes = (torch.Size(event_shape).numel(), *hidden)
         self.body = _mlp(sizes, activation)
@@ -83,6 +87,8 @@ class MLPDecoder(nn.Module):
         outputs: int = 1,
     ) -> None:
         super().__init__()
+        event_shape, hidden = shape("event_shape", event_shape), shape("hidden", hidden, empty=True)
+        latent_dim = whole_number("latent_dim", latent_dim)
         self.output_shape = torch.Size(event_shape if outputs == 1 else (*event_shape, outputs))
         sizes = (latent_dim, *hidden)
         self.body = _mlp(sizes, activation)

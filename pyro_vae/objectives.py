@@ -16,6 +16,7 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from pyro_vae.checks import number, whole_number
 from pyro_vae.direct import direct_log_prob
 from pyro_vae.vae import VAE
 
@@ -91,17 +92,14 @@ class NegativeELBO(Objective):
         super().__init__()
         if estimator not in ESTIMATORS:
             raise ValueError(f"NegativeELBO: estimator must be one of {', '.join(ESTIMATORS)}, found {estimator!r}.")
-        if num_particles < 1:
-            raise ValueError(f"NegativeELBO: num_particles must be at least 1, found {num_particles}.")
-        if not 0 < beta < float("inf"):
-            raise ValueError(f"NegativeELBO: beta must be a positive number, found {beta}.")
-        self.vae = vae
+        self.vae = _require_vae(vae)
         self.estimator = estimator
-        self.num_particles = num_particles
-        self.beta = beta
+        self.num_particles = whole_number("num_particles", num_particles)
+        self.beta = number("beta", beta)
 
     def per_image(self, x: Tensor, num_particles: int | None = None) -> tuple[Tensor, Tensor]:
         """Reconstruction and beta-weighted kl per draw and image, each ``(num_particles, batch)``, nats."""
+        self.vae.check_batch(x)
         num_particles = self.num_particles if num_particles is None else num_particles
         analytic = self.estimator == "mean-field"
         elbo = (TraceMeanField_ELBO if analytic else Trace_ELBO)(
@@ -180,18 +178,23 @@ class NegativeDirectLogLikelihood(Objective):
 
     def __init__(self, vae: VAE, *, num_draws: int = 64, redraw: bool = False) -> None:
         super().__init__()
-        if num_draws < 1:
-            raise ValueError(f"NegativeDirectLogLikelihood: num_draws must be at least 1, found {num_draws}.")
-        self.vae = vae
+        self.vae = _require_vae(vae)
         self.redraw = redraw
-        self.register_buffer("z", vae.prior().sample((num_draws,)))  # (num_draws, latent_dim)
+        self.register_buffer("z", vae.prior().sample((whole_number("num_draws", num_draws),)))  # (num_draws, latent_dim)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
+        self.vae.check_batch(x)
         z = torch.randn_like(self.z) if self.redraw else self.z
         return {"loss": -direct_log_prob(self.vae, z, x).mean()}
 
     def check(self, x: Tensor) -> None:
         self.vae.likelihood.check(x)
+
+
+def _require_vae(vae: VAE) -> VAE:
+    if not isinstance(vae, VAE):
+        raise ValueError(f"expected a VAE, found {type(vae).__name__}. Put encoder and decoder into a pyro_vae.VAE first.")
+    return vae
 
 
 def _terms(model_trace: Trace, guide_trace: Trace, *, analytic: bool, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:

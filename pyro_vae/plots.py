@@ -1,6 +1,7 @@
 """Arrays -> matplotlib Figure. Nothing here trains, draws random numbers, or touches matplotlib's global state."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +10,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["image_grid", "image_rows", "latent_pairs", "latent_scatter", "training_curves"]
+__all__ = [
+    "curves",
+    "density_panels",
+    "image_grid",
+    "image_rows",
+    "latent_pairs",
+    "latent_scatter",
+    "training_curves",
+]
 
 # Ten colours that people with any colour vision tell apart (Petroff 2021, arXiv:2107.02270); digits 0 to 9.
 _COLORS = (
@@ -59,7 +68,7 @@ def image_rows(rows: Mapping[str, Array], *, title: str = "", columns: Sequence[
         raise ValueError(f"image_rows: every row needs the same number of images, found {count}.")
     n = next(iter(count.values()))
     size = 0.8 if n <= 12 else 0.5
-    names = max(map(len, rows)) * 0.11
+    names = max(map(len, rows)) * 0.12 + 0.1
     figure = _figure(
         n * size + names + 0.2, len(rows) * size + (0.5 if title else 0.1) + (0.25 if columns else 0), tight=True
     )
@@ -152,7 +161,7 @@ def latent_pairs(points: Array, labels: Array, *, axes: Sequence[int] | None = N
     n = len(axes) - 1
     side = max(2.4, 6.0 / n)
     figure = _figure(n * side + 1.0, n * side + 0.4)
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(title, fontsize=12)
     grid = figure.subplots(n, n, squeeze=False, sharex="col", sharey="row")
     handles: list[Any] = []
     for row in range(n):
@@ -192,4 +201,90 @@ def training_curves(history: Sequence[Mapping[str, Any]], *, title: str = "") ->
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
         ax.legend(frameon=False)
+    return figure
+
+
+def density_panels(
+    samples: Mapping[str, Array],
+    log_density: Callable[[Array], Array],
+    *,
+    columns: int,
+    limits: tuple[float, float, float, float],
+    bins: int = 60,
+    title: str = "",
+) -> "Figure":
+    """Two-dimensional histograms of samples, each under the contours of one density.
+
+    Args:
+        samples: name of a panel -> points ``(n, 2)``.
+        log_density: maps points ``(m, 2)`` to the log of the density whose contours are drawn, ``(m,)``: each ring is one
+            standard deviation further out where it is a normal.
+        columns: panels per row.
+        limits: ``(x_min, x_max, y_min, y_max)``, the same in all panels.
+        bins: of the histograms, per axis.
+        title: above the picture.
+    """
+    x_min, x_max, y_min, y_max = limits
+    x, y = np.meshgrid(np.linspace(x_min, x_max, 120), np.linspace(y_min, y_max, 120))
+    level = np.asarray(log_density(np.stack([x.ravel(), y.ravel()], axis=-1))).reshape(x.shape)
+    rings = level.max() - 0.5 * np.array([3.0, 2.0, 1.0]) ** 2
+    rows = -(-len(samples) // columns)
+    side = 4.2 if rows == 1 else 2.3
+    figure = _figure(columns * side, rows * side + 0.4)
+    figure.suptitle(title, fontsize=13)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for ax, (name, points) in zip(grid, samples.items(), strict=False):
+        points = np.asarray(points)
+        extent = [[x_min, x_max], [y_min, y_max]]
+        ax.hist2d(points[:, 0], points[:, 1], bins=bins, range=extent, cmap="Blues", density=True, vmax=0.2)
+        ax.contour(x, y, level, levels=rings, colors="#bd1f01", linewidths=1.2)
+        ax.set_title(name, fontsize=11)
+        ax.set_aspect("equal")
+    for ax in grid[len(samples) :]:
+        ax.set_axis_off()
+    return figure
+
+
+def curves(
+    lines: Mapping[str, tuple[Array, Array]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    bands: Mapping[str, Array] | None = None,
+    level: tuple[str, float] | None = None,
+    log_x: bool = False,
+) -> "Figure":
+    """Lines in one axis, each with its name.
+
+    Args:
+        lines: name -> (x, y).
+        xlabel: name of the horizontal axis.
+        ylabel: name of the vertical axis.
+        title: above the picture.
+        bands: name of a line -> half-width of the band around it, ``(n,)``.
+        level: name and height of a horizontal line.
+        log_x: logarithmic horizontal axis.
+    """
+    figure = _figure(7.5, 4.5)
+    figure.suptitle(title, fontsize=13)
+    ax = figure.add_subplot()
+    for (name, (x, y)), color, style in zip(
+        lines.items(),
+        itertools.cycle(("#3f90da", "#e76300", "#832db6", "#717581")),
+        itertools.cycle(("-", "--", ":")),
+        strict=False,
+    ):
+        y = np.asarray(y)
+        ax.plot(x, y, color=color, label=name, linestyle=style, linewidth=2)
+        if bands is not None and name in bands:
+            ax.fill_between(x, y - np.asarray(bands[name]), y + np.asarray(bands[name]), color=color, alpha=0.2, linewidth=0)
+    if level is not None:
+        ax.axhline(level[1], color="black", linewidth=1)
+        ax.annotate(level[0], (1, level[1]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=11)
+    if log_x:
+        ax.set_xscale("log")
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, fontsize=11)
     return figure

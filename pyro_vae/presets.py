@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from pyro_vae.checks import number, shape, whole_number
 from pyro_vae.data import BINARIZATIONS
 from pyro_vae.likelihoods import BernoulliLikelihood, Likelihood, NormalLikelihood
 from pyro_vae.nets import MLPDecoder, MLPEncoder
@@ -54,18 +55,17 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("latent_dim", "epochs", "batch_size", "particles"):
-            _require(self, name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number >= 1")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))  # the way of frozen dataclasses
+        object.__setattr__(self, "hidden", shape("hidden", self.hidden, empty=True))
         for name in ("lr", "beta"):
-            value = getattr(self, name)
-            _require(self, name, isinstance(value, int | float) and 0 < value < float("inf"), "a positive number")
-        sizes_ok = isinstance(self.hidden, tuple) and all(isinstance(n, int) and n >= 1 for n in self.hidden)
-        _require(self, "hidden", sizes_ok, "a tuple of whole numbers >= 1")
+            number(name, getattr(self, name))
         for name, choices in (
             ("likelihood", tuple(_LIKELIHOODS)),
             ("objective", ESTIMATORS),
             ("binarization", BINARIZATIONS),
         ):
-            _require(self, name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {getattr(self, name)!r}.")
 
     def build_vae(self, event_shape: Sequence[int]) -> VAE:
         """A new VAE of these settings for observations of this shape, weights drawn from torch's global random state."""
@@ -80,11 +80,6 @@ class Settings:
     def build_objective(self, vae: VAE) -> NegativeELBO:
         """The objective of these settings for a VAE."""
         return NegativeELBO(vae, estimator=self.objective, num_particles=self.particles, beta=self.beta)
-
-
-def _require(settings: Settings, name: str, condition: bool, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}: expected {expected}, found {getattr(settings, name)!r}.")
 
 
 PRESETS = {

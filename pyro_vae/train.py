@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_vae.checks import number, usable_device, whole_number
 from pyro_vae.data import Data, as_data
 from pyro_vae.objectives import Objective
+from pyro_vae.vae import VAE
 
 __all__ = ["NonFiniteError", "fit", "format_epoch"]
 
@@ -41,11 +43,13 @@ def fit(
 
     Args:
         objective: what is minimised; moved to ``device`` and trained in place.
-        data: training data. Each epoch visits every observation once, in a new random order.
+        data: training data; batches are made in the type of the objective's parameters. Each epoch visits every
+            observation once, in a new random order.
         epochs: passes over the data.
         batch_size: observations per step; the last batch of an epoch holds what is left.
         lr: Adam's learning rate.
-        seed: seed of data order and noise (not of the initial weights: those are drawn where the model is built).
+        seed: of data order and noise, a whole number >= 0; not of the initial weights, which are drawn
+            where the model is built.
         test: held-out data; the objective is evaluated on all of it after each epoch, with the same noise every time.
         device: where to train; default: where the objective's parameters are.
         on_epoch: called with each epoch's record as soon as it exists.
@@ -60,17 +64,17 @@ def fit(
         ValueError: unusable settings, or data that do not suit the objective.
         NonFiniteError: loss or gradient became NaN or infinite; raised before the optimiser steps.
     """
-    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"fit: {name} must be at least 1, found {value}.")
-    if not 0 < lr < float("inf"):
-        raise ValueError(f"fit: lr must be a positive number, found {lr}.")
+    if not isinstance(objective, Objective):
+        hint = "NegativeELBO(vae)" if isinstance(objective, VAE) else "a subclass of pyro_vae.Objective"
+        raise ValueError(f"fit: expected an objective, found {type(objective).__name__}. Use {hint}.")
+    epochs, batch_size = whole_number("epochs", epochs), whole_number("batch_size", batch_size)
+    lr, seed = number("lr", lr), whole_number("seed", seed, minimum=0)
     parameters = [p for p in objective.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("fit: the objective has no parameter that requires a gradient; nothing to train.")
-    device = torch.device(device) if device is not None else parameters[0].device
-    data = as_data(data).to(device)
-    held_out = None if test is None else as_data(test).to(device)
+    device = parameters[0].device if device is None else usable_device(device)
+    data = as_data(data).to(device, parameters[0].dtype)
+    held_out = None if test is None else as_data(test).to(device, parameters[0].dtype)
     for part in (data, held_out):
         if part is not None and part.x.is_floating_point():  # uint8 is scaled into [0, 1], which suits every likelihood
             objective.check(part.x)
@@ -87,7 +91,7 @@ def fit(
                 record: dict[str, Any] = {"epoch": epoch}
                 record |= _train_epoch(objective, data, optimizer, parameters, batch_size, seed, epoch, verbose)
                 if held_out is not None:
-                    torch.manual_seed(seed)
+                    torch.manual_seed(_streams(seed, 0)[1])
                     record["test"] = _mean_terms(objective, held_out, batch_size=1024)
                 history.append(record)
                 if on_epoch is not None:  # before the line, so that an epoch that was announced has been kept
@@ -113,9 +117,9 @@ def _train_epoch(
     """One pass over the data; the terms averaged over its observations, and the time it took."""
     objective.train()
     # Two streams: the order of the data must not depend on how much noise the objective draws.
-    order_seed, noise_seed = np.random.SeedSequence((seed, epoch)).generate_state(2, np.uint64)
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(int(order_seed))).to(data.x.device)
-    torch.manual_seed(int(noise_seed))
+    order_seed, noise_seed = _streams(seed, epoch)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(order_seed)).to(data.x.device)
+    torch.manual_seed(noise_seed)
     totals: dict[str, float] = {}
     start = time.perf_counter()
     bar = tqdm(total=len(data), desc=f"epoch {epoch:2d}", unit="img", leave=False, disable=None if verbose else True)
@@ -123,6 +127,8 @@ def _train_epoch(
         for step, index in enumerate(order.split(batch_size)):
             x = data.batch(index)
             terms = objective(x)
+            if step == 0:
+                _check_terms(objective, terms)
             optimizer.zero_grad(set_to_none=True)
             terms["loss"].backward()
             # NaN and infinity survive a sum, so one number per tensor tells, and one read brings everything here.
@@ -142,11 +148,34 @@ def _train_epoch(
     return means | {"seconds": seconds, "images_per_second": len(data) / seconds}
 
 
+def _streams(seed: int, epoch: int) -> tuple[int, int]:
+    """Independent seeds of data order and noise for an epoch; epoch 0 stands for the evaluations."""
+    order, noise = np.random.SeedSequence((seed, epoch)).generate_state(2, np.uint64)
+    return int(order), int(noise)
+
+
+_RECORD = ("epoch", "seconds", "images_per_second", "test")  # what fit adds to the objective's terms
+
+
+def _check_terms(objective: Objective, terms: Any) -> None:
+    if not (
+        isinstance(terms, dict) and "loss" in terms and all(torch.is_tensor(v) and v.dim() == 0 for v in terms.values())
+    ):
+        found = {k: getattr(v, "shape", v) for k, v in terms.items()} if isinstance(terms, dict) else type(terms).__name__
+        raise ValueError(
+            f"fit: expected {type(objective).__name__} to return a dict of scalar tensors with 'loss', found {found}."
+        )
+    if clash := [name for name in terms if name in _RECORD]:
+        raise ValueError(f"fit: {type(objective).__name__} returns {', '.join(clash)}, which fit itself records. Rename it.")
+
+
 def _describe(objective: Objective, x: Tensor, epoch: int, step: int, loss: float) -> str:
     what = "the loss" if not np.isfinite(loss) else "the gradient"
+    first = epoch == step == 1
+    advice = "No step was taken yet: look at the nets and the data." if first else "Lower the learning rate."
     return (
         f"{what} is not finite in epoch {epoch}, batch {step}: loss {loss:g}, {objective.diagnose(x)}. The weights are "
-        "those of the step before. Lower the learning rate, and look at the data of this batch."
+        f"those before this batch. {advice}"
     )
 
 

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.checks import shape, whole_number
 from pyro_vae.likelihoods import BernoulliLikelihood, Likelihood, bounded_scale
 
 __all__ = ["VAE"]
@@ -23,8 +24,9 @@ class VAE(nn.Module):
     ``nn.Module``: parameters live here, not in Pyro's global store.
 
     Args:
-        encoder: maps x ``(*batch, *event_shape)`` to ``(loc, log_variance)``, each ``(*batch, latent_dim)``.
-        decoder: maps z ``(*batch, latent_dim)`` to the likelihood's raw input ``(*batch, *event_shape)``.
+        encoder: maps x ``(batch, *event_shape)`` to ``(loc, log_variance)``, each ``(batch, latent_dim)``.
+        decoder: maps z ``(batch, latent_dim)`` to the likelihood's raw input ``(batch, *event_shape)``. Both see one batch
+            dimension, whatever :meth:`encode` and :meth:`decode` are given.
         latent_dim: number of latent dimensions.
         event_shape: shape of one observation.
         likelihood: p(x | z) from the decoder's output; see :mod:`pyro_vae.likelihoods`.
@@ -54,13 +56,15 @@ class VAE(nn.Module):
         likelihood: Likelihood | None = None,
     ) -> None:
         super().__init__()
-        if latent_dim < 1:
-            raise ValueError(f"VAE: latent_dim must be at least 1, found {latent_dim}.")
+        if likelihood is not None and not hasattr(likelihood, "pairwise_log_prob"):
+            raise ValueError(f"VAE: expected a likelihood such as BernoulliLikelihood(), found {likelihood!r}.")
+        if isinstance(likelihood, type):
+            raise ValueError(f"VAE: expected an instance, {likelihood.__name__}(), found the class itself.")
         self.encoder = encoder
         self.decoder = decoder
         self.likelihood = BernoulliLikelihood() if likelihood is None else likelihood
-        self.latent_dim = latent_dim
-        self.event_shape = torch.Size(event_shape)
+        self.latent_dim = latent_dim = whole_number("latent_dim", latent_dim)
+        self.event_shape = torch.Size(shape("event_shape", event_shape))
         # Buffers, so that the prior follows the module's device and dtype; not saved, since they are constants.
         self.register_buffer("prior_loc", torch.zeros(latent_dim), persistent=False)
         self.register_buffer("prior_scale", torch.ones(latent_dim), persistent=False)
@@ -70,22 +74,62 @@ class VAE(nn.Module):
         return dist.Normal(self.prior_loc, self.prior_scale).to_event(1)
 
     def encode(self, x: Tensor) -> dist.TorchDistribution:
-        """q(z | x): batch shape that of x, event shape ``(latent_dim,)``.
+        """q(z | x) for x of shape ``(*batch, *event_shape)``, any leading dimensions; event shape ``(latent_dim,)``.
 
         Raises:
-            ValueError: x is not floating point or does not end in ``event_shape``.
+            ValueError: x is of another shape or type, or the encoder's output is.
         """
-        if x.shape[x.dim() - len(self.event_shape) :] != self.event_shape or not x.is_floating_point():
-            raise ValueError(
-                f"VAE.encode: expected floating-point x of shape (*batch, {', '.join(map(str, self.event_shape))}), "
-                f"found {x.dtype} of shape {tuple(x.shape)}. Reshape x, and scale uint8 images to [0, 1]."
-            )
-        loc, log_variance = self.encoder(x)
+        batch = self._batch_shape("x", x, self.event_shape)
+        output = self.encoder(x.reshape(-1, *self.event_shape))
+        if not (isinstance(output, tuple | list) and [*map(torch.is_tensor, output)] == [True, True]):
+            found = type(output).__name__
+            raise ValueError(f"VAE: expected the encoder to return a pair of tensors (loc, log_variance), found {found}.")
+        expected = (batch.numel(), self.latent_dim)
+        for name, part in zip(("loc", "log_variance"), output, strict=True):
+            if part.shape != expected:
+                raise ValueError(
+                    f"VAE: expected the encoder's {name} of shape {expected}, (batch, latent_dim), found "
+                    f"{tuple(part.shape)}. Make the encoder and latent_dim agree."
+                )
+        loc, log_variance = (part.reshape(*batch, self.latent_dim) for part in output)
         return dist.Normal(loc, bounded_scale(log_variance)).to_event(1)
 
     def decode(self, z: Tensor) -> dist.TorchDistribution:
-        """p(x | z) for z of shape ``(*batch, latent_dim)``, any leading dimensions; event shape ``event_shape``."""
-        return self.likelihood(self.decoder(z)).to_event(len(self.event_shape))
+        """p(x | z) for z of shape ``(*batch, latent_dim)``, any leading dimensions; event shape ``event_shape``.
+
+        Raises:
+            ValueError: z is of another shape or type, or the decoder's output is.
+        """
+        batch = self._batch_shape("z", z, (self.latent_dim,))
+        output = self.decoder(z.reshape(-1, self.latent_dim))
+        found = tuple(output.shape)
+        if found[:1] == (batch.numel(),):
+            p = self.likelihood(output.reshape(*batch, *found[1:]))
+            if p.batch_shape == (*batch, *self.event_shape):
+                return p.to_event(len(self.event_shape))
+        raise ValueError(
+            f"VAE: expected a decoder that maps ({batch.numel()}, {self.latent_dim}) to what {self.likelihood} takes for "
+            f"({batch.numel()}, {_join(self.event_shape)}) elements, found {found}. Make decoder and event_shape agree."
+        )
+
+    def check_batch(self, x: Tensor) -> None:
+        """Raise a ``ValueError`` unless x is a batch of observations: floating point, ``(batch, *event_shape)``."""
+        if not torch.is_tensor(x) or self._batch_shape("x", x, self.event_shape) != tuple(x.shape[:1]):
+            found = f"shape {tuple(x.shape)}" if torch.is_tensor(x) else f"{type(x).__name__}"
+            raise ValueError(
+                f"VAE: expected x of shape (batch, {_join(self.event_shape)}), found {found}. A single observation needs "
+                "a leading dimension, x[None]; a number of observations to draw is the keyword size=."
+            )
+
+    def _batch_shape(self, name: str, value: Tensor, event_shape: Sequence[int]) -> torch.Size:
+        """The leading dimensions of x or z, once its type and last dimensions are found to be right."""
+        leading = value.dim() - len(event_shape)
+        if leading < 0 or value.shape[leading:] != tuple(event_shape) or value.dtype != self.prior_loc.dtype:
+            raise ValueError(
+                f"VAE: expected {name} of shape (*batch, {_join(event_shape)}) and type {self.prior_loc.dtype}, found "
+                f"{value.dtype} of shape {tuple(value.shape)}. Reshape it, convert it, and scale uint8 images to [0, 1]."
+            )
+        return torch.Size(value.shape[:leading])
 
     def model(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
         """Pyro model: draw z from the prior and x from the decoder, or score the given x, ``(batch, *event_shape)``.
@@ -93,6 +137,9 @@ class VAE(nn.Module):
         Args:
             x: observations, or None to draw ``size`` new ones.
             size: number of observations in the plate where x is None.
+
+        Raises:
+            ValueError: x is no batch of observations, or size is no whole number >= 1.
         """
         pyro.module(_param_prefix(self), self)
         return self.generate(x, size=size)
@@ -108,7 +155,12 @@ class VAE(nn.Module):
 
     def generate(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
         """:meth:`model` without registering parameters in Pyro's store: for optimisers that hold the module's own."""
-        with pyro.plate("data", size if x is None else len(x), dim=-1):
+        if x is None:
+            size = whole_number("size", size)
+        else:
+            self.check_batch(x)
+            size = len(x)
+        with pyro.plate("data", size, dim=-1):
             z = pyro.sample("z", self.prior())
             return pyro.sample("x", self.decode(z), obs=x)
 
@@ -119,8 +171,13 @@ class VAE(nn.Module):
                 "VAE.guide: expected x, found None: q(z | x) is conditioned on data. "
                 "Call guide(x), or sample from the prior with Predictive(vae.model, num_samples=n)(size=...)."
             )
+        self.check_batch(x)
         with pyro.plate("data", len(x), dim=-1):
             return pyro.sample("z", self.encode(x))
+
+
+def _join(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes))
 
 
 _prefixes: WeakKeyDictionary[VAE, str] = WeakKeyDictionary()

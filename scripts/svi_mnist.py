@@ -48,6 +48,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
 
     def of_preset(name: str) -> str:
         values = {preset: getattr(settings, name) for preset, settings in PRESETS.items()}
+        if name == "hidden":  # as it is typed
+            values = {preset: " ".join(map(str, widths)) for preset, widths in values.items()}
         if len(set(values.values())) == 1:
             return f"default: {next(iter(values.values()))}"
         return "default: " + ", ".join(f"{value} for {preset}" for preset, value in values.items())
@@ -57,15 +59,21 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     add("--preset", choices=list(PRESETS), default="bernoulli-z20", help="reference system (default: %(default)s)")
     add("--dataset", choices=DATASETS, default="auto", help="auto: mnist if it can be had, else digits (default: auto)")
     add("--data-dir", help="folder that holds MNIST/raw (default: $PYRO_VAE_DATA, else ~/.cache/pyro_vae)")
-    add("--epochs", type=int, help=of_preset("epochs"))
-    add("--batch-size", type=int, help=of_preset("batch_size"))
+    add("--epochs", type=int, help=f"passes over the training set ({of_preset('epochs')})")
+    add("--batch-size", type=int, help=f"images per step ({of_preset('batch_size')})")
     add("--lr", type=float, help=f"Adam's learning rate ({of_preset('lr')})")
-    add("--latent-dim", type=int, help=of_preset("latent_dim"))
-    add("--hidden", type=int, nargs="*", help=f"encoder's hidden widths, mirrored in the decoder ({of_preset('hidden')})")
+    add("--latent-dim", type=int, help=f"number of latent dimensions ({of_preset('latent_dim')})")
+    add(
+        "--hidden",
+        type=int,
+        nargs="*",
+        help=f"widths from the data to the latent, mirrored in the decoder ({of_preset('hidden')})",
+    )
     add("--beta", type=float, help=f"weight of the KL in the loss ({of_preset('beta')})")
     add("--particles", type=int, help=f"latent draws per image in the loss ({of_preset('particles')})")
     add("--objective", choices=ESTIMATORS, help=f"KL estimated at the draws, or closed form ({of_preset('objective')})")
-    add("--binarize", dest="binarization", choices=BINARIZATIONS, help=of_preset("binarization"))
+    binarize = "none: grey pixels; threshold: 1 above 0.5; dynamic: drawn as Bernoulli(grey) each time an image is seen"
+    add("--binarize", dest="binarization", choices=BINARIZATIONS, help=f"{binarize} ({of_preset('binarization')})")
     add("--seed", type=int, default=0, help="of weights, data order and noise (default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one (default: auto)")
     add("--out", type=Path, help="run folder (default: a new one, runs/PRESET-DATASET-DATE-TIME)")
@@ -95,7 +103,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     try:
         return args, load_preset(args.preset, **changes)
     except ValueError as error:
-        parser.error(str(error))
+        name, _, message = str(error).partition(":")
+        parser.error(f"--{name.replace('binarization', 'binarize').replace('_', '-')}:{message}")
 
 
 def load(args: argparse.Namespace, settings: Settings) -> tuple[Data, Data, str]:
@@ -142,7 +151,9 @@ def make_figures(vae: pyro_vae.VAE, train: Data, test: Data, history: list[dict[
     yield "interpolation", plots.image_rows(cpu(rows), title=f"{title}: from a 6 to a 9")
 
     some = test.batch(torch.randperm(len(test))[:10].to(test.x.device))
-    rows = dict(zip(("original", "2 % flipped", "reconstruction"), latent.denoise(vae, some, flip_rate=0.02), strict=True))
+    rows = dict(
+        zip(("thresholded", "2 % flipped", "reconstruction"), latent.denoise(vae, some, flip_rate=0.02), strict=True)
+    )
     yield "denoising", plots.image_rows(cpu(rows), title=f"{title}: denoising")
 
     rows = {str(d): latent.sample_like(vae, train, d, num_samples=20) for d in range(10)}
@@ -153,8 +164,8 @@ def make_figures(vae: pyro_vae.VAE, train: Data, test: Data, history: list[dict[
     if vae.latent_dim > 1:
         # All axes where they are few; else the four that the model uses most, by variance of the posterior means.
         axes = sorted(means.var(0).argsort(descending=True)[:4].tolist())
-        which = "all axes" if vae.latent_dim <= 4 else f"the 4 axes of {vae.latent_dim} that vary most"
-        caption = f"{title}: latent means of the training set, {which}"
+        which = "all axes" if vae.latent_dim <= 4 else f"the 4 of {vae.latent_dim} axes that vary most"
+        caption = f"{title}: latent means (training set), {which}"
         yield "latent_pairs", plots.latent_pairs(means.cpu(), train_labels.cpu(), axes=axes, title=caption)
 
     if args.preset == "bernoulli-z10":  # each as its reference does it
@@ -162,7 +173,7 @@ def make_figures(vae: pyro_vae.VAE, train: Data, test: Data, history: list[dict[
         means, labels = means[index], train_labels[index]
     else:
         means, labels = latent.latent_means(vae, test)[:3000], test_labels[:3000]
-        what = f"the first {len(means):,} test images"
+        what = f"the {'first ' if len(means) < len(test) else ''}{len(means):,} test images"
     points = latent.tsne(means)
     yield "tsne", plots.latent_scatter(points, labels.cpu(), title=f"{title}: t-SNE of {what}")
 
@@ -174,9 +185,16 @@ def cpu(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def run(args: argparse.Namespace, settings: Settings) -> None:
     train, test, warning = load(args, settings)
     warn_loudly(warning)
-    out = new_run(args.out, name=f"{settings.preset}-{train.name}", overwrite=args.overwrite)
+    if train.name == "digits":
+        torch.set_num_threads(1)  # its matrices are too small for more: threads would only wait for one another
     torch.manual_seed(args.seed)
-    vae = settings.build_vae(train.event_shape).to(args.device)
+    try:
+        vae = settings.build_vae(train.event_shape).to(args.device)
+    except RuntimeError as error:  # torch's answer to a model larger than the memory
+        raise DataError(
+            f"the model cannot be built ({str(error).strip()}). Choose smaller --hidden or --latent-dim."
+        ) from error
+    out = new_run(args.out, name=f"{settings.preset}-{train.name}", overwrite=args.overwrite)
     provenance = {
         "dataset": train.name,
         "requested_dataset": args.dataset,
@@ -244,7 +262,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
             for name, figure in make_figures(vae, train.to(args.device), test.to(args.device), history, args):
                 figure.savefig(out / "figures" / f"{name}.png")
     warn_loudly(warning)
-    print(f"done in {seconds:.0f} s of training; everything is in {out}")
+    print(f"trained in {seconds:.0f} s; everything is in {out}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,7 +16,9 @@ LIKELIHOODS = {
 
 
 @pytest.fixture(autouse=True)
-def _fresh():
+def _fresh(request):
+    # The models are tiny: a second thread would only wait, for long where the machine is busy. Real MNIST takes all cores.
+    torch.set_num_threads(os.cpu_count() or 1 if "mnist" in request.fixturenames else 1)
     torch.manual_seed(0)
     pyro.clear_param_store()
     with pyro.validation_enabled(True):

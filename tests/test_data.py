@@ -100,7 +100,7 @@ DAMAGE = {
     lengthen: (TEST, "too long: expected 64 bytes, found 66"),
     flip: (TEST, "damaged: expected SHA-256"),
     compress: (TRAIN_LABELS, "still compressed by gzip. Rename it to .*gz and run gunzip"),
-    swap: (TRAIN_LABELS, f"swapped: it holds the content of {TEST_LABELS}"),
+    swap: (TRAIN_LABELS, f"swapped: it holds the content of {TEST_LABELS}. Give each file its own name, or delete"),
     remove: (TEST_LABELS, "download failed.*no network.*PYRO_VAE_DATA"),
     empty: (TRAIN, "truncated: expected 112 bytes, found 0"),
     directory: (TRAIN, "cannot be read"),
@@ -243,8 +243,11 @@ def test_data_are_held_once():
     assert as_data(array).x.data_ptr() == array.ctypes.data
 
 
-def test_float64_arrays_become_the_default_type():
-    assert as_data(np.zeros((4, 2))).x.dtype == torch.float32
+def test_batches_of_another_type():
+    for x in (np.zeros((4, 2)), np.zeros((4, 2), dtype=np.uint8)):
+        data = as_data(x).to("cpu", torch.float32)
+        assert data.batch(torch.tensor([0])).dtype == torch.float32
+    assert data.x.dtype == torch.uint8  # held as it came
 
 
 BAD = {
@@ -255,7 +258,11 @@ BAD = {
     "integers": (torch.zeros(4, 2, dtype=torch.int64), {}, "uint8 or floating-point values, found torch.int64"),
     "nan": (torch.tensor([[math.nan]]), {}, "NaN or infinite"),
     "infinite": (torch.tensor([[math.inf]]), {}, "NaN or infinite"),
-    "labels": (torch.zeros(4, 2), {"labels": torch.zeros(3)}, "expected 4 labels, found shape \\(3,\\)"),
+    "labels": (
+        torch.zeros(4, 2),
+        {"labels": torch.zeros(3)},
+        "expected 4 labels, whole numbers, found torch.float32 of shape \\(3,\\)",
+    ),
     "binarization": (torch.zeros(4, 2), {"binarization": "random"}, "none, threshold, dynamic; found 'random'"),
     "range": (torch.full((4, 2), 2.0), {"binarization": "dynamic"}, r"needs values in \[0, 1\], found 2 to 2"),
 }
@@ -267,6 +274,29 @@ def test_bad_data(x, arguments, match):
         Data(x, **arguments)
 
 
-def test_as_data_refuses_other_types():
-    with pytest.raises(DataError, match="found list"):
-        as_data([[1.0]])
+REFUSED = {
+    "list": ([[1.0]], "found list"),
+    "the pair of load_data": ((1, 2), "Pass its parts apart: train, test"),
+    "masked": (np.ma.masked_array([[1.0]]), "without a mask"),
+    "objects": (np.array([[object()]]), "expected an array of numbers, found object"),
+    "words": (np.array([["a"]]), "expected an array of numbers"),
+}
+
+
+@pytest.mark.parametrize(("x", "match"), REFUSED.values(), ids=REFUSED)
+def test_as_data_refuses_other_types(x, match):
+    with pytest.raises(DataError, match=match):
+        as_data(x)
+
+
+def test_data_takes_tensors():
+    with pytest.raises(DataError, match="expected x as a tensor, found ndarray"):
+        Data(np.zeros((2, 2)))
+    with pytest.raises(DataError, match="expected labels as a tensor, found list"):
+        Data(torch.zeros(2, 2), labels=[0, 1])
+
+
+def test_arrays_that_are_read_only_or_of_other_byte_order():
+    array = np.arange(4, dtype=">f4").reshape(2, 2)
+    array.flags.writeable = False
+    assert as_data(array).x.tolist() == [[0.0, 1.0], [2.0, 3.0]]

@@ -64,7 +64,7 @@ def test_evaluation_changes_nothing(vae):
 
 
 def test_one_draw_has_no_error(vae):
-    with pytest.raises(ValueError, match="at least 2 to know the error, found 1"):
+    with pytest.raises(ValueError, match="num_samples: expected a whole number >= 2, found 1"):
         evaluate(vae, X.float(), num_samples=1)
 
 

@@ -400,8 +400,8 @@ def test_site_in_the_guide_alone_is_named():
 @pytest.mark.parametrize(
     ("x", "arguments", "match"),
     [
-        (X, {"num_samples": 0}, "num_samples must be at least 1, found 0"),
-        (X, {"chunk_size": 0}, "chunk_size must be at least 1, found 0"),
+        (X, {"num_samples": 0}, "num_samples: expected a whole number >= 1, found 0"),
+        (X, {"chunk_size": 0}, "chunk_size: expected a whole number >= 1, found 0"),
         (X[:0], {}, r"found shape \(0, 3\)"),
         (torch.tensor(1.0), {}, r"found shape \(\)"),
     ],
@@ -417,5 +417,6 @@ def test_one_draw_is_the_elbo_estimate_and_has_no_error():
     result = log_marginal(toy.model, toy.guide, X, num_samples=1)
     assert result.standard_error.isnan().all()
     assert (result.ess == 1).all()
-    with pytest.raises(ValueError, match="importance_samples must be 0 or at least 2, found 1"):
+    assert result.mean.unreliable is None  # unknown, not zero
+    with pytest.raises(ValueError, match="importance_samples: expected 0 or a whole number >= 2, found 1"):
         evaluate(make_vae(), torch.rand(3, 1, 4, 4), importance_samples=1)

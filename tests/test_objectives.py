@@ -197,9 +197,9 @@ def test_score_function_guide_is_refused(vae64):
     ("arguments", "match"),
     [
         ({"estimator": "jit"}, "trace, mean-field, found 'jit'"),
-        ({"num_particles": 0}, "num_particles must be at least 1"),
-        ({"beta": 0.0}, "beta must be a positive"),
-        ({"beta": float("nan")}, "beta must be a positive"),
+        ({"num_particles": 0}, "num_particles: expected a whole number >= 1"),
+        ({"beta": 0.0}, "beta: expected a positive"),
+        ({"beta": float("nan")}, "beta: expected a positive"),
     ],
 )
 def test_bad_settings(vae, arguments, match):
@@ -330,5 +330,5 @@ def test_direct_gradient_and_optimum_against_the_closed_form():
 
 
 def test_direct_needs_a_draw(vae):
-    with pytest.raises(ValueError, match="num_draws must be at least 1"):
+    with pytest.raises(ValueError, match="num_draws: expected a whole number >= 1"):
         NegativeDirectLogLikelihood(vae, num_draws=0)

@@ -47,8 +47,8 @@ def test_changes_leave_the_preset_alone():
     [
         ({"latent_dim": 0}, "latent_dim: expected a whole number >= 1, found 0"),
         ({"batch_size": 1.5}, "batch_size: expected a whole number"),
-        ({"hidden": (10, 0)}, r"hidden: expected a tuple of whole numbers >= 1, found \(10, 0\)"),
-        ({"hidden": 10}, "hidden: expected a tuple"),
+        ({"hidden": (10, 0)}, r"hidden: expected whole numbers >= 1, such as \(400, 200\), found \(10, 0\)"),
+        ({"hidden": 10}, "hidden: expected whole numbers"),
         ({"lr": float("nan")}, "lr: expected a positive number"),
         ({"beta": -1}, "beta: expected a positive number"),
         ({"likelihood": "poisson"}, "likelihood: expected one of bernoulli, normal, found 'poisson'"),

@@ -7,7 +7,7 @@ import torch
 from conftest import make_vae
 from torch import nn
 
-from pyro_vae import Data, NegativeELBO, NonFiniteError, NormalLikelihood, Objective, fit, load_preset
+from pyro_vae import Data, NegativeELBO, NonFiniteError, NormalLikelihood, Objective, evaluate, fit, load_preset
 from pyro_vae.train import format_epoch
 
 
@@ -186,10 +186,15 @@ def test_exploding_learning_rate_names_the_log_scale(vae):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"epochs": 0}, "epochs must be at least 1, found 0"),
-        ({"epochs": 1, "batch_size": 0}, "batch_size must be at least 1"),
-        ({"epochs": 1, "lr": -1.0}, "lr must be a positive number, found -1"),
-        ({"epochs": 1, "lr": math.nan}, "lr must be a positive number"),
+        ({"epochs": 0}, "epochs: expected a whole number >= 1, found 0"),
+        ({"epochs": 1, "batch_size": 0}, "batch_size: expected a whole number >= 1, found 0"),
+        ({"epochs": 1, "lr": -1.0}, "lr: expected a positive number, found -1"),
+        ({"epochs": True}, "epochs: expected a whole number >= 1, found True"),
+        ({"epochs": 1, "batch_size": 2.5}, "batch_size: expected a whole number >= 1, found 2.5"),
+        ({"epochs": 1, "lr": "1e-3"}, "lr: expected a positive number, found '1e-3'"),
+        ({"epochs": 1, "seed": -1}, "seed: expected a whole number >= 0, found -1"),
+        ({"epochs": 1, "device": "abacus"}, "device: expected one that torch can use here.*found 'abacus'"),
+        ({"epochs": 1, "lr": math.nan}, "lr: expected a positive number, found nan"),
     ],
 )
 def test_bad_settings(vae, arguments, match):
@@ -207,8 +212,48 @@ def test_data_that_do_not_suit_the_likelihood(vae):
 
 
 def test_data_of_another_shape(vae):
-    with pytest.raises(ValueError, match=r"\(\*batch, 1, 4, 4\), found torch.float32 of shape \(53, 16\)"):
+    with pytest.raises(
+        ValueError, match=r"\(\*batch, 1, 4, 4\) and type torch.float32, found torch.float32 of shape \(53, 16\)"
+    ) as error:
         fit(NegativeELBO(vae), X.flatten(1), epochs=1, verbose=False)
+    assert "Trace Shapes" not in str(error.value)  # found before Pyro traces anything
+    for x in (X[None], X[0]):
+        with pytest.raises(ValueError, match=r"expected x of shape \(batch, 1, 4, 4\), found shape"):
+            NegativeELBO(vae)(x)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.float64])
+def test_batches_take_the_type_of_the_model(double, dtype):
+    vae = make_vae().double() if double else make_vae()
+    x = (X * 255).byte() if dtype == torch.uint8 else X.to(dtype)
+    fit(NegativeELBO(vae), x, test=x, epochs=1, verbose=False)
+    assert math.isfinite(evaluate(vae, x.numpy())["neg_elbo"].value)
+
+
+@pytest.mark.parametrize("objective", [make_vae(), nn.Linear(2, 2), "elbo"], ids=["VAE", "module", "str"])
+def test_what_is_no_objective(objective):
+    with pytest.raises(ValueError, match=r"expected an objective, found (VAE\. Use NegativeELBO\(vae\)|Linear|str)"):
+        fit(objective, X, epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("terms", "match"),
+    [
+        (torch.zeros(()), "found Tensor"),
+        ({"total": torch.zeros(())}, "with 'loss', found"),
+        ({"loss": torch.zeros(3)}, r"found {'loss': torch.Size\(\[3\]\)}"),
+        ({"loss": torch.zeros(()), "kl": 1.0}, "found {'loss'"),
+        ({"loss": torch.zeros(()), "epoch": torch.zeros(())}, "returns epoch, which fit itself records"),
+    ],
+)
+def test_objectives_that_break_the_contract(terms, match):
+    class Wrong(Mean):
+        def forward(self, x):
+            return terms
+
+    with pytest.raises(ValueError, match=match):
+        fit(Wrong(), X, epochs=1, verbose=False)
 
 
 def test_vae_finds_the_two_dimensions_of_its_data():

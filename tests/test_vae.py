@@ -15,7 +15,7 @@ from pyro import poutine
 from pyro.infer import SVI, Predictive, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
-from pyro_vae import VAE, NegativeELBO, evaluate, fit
+from pyro_vae import VAE, BernoulliLikelihood, MLPDecoder, MLPEncoder, NegativeELBO, evaluate, fit
 from pyro_vae.likelihoods import bounded_scale
 
 
@@ -182,13 +182,88 @@ def test_guide_needs_data(vae):
     "x", [torch.rand(5, 4, 4), torch.rand(5, 16), torch.zeros(5, 1, 4, 4, dtype=torch.uint8), torch.rand(4)]
 )
 def test_encode_names_both_shapes(vae, x):
-    with pytest.raises(ValueError, match=r"\(\*batch, 1, 4, 4\), found torch\."):
+    with pytest.raises(ValueError, match=r"\(\*batch, 1, 4, 4\) and type torch.float32, found torch\."):
         vae.encode(x)
 
 
 def test_latent_dim_must_be_positive():
-    with pytest.raises(ValueError, match="latent_dim must be at least 1"):
+    with pytest.raises(ValueError, match="latent_dim: expected a whole number >= 1, found 0"):
         VAE(nn.Identity(), nn.Identity(), latent_dim=0, event_shape=(1,))
+
+
+def vae_of(encoder=None, decoder=None, latent_dim=3):
+    shape = {"event_shape": (1, 4, 4), "hidden": (8,), "latent_dim": 3}
+    encoder, decoder = encoder or MLPEncoder(**shape), decoder or MLPDecoder(**shape)
+    return VAE(encoder, decoder, latent_dim=latent_dim, event_shape=(1, 4, 4))
+
+
+class Returns(nn.Module):
+    """A net that returns a function of its input."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.weight = function, nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.function(x)
+
+
+DISAGREE = {
+    "decoder lacks a dimension": (
+        vae_of(decoder=MLPDecoder((4, 4), hidden=(8,), latent_dim=3)),
+        "Make decoder and event_shape",
+    ),
+    "decoder gives one number": (
+        vae_of(decoder=Returns(lambda z: z.sum(-1)[:, None, None, None])),
+        "Make decoder and event",
+    ),
+    "decoder drops the batch": (vae_of(decoder=Returns(lambda z: z.new_zeros(1, 4, 4))), "Make decoder and event_shape"),
+    "more latents than declared": (vae_of(latent_dim=2), r"encoder's loc of shape \(5, 2\), .* found \(5, 3\)"),
+    "log-variance of one number": (vae_of(Returns(lambda x: (x[:, 0, 0, :3], x[:, 0, 0, :1]))), "encoder's log_variance"),
+    "encoder sums over the batch": (vae_of(Returns(lambda x: (x[:, 0, 0, :3].sum(0),) * 2)), r"loc of shape \(5, 3\)"),
+    "encoder gives one for all": (vae_of(Returns(lambda x: (x[:1, 0, 0, :3],) * 2)), r"found \(1, 3\)"),
+    "encoder gives a tensor": (vae_of(Returns(lambda x: x.flatten(1))), "a pair of tensors .*, found Tensor"),
+    "encoder gives nothing": (vae_of(Returns(lambda x: None)), "a pair of tensors .*, found NoneType"),
+}
+
+
+@pytest.mark.parametrize(("vae", "match"), DISAGREE.values(), ids=DISAGREE)
+def test_nets_that_would_broadcast_are_refused(vae, match):
+    """Each of these would train without an error, on numbers that mean nothing."""
+    x = torch.rand(5, 1, 4, 4)
+    with pytest.raises(ValueError, match=match):
+        fit(NegativeELBO(vae), x, epochs=1, verbose=False)
+    with pytest.raises(ValueError, match=match):
+        evaluate(vae, x)
+
+
+def test_nets_see_one_batch_dimension():
+    """A convolutional decoder takes (batch, latent) alone; draws, predictive and particles come in more dimensions."""
+    decoder = nn.Sequential(nn.Linear(3, 16), nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 1, 3, padding=1))
+    vae = vae_of(decoder=decoder)
+    x = torch.rand(5, 1, 4, 4)
+    z = torch.randn(2, 7, 5, 3)
+    torch.testing.assert_close(vae.decode(z).mean[1, 3], vae.decode(z[1, 3]).mean)
+    assert vae.decode(z[0, 0, 0]).mean.shape == (1, 4, 4)
+    assert vae.encode(x.expand(2, 5, 1, 4, 4)).mean.shape == (2, 5, 3)
+    NegativeELBO(vae, num_particles=3)(x)
+    assert Predictive(vae.model, num_samples=2, parallel=True)(size=4)["x"].shape == (2, 4, 1, 4, 4)
+    evaluate(vae, x, importance_samples=10)
+
+
+@pytest.mark.parametrize("x", [3, torch.rand(4, 4), torch.rand(1, 4, 4), torch.rand(2, 5, 1, 4, 4)])
+def test_model_and_guide_take_a_batch(vae, x):
+    for program in (vae.model, vae.guide):
+        with pytest.raises(ValueError, match=r"VAE: expected x of shape"):
+            program(x)
+    with pytest.raises(ValueError, match="size: expected a whole number >= 1, found 0"):
+        vae.model(size=0)
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", BernoulliLikelihood])
+def test_what_is_no_likelihood(likelihood):
+    with pytest.raises(ValueError, match=r"BernoulliLikelihood\(\)"):
+        make_vae(likelihood=likelihood)
 
 
 # --- the encoder's scale ---

@@ -1,0 +1,54 @@
+"""Checks of plain arguments; each returns the value it accepts and says what it expected where it does not."""
+
+import math
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+__all__ = ["number", "shape", "usable_device", "whole_number"]
+
+
+def whole_number(name: str, value: Any, *, minimum: int = 1) -> int:
+    """An int of at least ``minimum``; integers of NumPy too, no bool and no float."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = minimum - 1
+    if isinstance(value, bool) or number < minimum:
+        raise ValueError(f"{name}: expected a whole number >= {minimum}, found {value!r}.")
+    return number
+
+
+def number(name: str, value: Any) -> float:
+    """A positive, finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a positive number, found {value!r}.")
+    return value
+
+
+def shape(name: str, value: Any, *, empty: bool = False) -> tuple[int, ...]:
+    """A tuple of whole numbers >= 1, from any iterable of them."""
+    try:
+        if not isinstance(value, Iterable) or isinstance(value, str):
+            raise ValueError
+        sizes = tuple(whole_number(name, size) for size in value)
+        if not (sizes or empty):
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"{name}: expected whole numbers >= 1, such as (400, 200), found {value!r}.") from None
+    return sizes
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """A device that torch can use here."""
+    try:
+        result = torch.device(device)
+        torch.empty(0, device=result)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"device: expected one that torch can use here, such as 'cpu', found {device!r} ({reason})."
+        ) from error
+    return result
