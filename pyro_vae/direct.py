@@ -59,17 +59,15 @@ def direct_log_marginal(vae: VAE, x: Tensor, *, num_samples: int = 10_000) -> Di
     groups = max(20, math.ceil(num_samples / 5000))
     sizes = [num_samples * (g + 1) // groups - num_samples * g // groups for g in range(groups)]
     draws = vae.prior().sample((num_samples,)).split(sizes)
-    parts, by_group = [], []
-    for images in x.split(max(1, 2**24 // max(sizes))):
-        accumulator, logs = Accumulator(num_samples), []
-        for z in draws:
-            log_p = vae.likelihood.pairwise_log_prob(vae.decoder(z), images)  # (group, images)
-            logs.append(accumulator.add(log_p) - math.log(len(z)))
-        parts.append(accumulator.figures())
-        by_group.append(torch.stack(logs))  # (groups, images)
-    value, error, ess, tail = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    images = x.split(max(1, 2**20 // max(sizes)))  # pairs of 4 MB at once: what stays in a cache
+    accumulators, logs = [Accumulator(num_samples) for _ in images], []
+    for z in draws:
+        output = vae.decoder(z)  # (group, *event_shape)
+        log_p = [a.add(vae.likelihood.pairwise_log_prob(output, part)) for a, part in zip(accumulators, images, strict=True)]
+        logs.append(torch.cat(log_p) - math.log(len(z)))
+    value, error, ess, tail = (torch.cat(columns) for columns in zip(*(a.figures() for a in accumulators), strict=True))
     # Delta method: the mean of log p(x) moves by the mean over images of the relative deviation of p(x), group by group.
-    deviation = (torch.cat(by_group, dim=1) - value).exp().mean(1)
+    deviation = (torch.stack(logs) - value).exp().mean(1)  # (groups,)
     return DirectLogMarginal(value, error, ess, tail, num_samples, (deviation.std() / math.sqrt(groups)).item())
 
 
