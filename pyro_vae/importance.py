@@ -85,10 +85,13 @@ class LogMarginal:
 
     @property
     def unreliable(self) -> Tensor:
-        """``(B,)`` of bool: Pareto k above min(1 - 1 / log10(K), 0.7) (Vehtari et al. 2024); False below 25 draws."""
+        """``(B,)`` of bool: Pareto k above min(1 - 1 / log10(K), 0.7) (Vehtari et al. 2024); False below 25 draws.
+
+        Where the effective sample size is 0.9 K or more, the weights are too even for the shape of their tail to matter.
+        """
         if self.num_samples < 25:
             return torch.zeros_like(self.pareto_k, dtype=torch.bool)
-        return self.pareto_k > min(1 - 1 / math.log10(self.num_samples), 0.7)
+        return (self.pareto_k > min(1 - 1 / math.log10(self.num_samples), 0.7)) & (self.ess < 0.9 * self.num_samples)
 
     @property
     def mean(self) -> ImportanceEstimate:

@@ -230,14 +230,14 @@ def density_panels(
     rings = level.max() - 0.5 * np.array([3.0, 2.0, 1.0]) ** 2
     rows = -(-len(samples) // columns)
     side = 4.2 if rows == 1 else 2.3
-    figure = _figure(columns * side, rows * side + 0.4)
+    figure = _figure(columns * side, rows * side + 0.7)
     figure.suptitle(title, fontsize=13)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for ax, (name, points) in zip(grid, samples.items(), strict=False):
         points = np.asarray(points)
         extent = [[x_min, x_max], [y_min, y_max]]
         ax.hist2d(points[:, 0], points[:, 1], bins=bins, range=extent, cmap="Blues", density=True, vmax=0.2)
-        ax.contour(x, y, level, levels=rings, colors="#bd1f01", linewidths=1.2)
+        ax.contour(x, y, level, levels=rings, colors="#bd1f01", linewidths=1.2, linestyles="solid")
         ax.set_title(name, fontsize=11)
         ax.set_aspect("equal")
     for ax in grid[len(samples) :]:
@@ -281,7 +281,7 @@ def curves(
             ax.fill_between(x, y - np.asarray(bands[name]), y + np.asarray(bands[name]), color=color, alpha=0.2, linewidth=0)
     if level is not None:
         ax.axhline(level[1], color="black", linewidth=1)
-        ax.annotate(level[0], (1, level[1]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=11)
+        ax.annotate(level[0], (1, level[1]), xycoords=("axes fraction", "data"), ha="right", va="top", fontsize=11)
     if log_x:
         ax.set_xscale("log")
     ax.set(xlabel=xlabel, ylabel=ylabel)

@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--num-mc", type=int, default=4, help="latent draws per point in the ELBO (default: %(default)s)")
     add("--num-draws", type=int, default=256, help="draws from the prior in the direct fit (default: %(default)s)")
-    add("--epochs", type=int, default=40, help="passes over the 10,000 points, each fit (default: %(default)s)")
+    add("--epochs", type=int, default=30, help="passes over the 10,000 points, each fit (default: %(default)s)")
     add("--batch-size", type=int, default=128, help="points per step (default: %(default)s)")
     add("--lr", type=float, default=1e-3, help="Adam's learning rate (default: %(default)s)")
     add("--seed", type=int, default=0, help="of data, weights and noise (default: %(default)s)")
@@ -67,6 +67,15 @@ def build_vae(args: argparse.Namespace) -> VAE:
     encoder = MLPEncoder(hidden=(args.hidden,), activation=nn.Tanh, **shape)
     decoder = MLPDecoder(hidden=(args.hidden,), activation=nn.Tanh, outputs=2, **shape)  # mean and log-variance
     return VAE(encoder, decoder, likelihood=LearnedNormalLikelihood(), **shape)
+
+
+def snapshots(epochs: int, count: int = 15) -> list[int]:
+    """Up to ``count`` epochs, dense at first, where the model changes fast; the last one among them."""
+    for points in range(count, 100 * count):
+        chosen = sorted({round(epochs ** (i / (points - 1))) for i in range(points)})
+        if len(chosen) >= min(count, epochs):
+            break
+    return chosen[-count:] if len(chosen) > count else chosen
 
 
 @torch.no_grad()
@@ -103,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
 
     vae = build_vae(args)
-    shown = sorted({max(1, round(args.epochs ** (i / 14))) for i in range(15)})  # dense where the model changes fast
+    shown = snapshots(args.epochs)
     panels = {"truth": train.numpy()}
 
     def on_epoch(record: dict[str, Any]) -> None:
@@ -132,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
         LinearGaussian.fit(train.double(), latent_dim=1).marginal().log_prob(test.double()), exact, 0.0
     )
     estimate = log_marginal(vae.generate, vae.infer, test, num_samples=1000)
-    elbo = evaluate(vae, test, seed=args.seed)["neg_elbo"]
+    elbo = evaluate(vae, test, num_samples=50, seed=args.seed)["neg_elbo"]
     table["VAE"] = row(estimate.value, exact, estimate.mean.standard_error, elbo=-elbo.value, elbo_error=elbo.standard_error)
     for name, model in direct.items():
         by_prior = direct_log_marginal(model, test, num_samples=10_000)
