@@ -1,14 +1,20 @@
 #!/usr/bin/env python
-"""Time one training epoch of preset bernoulli-z20 in two ways, interleaved in one run: the stock Pyro idiom and fit.
+"""Speed, each against a baseline in the same run: an epoch of training, the direct fit, log p by importance sampling.
 
-The stock idiom is DataLoader over tensors in memory, pyro.infer.SVI with Trace_ELBO, pyro.optim.Adam. Machines drift, so
-read the ratio: each repeat runs both ways, and the ratio is taken within the repeat.
+- epoch: one epoch of preset bernoulli-z20 by the stock Pyro idiom (DataLoader over tensors in memory, pyro.infer.SVI with
+  Trace_ELBO, pyro.optim.Adam) and by fit.
+- direct: steps of the direct fit (batch 256, 64 draws) written with a (batch, draws, pixels) tensor, and by fit's objective.
+- importance: log p of 500 test images with K = 500, and the decoder's matrix products for as many draws alone.
+
+Machines drift, so read the ratios: each repeat runs both ways in turn, and the ratio is taken within the repeat.
 """
 
 import argparse
+import math
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,45 +23,104 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package this
 import pyro
 import pyro.optim
 import torch
+import torch.nn.functional as F
 from pyro.infer import SVI, Trace_ELBO
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_vae import Data, DataError, fit, load_data, load_preset
+from pyro_vae import VAE, Data, DataError, NegativeDirectLogLikelihood, fit, load_data, load_preset, log_marginal
 
 SETTINGS = load_preset("bernoulli-z20")
+Ways = dict[str, Callable[[], object]]
 
 
-def stock_epoch(train: Data) -> Callable[[], float]:
-    """One epoch as a Pyro tutorial writes it; returns the mean loss."""
+def epoch(train: Data) -> Ways:
     pyro.clear_param_store()
-    vae = SETTINGS.build_vae(train.event_shape)
+    theirs, ours = SETTINGS.build_vae(train.event_shape), SETTINGS.build_vae(train.event_shape)
     loader = DataLoader(TensorDataset(train.batch(torch.arange(len(train)))), batch_size=SETTINGS.batch_size, shuffle=True)
-    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": SETTINGS.lr}), Trace_ELBO())
+    svi = SVI(theirs.model, theirs.guide, pyro.optim.Adam({"lr": SETTINGS.lr}), Trace_ELBO())
+    objective = SETTINGS.build_objective(ours)
+    settings = {"epochs": 1, "batch_size": SETTINGS.batch_size, "lr": SETTINGS.lr, "verbose": False}
+    return {
+        "stock Pyro idiom": lambda: [svi.step(x) for (x,) in loader],
+        "pyro_vae.fit": lambda: fit(objective, train, **settings),  # type: ignore[arg-type]
+    }
 
-    def epoch() -> float:
-        return sum(svi.step(x) for (x,) in loader) / len(train)
 
-    return epoch
-
-
-def our_epoch(train: Data) -> Callable[[], float]:
-    """One epoch of fit; returns the mean loss."""
+def direct(train: Data) -> Ways:
     vae = SETTINGS.build_vae(train.event_shape)
-    objective = SETTINGS.build_objective(vae)
+    objective = NegativeDirectLogLikelihood(vae)
+    parameters = list(vae.decoder.parameters())
+    order = torch.randperm(len(train))
+    batches = [train.batch(order[i * 256 : (i + 1) * 256]) for i in range(5)]
 
-    def epoch() -> float:
-        (record,) = fit(objective, train, epochs=1, batch_size=SETTINGS.batch_size, lr=SETTINGS.lr, verbose=False)
-        return float(record["loss"])
+    def large_tensor(x: Tensor) -> Tensor:
+        log_p = vae.decode(objective.z).log_prob(x.unsqueeze(1))  # (batch, draws), by (batch, draws, pixels)
+        return -(log_p.logsumexp(1) - math.log(len(objective.z))).mean()
 
-    return epoch
+    def steps(loss: Callable[[Tensor], Tensor]) -> None:
+        optimizer = torch.optim.Adam(parameters, fused=True)
+        for x in batches:
+            optimizer.zero_grad()
+            loss(x).backward()
+            optimizer.step()
+
+    return {
+        "5 steps, (batch, draws, pixels)": lambda: steps(large_tensor),
+        "5 steps, one matrix product": lambda: steps(lambda x: objective(x)["loss"]),
+    }
+
+
+def importance(train: Data) -> Ways:
+    vae: VAE = SETTINGS.build_vae(train.event_shape).eval()
+    x = train.batch(torch.arange(500))
+    first, first_bias, second, second_bias = vae.decoder.parameters()
+
+    def products() -> None:
+        with torch.no_grad():
+            for _ in range(50):  # 50 x 5,000 = 500 images x 500 draws
+                h = F.linear(torch.randn(5000, vae.latent_dim), first, first_bias)
+                F.linear(h, second, second_bias)
+
+    def marginal() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            log_marginal(vae.generate, vae.infer, x, num_samples=500)
+
+    return {"matrix products alone": products, "log_marginal": marginal}
+
+
+def compare(title: str, ways: Ways, repeats: int) -> None:
+    """Time the ways in turn; print medians, spread and the ratio of the second to the first, within each repeat."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if repeat:  # the first is a warm-up
+                seconds[name].append(time.perf_counter() - start)
+    print(f"{title:34s} {'median s':>9s} {'min':>8s} {'max':>8s}")
+    for name, times in seconds.items():
+        print(f"  {name:32s} {statistics.median(times):9.3f} {min(times):8.3f} {max(times):8.3f}")
+    first, second = seconds.values()
+    ratios = [b / a for a, b in zip(first, second, strict=True)]
+    middle = statistics.median(ratios)
+    print(
+        f"  second / first: {middle:.3f} ({1 / middle:.2f} times as fast), from {min(ratios):.3f} to {max(ratios):.3f}\n",
+        flush=True,
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts: dict[str, Callable[[Data], Ways]] = {"epoch": epoch, "direct": direct, "importance": importance}
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)} (default: all)")
     parser.add_argument("--dataset", default="mnist", choices=("mnist", "fashion-mnist", "kmnist", "digits"))
     parser.add_argument("--data-dir", help="folder that holds MNIST/raw (default: $PYRO_VAE_DATA, else ~/.cache/pyro_vae)")
-    parser.add_argument("--repeats", type=int, default=5, help="epochs of each (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="of each way (default: %(default)s)")
     args = parser.parse_args()
+    if unknown := set(args.parts) - set(parts):
+        parser.error(f"PART: expected {', '.join(parts)}, found {', '.join(sorted(unknown))}")
     if args.repeats < 1:
         parser.error(f"--repeats: expected at least 1, found {args.repeats}")
     try:
@@ -64,27 +129,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     torch.manual_seed(0)
-    ways = {"stock Pyro": stock_epoch(train), "pyro_vae.fit": our_epoch(train)}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    losses = {}
-    for name, epoch in ways.items():  # a warm-up epoch of each, not counted
-        losses[name] = epoch()
-    for repeat in range(args.repeats):
-        for name, epoch in ways.items():
-            start = time.perf_counter()
-            losses[name] = epoch()
-            seconds[name].append(time.perf_counter() - start)
-            print(f"repeat {repeat + 1}  {name:13s} {seconds[name][-1]:6.2f} s", flush=True)
-    steps = -(-len(train) // SETTINGS.batch_size)
-    print(f"\n{SETTINGS.preset} on {train.name}, batch {SETTINGS.batch_size}", end=", ")
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'':13s} {'median s':>9s} {'min':>7s} {'max':>7s} {'ms/step':>8s} {'-ELBO':>8s}")
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        row = f"{median:9.2f} {min(times):7.2f} {max(times):7.2f} {1000 * median / steps:8.2f} {losses[name]:8.2f}"
-        print(f"{name:13s} {row}")
-    ratios = [ours / stock for ours, stock in zip(seconds["pyro_vae.fit"], seconds["stock Pyro"], strict=True)]
-    print(f"ratio ours / stock: median {statistics.median(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f}")
+    print(f"{SETTINGS.preset} on {train.name}; {torch.get_num_threads()} threads, torch {torch.__version__}\n", flush=True)
+    for name in args.parts or parts:
+        compare(name, parts[name](train), args.repeats)
     return 0
 
 

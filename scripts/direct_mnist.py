@@ -194,12 +194,10 @@ def run(args: argparse.Namespace) -> None:
         out / "metrics.json", {"dataset": train.name, "binarization": test.binarization, "seed": args.seed, **metrics}
     )
 
-    print(
-        f"\nlog p of {len(images):,} test images, nats per image (the direct fit's last training loss: {history[-1]['loss']:.2f})"
-    )
-    print(
-        "| decoder | the fit's own estimate | ELBO | log p, importance sampling | median ESS | Pareto k | log p, prior draws |"
-    )
+    print(f"\nthe direct fit's last training loss: {history[-1]['loss']:.2f}")
+    k = args.importance_samples
+    print(f"log p of {len(images):,} test images, nats per image; importance sampling with {k:,} draws:\n")
+    print("| decoder | the fit's own estimate | ELBO | importance sampling | median ESS | Pareto k | draws from the prior |")
     print("|---|---|---|---|---|---|---|")
     for name, row in table.items():
         own_text = f"{own:.2f} ({args.num_draws} draws)" if "own_estimate" in row else f"{row['elbo']['value']:.2f} (ELBO)"
@@ -208,7 +206,7 @@ def run(args: argparse.Namespace) -> None:
             *(f"{row[key]['value']:.2f} ± {row[key]['standard_error']:.2f}" for key in ("elbo", "log_marginal")),
         ]
         health = row["log_marginal"]
-        cells += [f"{health['median_ess']:.0f} of {args.importance_samples:,}"]
+        cells += [f"{health['median_ess']:.0f} of {k:,}"]
         cells += [f"median {row['median_pareto_k']:.2f}, {health['unreliable'] / len(images):.0%} too high"]
         prior = row["log_marginal_by_prior"]
         cells += [f"{prior['value']:.2f} ± {prior['standard_error']:.2f} ({prior['num_samples']:,})"]

@@ -94,6 +94,29 @@ def test_training_curves(epochs, test):
         assert list(ax.lines[0].get_xdata()) == list(range(1, epochs + 1))
 
 
+def test_density_panels_have_the_histograms_and_the_rings():
+    samples = {"a": np.random.default_rng(0).normal(size=(500, 2)), "b": np.zeros((10, 2)), "c": np.ones((10, 2))}
+    figure = plots.density_panels(samples, lambda p: -0.5 * (p**2).sum(-1), columns=2, limits=(-4, 4, -4, 4), bins=8)
+    assert pixels(figure) > 1000
+    assert [ax.get_title() for ax in figure.axes[:3]] == ["a", "b", "c"]
+    assert not figure.axes[3].axison
+    (rings,) = [c for c in figure.axes[0].collections if len(getattr(c, "levels", ())) == 3]
+    for path, radius in zip(rings.get_paths(), (3.0, 2.0, 1.0), strict=True):
+        assert np.allclose(np.linalg.norm(path.vertices, axis=1), radius, atol=0.02)
+
+
+def test_curves_have_lines_bands_and_level():
+    lines = {"a": ([1, 10, 100], [1.0, 2.0, 3.0]), "b": ([1, 10, 100], [3.0, 2.0, 1.0])}
+    bands = {"a": np.array([0.1, 0.2, 0.3])}
+    figure = plots.curves(lines, xlabel="x", ylabel="y", bands=bands, level=("truth", 2.5), log_x=True)
+    assert pixels(figure) > 1000
+    (ax,) = figure.axes
+    assert ax.get_xscale() == "log"
+    assert list(ax.lines[1].get_ydata()) == [3.0, 2.0, 1.0]
+    assert len(ax.collections) == 1
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+
+
 def test_matplotlibs_global_state_is_untouched():
     code = (
         "import io, sys, matplotlib, numpy as np; before = matplotlib.rcParams.copy();"

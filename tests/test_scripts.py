@@ -29,10 +29,14 @@ FIGURES = [
 ]
 
 
-def svi_mnist(*arguments, cwd, **environment):
-    command = [sys.executable, str(ROOT / "scripts" / "svi_mnist.py"), *map(str, arguments)]
+def script(name, *arguments, cwd, **environment):
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
     env = os.environ | environment
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+def svi_mnist(*arguments, cwd, **environment):
+    return script("svi_mnist.py", *arguments, cwd=cwd, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +212,77 @@ def test_help_says_every_default(tmp_path):
     options = re.split(r"\n  (?=--)", raw)[1:]
     assert len(options) >= 18
     assert all("default" in option for option in options)
+
+
+# --- the other scripts ---
+
+
+def test_gaussian2d_short(tmp_path):
+    result = script("gaussian2d.py", "--epochs", 3, "--out", "toy", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "expected log p under the truth: -2.694036 nats" in result.stdout
+    metrics = json.loads((tmp_path / "toy" / "metrics.json").read_text())
+    table = metrics["table"]
+    assert list(table) == [
+        "truth",
+        "normal, full covariance (ML)",
+        "VAE",
+        "direct fit, 256 fixed draws",
+        "direct fit, 256 redrawn",
+    ]
+    assert table["truth"]["kl"] == table["truth"]["kl_error"] == 0
+    assert abs(table["normal, full covariance (ML)"]["kl"]) < 0.003
+    for name in list(table)[2:]:
+        row = table[name]
+        assert -4 * row["kl_error"] < row["kl"] < 0.3  # three epochs are enough to be near, and none beats the truth
+    assert table["VAE"]["log_p"] > table["VAE"]["elbo"]
+    figures = sorted(path.stem for path in (tmp_path / "toy" / "figures").iterdir())
+    assert figures == ["densities", "losses", "noise", "training"]
+    again = script("gaussian2d.py", "--out", "toy", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "not empty" in again.stderr
+
+
+@pytest.mark.slow
+def test_gaussian2d_reaches_the_truth(tmp_path):
+    result = script("gaussian2d.py", "--out", "toy", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    vae = json.loads((tmp_path / "toy" / "metrics.json").read_text())["table"]["VAE"]
+    assert vae["kl"] < 0.01
+    assert vae["kl_error"] < 0.003
+
+
+def test_direct_mnist_on_digits(tmp_path):
+    options = "--dataset digits --epochs 8 --encoder-epochs 8 --importance-samples 100 --images 50 --out direct"
+    result = script("direct_mnist.py", *options.split(), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((tmp_path / "direct" / "metrics.json").read_text())
+    assert set(metrics["table"]) == {"ELBO fit", "direct fit"}
+    for row in metrics["table"].values():
+        by_encoder, by_prior = row["log_marginal"], row["log_marginal_by_prior"]
+        assert by_encoder["value"] > row["elbo"]["value"]
+        error = (by_encoder["standard_error"] ** 2 + by_prior["standard_error"] ** 2) ** 0.5
+        assert abs(by_encoder["value"] - by_prior["value"]) < 5 * error + 0.05  # two independent ways to one number
+    figures = sorted(path.stem for path in (tmp_path / "direct" / "figures").iterdir())
+    assert figures == ["denoising", "estimate_against_draws", "samples"]
+    reused = script("direct_mnist.py", "--dataset", "digits", "--elbo-run", "nothing", "--out", "x", cwd=tmp_path)
+    assert reused.returncode == 2
+    assert "config.json: missing" in reused.stderr
+
+
+def test_benchmark_on_digits(tmp_path):
+    result = script("benchmark.py", "epoch", "direct", "--dataset", "digits", "--repeats", 1, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("second / first:") == 2
+    assert script("benchmark.py", "epoc", cwd=tmp_path).returncode == 2
+
+
+@pytest.mark.slow
+def test_direct_fit_of_real_mnist_lands_on_the_published_figure(mnist, tmp_path):
+    """System A, direct fit: published last training average 142.09."""
+    from pyro_vae import NegativeDirectLogLikelihood, fit, load_preset
+
+    train, _ = mnist
+    vae = load_preset("bernoulli-z20").build_vae(train.event_shape)
+    history = fit(NegativeDirectLogLikelihood(vae), train, epochs=40, batch_size=256, lr=1e-3)
+    assert history[-1]["loss"] == pytest.approx(142.09, abs=0.6)
