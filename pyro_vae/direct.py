@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_vae.importance import Accumulator, ImportanceEstimate, LogMarginal
+from pyro_vae.checks import whole_number
+from pyro_vae.importance import Accumulator, ImportanceEstimate, LogMarginal, evaluating
 from pyro_vae.vae import VAE
 
 __all__ = ["DirectLogMarginal", "direct_log_marginal", "direct_log_prob", "prior_search"]
@@ -52,19 +53,22 @@ def direct_log_marginal(vae: VAE, x: Tensor, *, num_samples: int = 10_000) -> Di
         num_samples: draws M, shared by all observations.
 
     Raises:
-        ValueError: fewer draws than the 20 groups whose spread gives the error of the mean.
+        ValueError: fewer draws than the 20 groups whose spread gives the error, or x is no batch of observations.
     """
-    if num_samples < 20:
-        raise ValueError(f"direct_log_marginal: num_samples must be at least 20 to know the error, found {num_samples}.")
+    num_samples = whole_number("num_samples", num_samples, minimum=20)
+    vae.check_batch(x)
     groups = max(20, math.ceil(num_samples / 5000))
     sizes = [num_samples * (g + 1) // groups - num_samples * g // groups for g in range(groups)]
     draws = vae.prior().sample((num_samples,)).split(sizes)
     images = x.split(max(1, 2**20 // max(sizes)))  # pairs of 4 MB at once: what stays in a cache
     accumulators, logs = [Accumulator(num_samples) for _ in images], []
-    for z in draws:
-        output = vae.decoder(z)  # (group, *event_shape)
-        log_p = [a.add(vae.likelihood.pairwise_log_prob(output, part)) for a, part in zip(accumulators, images, strict=True)]
-        logs.append(torch.cat(log_p) - math.log(len(z)))
+    with evaluating(vae):
+        for z in draws:
+            output = vae.decoder(z)  # (group, *event_shape)
+            sums = [
+                a.add(vae.likelihood.pairwise_log_prob(output, part)) for a, part in zip(accumulators, images, strict=True)
+            ]
+            logs.append(torch.cat(sums) - math.log(len(z)))  # (B,)
     value, error, ess, tail = (torch.cat(columns) for columns in zip(*(a.figures() for a in accumulators), strict=True))
     # Delta method: the mean of log p(x) moves by the mean over images of the relative deviation of p(x), group by group.
     deviation = (torch.stack(logs) - value).exp().mean(1)  # (groups,)
@@ -84,10 +88,16 @@ def prior_search(vae: VAE, x: Tensor, *, num_samples: int = 20_000) -> tuple[Ten
 
     Returns:
         (best, average), each ``(B, *event_shape)``: the decoder's mean at the draw of largest p(x | z), and its average over
-        all draws weighted by p(x | z), which is the posterior mean of the reconstruction, self-normalised.
+        all draws weighted by p(x | z), which is the posterior mean of the reconstruction, self-normalised. Memory is that of
+        the decoder's outputs for all draws and of their log-likelihoods for 500 observations.
+
+    Raises:
+        ValueError: no draws, or x is no batch of observations.
     """
-    z = vae.prior().sample((num_samples,))
-    outputs = torch.cat([vae.decoder(part) for part in z.split(5000)])  # (num_samples, *event_shape)
+    vae.check_batch(x)
+    z = vae.prior().sample((whole_number("num_samples", num_samples),))
+    with evaluating(vae):
+        outputs = torch.cat([vae.decoder(part) for part in z.split(5000)])  # (num_samples, *event_shape)
     means = vae.likelihood(outputs).mean
     best, average = [], []
     for images in x.split(500):  # (num_samples, 500) log-likelihoods at once

@@ -167,7 +167,7 @@ def log_marginal(
     draws = min(num_samples, chunk_size)  # all draws of few images rather than the reverse: the guide runs once for each
     chunks = [min(draws, num_samples - done) for done in range(0, num_samples, draws)]
     parts = []
-    with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), _evaluating(model, guide):
+    with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), evaluating(model, guide):
         for images in x.split(max(1, chunk_size // draws)):
             accumulator = Accumulator(num_samples)
             for k in chunks:
@@ -186,7 +186,7 @@ def log_marginal(
 
 
 @contextmanager
-def _evaluating(*programs: Callable[..., Any]) -> Iterator[None]:
+def evaluating(*programs: Callable[..., Any]) -> Iterator[None]:
     """Puts modules, and modules whose methods the programs are, into evaluation mode, and back as they were."""
     owners = [getattr(program, "__self__", program) for program in programs]
     modules = {module: module.training for owner in owners if isinstance(owner, nn.Module) for module in owner.modules()}

@@ -68,11 +68,10 @@ def _bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
         linear = torch.einsum("bd,kbd->kb", x - 0.5, logits)
     else:
         linear = ((x - 0.5) * logits).sum(-1)
-    size = logits.abs()
-    linear -= 0.5 * size.sum(-1)
-    for block in size.neg_().exp_().add_(1).split(112, dim=-1):
-        linear -= block.prod(-1).log_()
-    return linear
+    size = torch.copysign(logits, torch.tensor(-1.0, device=logits.device))  # -|l| in one pass
+    linear += 0.5 * size.sum(-1)
+    block = next(n for n in range(126, 0, -1) if size.shape[-1] % n == 0)  # 112 for 784 pixels
+    return linear - size.exp_().add_(1).unflatten(-1, (-1, block)).prod(-1).log_().sum(-1)
 
 
 # Log-scales are their own up to +-7 (scales from 1/1100 to 1100) and bend smoothly to stay within +-10.
@@ -109,7 +108,10 @@ class BernoulliLikelihood:
     """
 
     def __call__(self, output: Tensor) -> dist.TorchDistribution:
-        return _RelaxedBernoulli(logits=output)
+        # Any real logits are valid; checking that they are real would cost a pass over them. Values are still checked.
+        p = _RelaxedBernoulli(logits=output, validate_args=False)
+        p._validate_args = dist.Bernoulli._validate_args
+        return p
 
     def pairwise_log_prob(self, output: Tensor, x: Tensor) -> Tensor:
         """x . l - sum softplus(l), one matrix product: ``(M, *event_shape)``, ``(B, *event_shape)`` -> ``(M, B)``."""

@@ -80,6 +80,26 @@ def test_prior_search_finds_a_decoded_latent():
         assert (vae.decode(z).log_prob(x) <= vae.likelihood(torch.logit(best)).log_prob(x).flatten(1).sum(1) + 1e-3).all()
 
 
+def test_a_single_observation_needs_its_dimension(vae):
+    for estimate in (direct_log_marginal, prior_search):
+        with pytest.raises(ValueError, match=r"expected x of shape \(batch, 1, 4, 4\), found shape \(1, 4, 4\)"):
+            estimate(vae, torch.rand(1, 4, 4))
+
+
+def test_decoder_is_in_evaluation_mode_meanwhile(vae):
+    vae.decoder.body.append(torch.nn.Dropout(0.5))
+    x = torch.rand(2, 1, 4, 4)
+    state = torch.random.get_rng_state()
+    values = []
+    for _ in range(2):
+        torch.random.set_rng_state(state)
+        values.append(direct_log_marginal(vae, x, num_samples=20).value)
+    assert torch.equal(*values)
+    best, _ = prior_search(vae, x, num_samples=1)
+    torch.testing.assert_close(best[0], best[1])
+    assert vae.decoder.body[-1].training
+
+
 def test_too_few_draws(vae):
-    with pytest.raises(ValueError, match="at least 20 to know the error, found 19"):
+    with pytest.raises(ValueError, match="num_samples: expected a whole number >= 20, found 19"):
         direct_log_marginal(vae, torch.rand(2, 1, 4, 4), num_samples=19)
