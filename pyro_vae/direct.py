@@ -21,7 +21,7 @@ __all__ = ["DirectLogMarginal", "direct_log_marginal", "direct_log_prob", "prior
 
 def direct_log_prob(vae: VAE, z: Tensor, x: Tensor) -> Tensor:
     """log (1/M) sum_m p(x_i | z_m) for given draws: z ``(M, latent_dim)``, x ``(B, *event_shape)`` -> ``(B,)``, nats."""
-    return vae.likelihood.pairwise_log_prob(vae.decoder(z), x).logsumexp(0) - math.log(len(z))
+    return vae.likelihood.pairwise_log_prob(vae.decoder_output(z), x).logsumexp(0) - math.log(len(z))
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +57,7 @@ def direct_log_marginal(vae: VAE, x: Tensor, *, num_samples: int = 10_000) -> Di
     """
     num_samples = whole_number("num_samples", num_samples, minimum=20)
     vae.check_batch(x)
+    vae.likelihood.check(x)
     groups = max(20, math.ceil(num_samples / 5000))
     sizes = [num_samples * (g + 1) // groups - num_samples * g // groups for g in range(groups)]
     draws = vae.prior().sample((num_samples,)).split(sizes)
@@ -64,7 +65,7 @@ def direct_log_marginal(vae: VAE, x: Tensor, *, num_samples: int = 10_000) -> Di
     accumulators, logs = [Accumulator(num_samples) for _ in images], []
     with evaluating(vae):
         for z in draws:
-            output = vae.decoder(z)  # (group, *event_shape)
+            output = vae.decoder_output(z)  # (group, *event_shape)
             sums = [
                 a.add(vae.likelihood.pairwise_log_prob(output, part)) for a, part in zip(accumulators, images, strict=True)
             ]
@@ -95,9 +96,10 @@ def prior_search(vae: VAE, x: Tensor, *, num_samples: int = 20_000) -> tuple[Ten
         ValueError: no draws, or x is no batch of observations.
     """
     vae.check_batch(x)
+    vae.likelihood.check(x)
     z = vae.prior().sample((whole_number("num_samples", num_samples),))
     with evaluating(vae):
-        outputs = torch.cat([vae.decoder(part) for part in z.split(5000)])  # (num_samples, *event_shape)
+        outputs = torch.cat([vae.decoder_output(part) for part in z.split(5000)])  # (num_samples, *event_shape)
     means = vae.likelihood(outputs).mean
     best, average = [], []
     for images in x.split(500):  # (num_samples, 500) log-likelihoods at once

@@ -4,6 +4,7 @@ The driver, :func:`log_marginal`, traces guide and model vectorised over draws, 
 :class:`Accumulator` and :func:`pareto_k`, knows no Pyro: log weights (draws, images) come in, figures per image go out.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -188,7 +189,12 @@ def log_marginal(
 @contextmanager
 def evaluating(*programs: Callable[..., Any]) -> Iterator[None]:
     """Puts modules, and modules whose methods the programs are, into evaluation mode, and back as they were."""
-    owners = [getattr(program, "__self__", program) for program in programs]
+    owners = []
+    for program in programs:
+        inner: Any = poutine.unwrap(program)  # under Pyro's handlers
+        while isinstance(inner, functools.partial):
+            inner = poutine.unwrap(inner.func)
+        owners.append(getattr(inner, "__self__", inner))
     modules = {module: module.training for owner in owners if isinstance(owner, nn.Module) for module in owner.modules()}
     try:
         for module in modules:
@@ -225,6 +231,18 @@ def log_weights(model: Callable[..., Any], guide: Callable[..., Any], x: Tensor,
                 f"log_marginal: site {name!r} is in the guide but not in the model. Draw it in both "
                 "(Pyro's autoguides add such sites of their own: write the guide by hand)."
             )
+        plates = [frame.dim for frame in site["cond_indep_stack"]]
+        if -1 not in plates:
+            raise ValueError(
+                f"log_marginal: site {name!r} is outside the data plate, so observations are not independent. Put it into "
+                "with pyro.plate('data', len(x)), of dimension -1."
+            )
+        observed = site["value"].shape[: site["value"].dim() - site["fn"].event_dim] if site["is_observed"] else ()
+        if any(size != 1 for size in observed[:-1]):
+            raise ValueError(
+                f"log_marginal: site {name!r} observes values of batch shape {tuple(observed)}, expected {shape[1:]}. "
+                "Declare the dimensions of one observation by .to_event, or squeeze them."
+            )
         if trace is model_trace and not site["is_observed"] and name not in guide_trace.nodes:
             continue  # drawn from the model itself, which cancels from the weight
         log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
@@ -234,6 +252,8 @@ def log_weights(model: Callable[..., Any], guide: Callable[..., Any], x: Tensor,
                 "(draws, observations). Put it in the data plate, and declare all other dimensions by .to_event."
             )
         terms[sign, name] = sign * log_prob
+    if not any(model_trace.nodes[name]["is_observed"] for sign, name in terms if sign > 0):
+        raise ValueError("log_marginal: the model observes nothing. Pass x as obs= to a pyro.sample of the model.")
     total: Tensor = sum(terms.values(), torch.zeros(shape, device=x.device))
     if (total.isnan() | (total == math.inf)).any():
         bad = [name for (_, name), term in terms.items() if (term.isnan() | (term == math.inf)).any()]

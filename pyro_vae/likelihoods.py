@@ -167,7 +167,7 @@ class NormalLikelihood:
 
     def pairwise_log_prob(self, output: Tensor, x: Tensor) -> Tensor:
         """-(|m|^2 - 2 m . x + |x|^2) / (2 variance) - constant, one matrix product: -> ``(M, B)``."""
-        mean, x = self(output).mean.flatten(1), x.flatten(1)
+        mean, x = _centered(self(output).mean.flatten(1), x.flatten(1))
         squares = (mean**2).sum(-1, keepdim=True) - 2 * mean @ x.T + (x**2).sum(-1)
         return -squares / (2 * self.variance) - self.constant(x.shape[1:])
 
@@ -204,7 +204,8 @@ class LearnedNormalLikelihood:
     def pairwise_log_prob(self, output: Tensor, x: Tensor) -> Tensor:
         """The square multiplied out, two matrix products, with 1 / variance and mean / variance: -> ``(M, B)``."""
         p = self(output)
-        mean, scale, x = p.mean.flatten(1), p.stddev.flatten(1), x.flatten(1)
+        mean, x = _centered(p.mean.flatten(1), x.flatten(1))
+        scale = p.stddev.flatten(1)
         precision = scale**-2
         squares = precision @ (x**2).T - 2 * (mean * precision) @ x.T + (mean**2 * precision).sum(-1, keepdim=True)
         return -0.5 * squares - (scale.log() + 0.5 * math.log(2 * math.pi)).sum(-1, keepdim=True)
@@ -214,6 +215,12 @@ class LearnedNormalLikelihood:
 
     def terms(self, reconstruction: Tensor, event_shape: Sequence[int]) -> dict[str, Tensor]:
         return {}
+
+
+def _centered(mean: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both less the mean of x: a square multiplied out would lose the digits that they have in common."""
+    center = x.mean(0)
+    return mean - center, x - center
 
 
 def _check_finite(x: Tensor) -> None:

@@ -89,6 +89,7 @@ class MLPDecoder(nn.Module):
         super().__init__()
         event_shape, hidden = shape("event_shape", event_shape), shape("hidden", hidden, empty=True)
         latent_dim = whole_number("latent_dim", latent_dim)
+        outputs = whole_number("outputs", outputs)
         self.output_shape = torch.Size(event_shape if outputs == 1 else (*event_shape, outputs))
         sizes = (latent_dim, *hidden)
         self.body = _mlp(sizes, activation)

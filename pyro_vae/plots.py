@@ -242,6 +242,8 @@ def density_panels(
         ax.set_aspect("equal")
     for ax in grid[len(samples) :]:
         ax.set_axis_off()
+    for ax in grid[max(0, len(samples) - columns) : len(samples)]:
+        ax.tick_params(labelbottom=True)  # also above an empty place
     return figure
 
 
@@ -281,7 +283,18 @@ def curves(
             ax.fill_between(x, y - np.asarray(bands[name]), y + np.asarray(bands[name]), color=color, alpha=0.2, linewidth=0)
     if level is not None:
         ax.axhline(level[1], color="black", linewidth=1)
-        ax.annotate(level[0], (1, level[1]), xycoords=("axes fraction", "data"), ha="right", va="top", fontsize=11)
+        low, high = ax.get_ylim()
+        ax.set_ylim(min(low, level[1] - 0.1 * (high - low)), high)  # room for its name below it
+        ax.annotate(
+            level[0],
+            (0.99, level[1]),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, -3),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=11,
+        )
     if log_x:
         ax.set_xscale("log")
     ax.set(xlabel=xlabel, ylabel=ylabel)

@@ -101,20 +101,27 @@ class VAE(nn.Module):
             ValueError: z is of another shape or type, or the decoder's output is.
         """
         batch = self._batch_shape("z", z, (self.latent_dim,))
-        output = self.decoder(z.reshape(-1, self.latent_dim))
+        output = self.decoder_output(z.reshape(-1, self.latent_dim))
+        return self.likelihood(output.reshape(*batch, *output.shape[1:])).to_event(len(self.event_shape))
+
+    def decoder_output(self, z: Tensor) -> Tensor:
+        """The decoder's raw output for z ``(batch, latent_dim)``: what the likelihood takes.
+
+        Raises:
+            ValueError: it is not what the likelihood takes for ``batch`` observations.
+        """
+        output: Tensor = self.decoder(z)
         found = tuple(output.shape)
-        if found[:1] == (batch.numel(),):
-            p = self.likelihood(output.reshape(*batch, *found[1:]))
-            if p.batch_shape == (*batch, *self.event_shape):
-                return p.to_event(len(self.event_shape))
-        raise ValueError(
-            f"VAE: expected a decoder that maps ({batch.numel()}, {self.latent_dim}) to what {self.likelihood} takes for "
-            f"({batch.numel()}, {_join(self.event_shape)}) elements, found {found}. Make decoder and event_shape agree."
-        )
+        if found[:1] != (len(z),) or self.likelihood(output).batch_shape != (len(z), *self.event_shape):
+            raise ValueError(
+                f"VAE: expected a decoder that maps ({len(z)}, {self.latent_dim}) to what {self.likelihood} takes for "
+                f"({len(z)}, {_join(self.event_shape)}) elements, found {found}. Make decoder and event_shape agree."
+            )
+        return output
 
     def check_batch(self, x: Tensor) -> None:
         """Raise a ``ValueError`` unless x is a batch of observations: floating point, ``(batch, *event_shape)``."""
-        if not torch.is_tensor(x) or self._batch_shape("x", x, self.event_shape) != tuple(x.shape[:1]):
+        if not torch.is_tensor(x) or self._batch_shape("x", x, self.event_shape) != tuple(x.shape[:1]) or len(x) == 0:
             found = f"shape {tuple(x.shape)}" if torch.is_tensor(x) else f"{type(x).__name__}"
             raise ValueError(
                 f"VAE: expected x of shape (batch, {_join(self.event_shape)}), found {found}. A single observation needs "

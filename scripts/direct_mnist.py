@@ -46,10 +46,15 @@ SETTINGS = load_preset("bernoulli-z20")
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--dataset", default="mnist", choices=("mnist", "fashion-mnist", "kmnist", "digits"), help="(default: %(default)s)")
+    add(
+        "--dataset",
+        default="mnist",
+        choices=("mnist", "fashion-mnist", "kmnist", "digits"),
+        help="data (default: %(default)s)",
+    )
     add("--data-dir", help="folder that holds MNIST/raw (default: $PYRO_VAE_DATA, else ~/.cache/pyro_vae)")
     add("--elbo-run", type=Path, help="run folder of svi_mnist.py whose bernoulli-z20 is used (default: fit one here)")
-    add("--epochs", type=int, default=40, help="of each fit (default: %(default)s)")
+    add("--epochs", type=int, default=40, help="of the ELBO fit and of the direct fit (default: %(default)s)")
     add("--encoder-epochs", type=int, default=40, help="of the encoder fitted to the frozen decoder (default: %(default)s)")
     add("--num-draws", type=int, default=64, help="M, draws from the prior in the direct fit (default: %(default)s)")
     add("--redraw", action="store_true", help="draw anew at each step (default: once, and keep them)")
@@ -159,7 +164,7 @@ def make_figures(args: argparse.Namespace, elbo: VAE, direct: VAE, test: Data) -
             bands={name: spread for name, (_, _, spread) in estimates.items()},
             xlabel="draws per image",
             ylabel="estimate of log p(x), nats per image",
-            title=f"log p(x) of {min(50, len(test))} test images under the ELBO fit's decoder",
+            title=f"log p(x) of {min(50, len(test))} test images under the ELBO fit's decoder (bands: repeats)",
             log_x=True,
         ),
     }

@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from pyro_vae import (
 )
 from pyro_vae.checkpoint import append_jsonl, new_run, save_weights, write_json
 from pyro_vae.gaussian2d import ENTROPY, LinearGaussian, sample, truth
+from pyro_vae.importance import UnreliableEstimateWarning
 
 LIMITS = (-2.5, 4.5, -3.0, 4.0)
 
@@ -140,7 +142,9 @@ def run(args: argparse.Namespace) -> None:
     table["normal, full covariance (ML)"] = row(
         LinearGaussian.fit(train.double(), latent_dim=1).marginal().log_prob(test.double()), exact, 0.0
     )
-    estimate = log_marginal(vae.generate, vae.infer, test, num_samples=1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreliableEstimateWarning)  # told below the table
+        estimate = log_marginal(vae.generate, vae.infer, test, num_samples=1000)
     elbo = evaluate(vae, test, num_samples=50, seed=args.seed)["neg_elbo"]
     table["VAE"] = row(estimate.value, exact, estimate.mean.standard_error, elbo=-elbo.value, elbo_error=elbo.standard_error)
     for name, model in direct.items():
@@ -156,6 +160,10 @@ def run(args: argparse.Namespace) -> None:
         kl_text = f"{r['kl']:9.5f} +- {r['kl_error']:.5f}" if name != "truth" else "0"
         print(f"{name:34s} {r['log_p']:9.4f} +- {r['log_p_error']:.4f} {elbo_text:>19s} {kl_text:>20s}")
 
+    print("Errors: of log p and KL, over the points and the draws; of the ELBO, over the draws alone.")
+    if unreliable := estimate.mean.unreliable:
+        print(f"The VAE's log p: Pareto k says that the error of {unreliable:,} points is too small.")
+
     def log_density(points: Any) -> Any:
         return truth().log_prob(torch.as_tensor(points)).numpy()
 
@@ -164,7 +172,7 @@ def run(args: argparse.Namespace) -> None:
 
     torch.manual_seed(args.seed)
     last = direct["redrawn"]
-    rows = {"truth": train, "VAE": draw(vae, 10_000), "direct fit": draw(last, 10_000)}
+    rows = {"truth": train, "VAE": draw(vae, 10_000), "direct fit, redrawn": draw(last, 10_000)}
     with_noise = {"samples of the VAE": rows["VAE"], "its decoder's means, without noise": draw(vae, 10_000, noise=False)}
     per_epoch = math.ceil(len(train) / args.batch_size)
     steps = [record["epoch"] * per_epoch for record in history]

@@ -5,7 +5,7 @@ import torch
 from conftest import LIKELIHOODS, make_vae
 from test_importance import integral
 
-from pyro_vae import direct_log_marginal, prior_search
+from pyro_vae import MLPDecoder, NegativeDirectLogLikelihood, direct_log_marginal, prior_search
 from pyro_vae.direct import direct_log_prob
 
 X = torch.rand(6, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -84,6 +84,20 @@ def test_a_single_observation_needs_its_dimension(vae):
     for estimate in (direct_log_marginal, prior_search):
         with pytest.raises(ValueError, match=r"expected x of shape \(batch, 1, 4, 4\), found shape \(1, 4, 4\)"):
             estimate(vae, torch.rand(1, 4, 4))
+
+
+def test_data_that_the_likelihood_does_not_score(vae):
+    for estimate in (direct_log_marginal, prior_search):
+        with pytest.raises(ValueError, match="scores values in"):
+            estimate(vae, torch.full((2, 1, 4, 4), 255.0))
+
+
+def test_decoder_of_another_shape_is_refused(vae):
+    vae.decoder = MLPDecoder((4, 4), hidden=(8,), latent_dim=3)
+    x = torch.rand(2, 1, 4, 4)
+    for estimate in (direct_log_marginal, prior_search, lambda vae, x: NegativeDirectLogLikelihood(vae)(x)):
+        with pytest.raises(ValueError, match="Make decoder and event_shape agree"):
+            estimate(vae, x)
 
 
 def test_decoder_is_in_evaluation_mode_meanwhile(vae):

@@ -1,5 +1,6 @@
 """log p(x) by importance sampling against closed forms, and against the known ways of getting it wrong."""
 
+import functools
 import math
 import warnings
 
@@ -382,8 +383,58 @@ def test_site_outside_the_plate_is_named():
     def guide(x):
         pyro.sample("weights", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(ValueError, match=r"site 'weights' has log-probabilities of shape \(5, 1\), expected \(5, 3\)"):
-        log_marginal(model, guide, torch.zeros(3), num_samples=5)
+    for proposal in (guide, lambda x: None):
+        for chunk_size in (None, 5):  # also where a chunk holds one observation, and the shapes would agree
+            with pytest.raises(ValueError, match="site 'weights' is outside the data plate"):
+                log_marginal(model, proposal, torch.zeros(3), num_samples=5, chunk_size=chunk_size)
+
+
+def test_values_that_would_broadcast_against_the_draws_are_refused():
+    """x of shape (B, 1) for a scalar site, K = B: every shape agrees, and every number would be wrong."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    for x in (torch.zeros(4, 1), torch.zeros(4, 4)):
+        with pytest.raises(ValueError, match=r"site 'x' observes values of batch shape \(4, .\), expected \(4,\)"):
+            log_marginal(model, lambda x: None, x, num_samples=4)
+
+
+def test_a_model_that_observes_nothing_is_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="observes nothing"):
+        log_marginal(model, lambda x: None, torch.zeros(3), num_samples=4)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda m: functools.partial(m),
+        lambda m: pyro.poutine.scale(m, scale=2.0),
+        lambda m: pyro.poutine.condition(m, data={}),
+    ],
+    ids=["partial", "scale", "condition"],
+)
+def test_evaluation_mode_is_found_under_handlers(wrap):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dropout = nn.Dropout(0.9)
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+                pyro.sample("x", dist.Normal(self.dropout(z), 1.0), obs=x)
+
+    model, x = Model(), torch.tensor([0.0, 1.0])
+    result = log_marginal(wrap(model), lambda x: None, x, num_samples=50_000)
+    assert ((result.value - dist.Normal(0.0, 2**0.5).log_prob(x)).abs() < 5 * result.standard_error).all()
+    assert model.training
 
 
 def test_site_in_the_guide_alone_is_named():

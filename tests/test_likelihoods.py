@@ -130,3 +130,13 @@ def test_learned_normal_is_the_formula():
     with pytest.raises(ValueError, match="NaN or infinity"):
         LearnedNormalLikelihood().check(torch.tensor([float("inf")]))
     assert LearnedNormalLikelihood().terms(torch.tensor(1.0), (6,)) == {}
+
+
+@pytest.mark.parametrize("likelihood", [NormalLikelihood(variance=0.01, mean="identity"), LearnedNormalLikelihood()])
+def test_pairwise_log_prob_keeps_its_digits_far_from_zero(likelihood):
+    mean, x = 1000 + torch.randn(5, 2), 1000 + torch.randn(7, 2)
+    output = (
+        torch.stack([mean, torch.full_like(mean, -4.0)], -1) if isinstance(likelihood, LearnedNormalLikelihood) else mean
+    )
+    exact = torch.stack([likelihood(o).log_prob(x.double()).sum(-1) for o in output.double()])
+    torch.testing.assert_close(likelihood.pairwise_log_prob(output, x).double(), exact, rtol=1e-4, atol=1e-2)
