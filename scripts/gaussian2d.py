@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--num-mc", type=int, default=4, help="latent draws per point in the ELBO (default: %(default)s)")
     add("--num-draws", type=int, default=256, help="draws from the prior in the direct fit (default: %(default)s)")
-    add("--epochs", type=int, default=30, help="passes over the 10,000 points, each fit (default: %(default)s)")
+    add("--epochs", type=int, default=20, help="passes over the 10,000 points, each fit (default: %(default)s)")
     add("--batch-size", type=int, default=128, help="points per step (default: %(default)s)")
     add("--lr", type=float, default=1e-3, help="Adam's learning rate (default: %(default)s)")
     add("--seed", type=int, default=0, help="of data, weights and noise (default: %(default)s)")
@@ -144,8 +144,8 @@ def run(args: argparse.Namespace) -> None:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreliableEstimateWarning)  # told below the table
-        estimate = log_marginal(vae.generate, vae.infer, test, num_samples=1000)
-    elbo = evaluate(vae, test, num_samples=50, seed=args.seed)["neg_elbo"]
+        estimate = log_marginal(vae.generate, vae.infer, test, num_samples=300)
+    elbo = evaluate(vae, test, num_samples=20, seed=args.seed)["neg_elbo"]
     table["VAE"] = row(estimate.value, exact, estimate.mean.standard_error, elbo=-elbo.value, elbo_error=elbo.standard_error)
     for name, model in direct.items():
         by_prior = direct_log_marginal(model, test, num_samples=10_000)
