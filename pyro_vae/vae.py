@@ -101,8 +101,8 @@ class VAE(nn.Module):
             ValueError: z is of another shape or type, or the decoder's output is.
         """
         batch = self._batch_shape("z", z, (self.latent_dim,))
-        output = self.decoder_output(z.reshape(-1, self.latent_dim))
-        return self.likelihood(output.reshape(*batch, *output.shape[1:])).to_event(len(self.event_shape))
+        p = self._likelihood_of(self.decoder(z.reshape(-1, self.latent_dim)), batch)
+        return p.to_event(len(self.event_shape))
 
     def decoder_output(self, z: Tensor) -> Tensor:
         """The decoder's raw output for z ``(batch, latent_dim)``: what the likelihood takes.
@@ -111,13 +111,20 @@ class VAE(nn.Module):
             ValueError: it is not what the likelihood takes for ``batch`` observations.
         """
         output: Tensor = self.decoder(z)
-        found = tuple(output.shape)
-        if found[:1] != (len(z),) or self.likelihood(output).batch_shape != (len(z), *self.event_shape):
-            raise ValueError(
-                f"VAE: expected a decoder that maps ({len(z)}, {self.latent_dim}) to what {self.likelihood} takes for "
-                f"({len(z)}, {_join(self.event_shape)}) elements, found {found}. Make decoder and event_shape agree."
-            )
+        self._likelihood_of(output, z.shape[:1])
         return output
+
+    def _likelihood_of(self, output: Tensor, batch: torch.Size) -> dist.TorchDistribution:
+        """p(x | z), batch shape ``(*batch, *event_shape)``, once the decoder's output is found to be what it takes."""
+        n, found = batch.numel(), tuple(output.shape)
+        if found[:1] == (n,):
+            p = self.likelihood(output.reshape(*batch, *found[1:]))
+            if p.batch_shape == (*batch, *self.event_shape):
+                return p
+        raise ValueError(
+            f"VAE: expected a decoder that maps ({n}, {self.latent_dim}) to what {self.likelihood} takes for "
+            f"({n}, {_join(self.event_shape)}) elements, found {found}. Make decoder and event_shape agree."
+        )
 
     def check_batch(self, x: Tensor) -> None:
         """Raise a ``ValueError`` unless x is a batch of observations: floating point, ``(batch, *event_shape)``."""
