@@ -9,7 +9,7 @@ from torch.distributions import kl_divergence
 
 from pyro_vae.checks import whole_number
 from pyro_vae.data import Data, as_data
-from pyro_vae.importance import Estimate, log_marginal
+from pyro_vae.importance import Estimate, evaluating, log_marginal
 from pyro_vae.vae import VAE
 
 __all__ = ["evaluate"]
@@ -60,26 +60,22 @@ def evaluate(
     data = as_data(data).to(device, vae.prior_loc.dtype)
     if data.x.is_floating_point():
         vae.likelihood.check(data.x)
-    was_training = vae.training
-    vae.eval()
-    means, variances, kls = [], [], []
-    observations = []
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            for index in torch.arange(len(data), device=device).split(batch_size):
-                x = data.batch(index)
-                vae.check_batch(x)
-                q = vae.encode(x)
-                draws = -vae.decode(q.sample((num_samples,))).log_prob(x)  # (num_samples, batch)
-                means.append(draws.mean(0))
-                variances.append(draws.var(0))
-                kls.append(kl_divergence(q, vae.prior().expand(q.batch_shape)))
+    means, variances, kls, observations = [], [], [], []
+    random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with torch.no_grad(), random_state, evaluating(vae):
+        torch.manual_seed(seed)
+        for index in torch.arange(len(data), device=device).split(batch_size):
+            x = data.batch(index)
+            vae.check_batch(x)
+            q = vae.encode(x)
+            draws = -vae.decode(q.sample((num_samples,))).log_prob(x)  # (num_samples, batch)
+            means.append(draws.mean(0))
+            variances.append(draws.var(0))
+            kls.append(kl_divergence(q, vae.prior().expand(q.batch_shape)))
+            if importance_samples:
                 observations.append(x)
-            if importance_samples:  # in one call, whose draws are independent from image to image
-                log_p = log_marginal(vae.generate, vae.infer, torch.cat(observations), num_samples=importance_samples)
-    finally:
-        vae.train(was_training)
+        if importance_samples:  # in one call, whose draws are independent from image to image
+            log_p = log_marginal(vae.generate, vae.infer, torch.cat(observations), num_samples=importance_samples)
     # Averaged in float64: one float32 sum over a data set would cost digits.
     reconstruction = torch.cat(means).double().mean().cpu()
     kl = torch.cat(kls).double().mean().item()

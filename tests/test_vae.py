@@ -282,7 +282,7 @@ def test_scale_never_overflows_and_always_has_a_gradient():
     scale = bounded_scale(log_variance)
     assert (scale >= math.exp(-10.001)).all()
     assert (scale <= math.exp(10.001)).all()
-    (scale.diff() > 0)[[1, 2, 3, 4, 5]].all()
+    assert (scale.diff() > 0)[[1, 2, 3, 4, 5]].all()
     (gradient,) = torch.autograd.grad(scale.log().sum(), log_variance)
     assert (gradient[1:-1] > 0).all()
     assert gradient.isfinite().all()
