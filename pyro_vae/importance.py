@@ -131,7 +131,7 @@ def log_marginal(
         guide: Pyro program, called as ``guide(x)``.
         x: observations, ``(B, ...)``.
         num_samples: draws per observation, K.
-        chunk_size: pairs (draw, observation) held at once; default: as many as hold 2^22 numbers. Memory
+        chunk_size: pairs (draw, observation) held at once; default: as many as hold 2^23 numbers. Memory
             grows with it and not with K or B.
 
     Returns:
@@ -164,7 +164,9 @@ def log_marginal(
     if not torch.is_tensor(x) or x.dim() == 0 or x.numel() == 0:
         found = f"shape {tuple(x.shape)}" if torch.is_tensor(x) else f"{type(x).__name__}; make it a tensor"
         raise ValueError(f"log_marginal: expected observations as a tensor of shape (B, ...), found {found}.")
-    chunk_size = chunk_size or max(1, 2**22 // max(x[0].numel(), 128))  # hidden layers are rarely narrower
+    # 2^23 numbers, 32 MiB, is the largest tensor that glibc keeps for reuse rather than asking for fresh pages each time;
+    # hidden layers are rarely narrower than 128.
+    chunk_size = chunk_size or max(1, 2**23 // max(x[0].numel(), 128))
     draws = min(num_samples, chunk_size)  # all draws of few images rather than the reverse: the guide runs once for each
     chunks = [min(draws, num_samples - done) for done in range(0, num_samples, draws)]
     parts = []

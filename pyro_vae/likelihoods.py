@@ -68,10 +68,21 @@ def _bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
         linear = torch.einsum("bd,kbd->kb", x - 0.5, logits)
     else:
         linear = ((x - 0.5) * logits).sum(-1)
-    size = torch.copysign(logits, torch.tensor(-1.0, device=logits.device))  # -|l| in one pass
-    linear += 0.5 * size.sum(-1)
-    block = next(n for n in range(126, 0, -1) if size.shape[-1] % n == 0)  # 112 for 784 pixels
-    return linear - size.exp_().add_(1).unflatten(-1, (-1, block)).prod(-1).log_().sum(-1)
+    return linear - _half_abs_plus_log1p_exp(logits.reshape(-1, logits.shape[-1])).reshape(logits.shape[:-1])
+
+
+def _half_abs_plus_log1p_exp(logits: Tensor) -> Tensor:
+    """sum_d |l_d| / 2 + log(1 + exp(-|l_d|)): ``(rows, pixels)`` -> ``(rows,)``, in a buffer small enough for a cache."""
+    pixels = logits.shape[-1]
+    block = next(n for n in range(126, 0, -1) if pixels % n == 0)  # 112 for 784 pixels
+    rows = max(1, 2**20 // pixels)  # 4 MiB
+    buffer, sign = torch.empty_like(logits[:rows]), logits.new_tensor(-1.0)
+    sums = []
+    for part in logits.split(rows):
+        size = torch.copysign(part, sign, out=buffer[: len(part)])  # -|l| in one pass
+        half = -0.5 * size.sum(-1)
+        sums.append(half + size.exp_().add_(1).unflatten(-1, (-1, block)).prod(-1).log_().sum(-1))
+    return torch.cat(sums)
 
 
 # Log-scales are their own up to +-7 (scales from 1/1100 to 1100) and bend smoothly to stay within +-10.

@@ -7,6 +7,7 @@ element, as a normal with learned variance does, they stand in a last dimension:
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from pyro_vae.checks import shape, whole_number
 
 __all__ = ["MLPDecoder", "MLPEncoder"]
+
+_relu = partial(nn.ReLU, inplace=True)  # same values and gradients, one pass and one copy of the hidden layer fewer
 
 
 def _mlp(sizes: Sequence[int], activation: Callable[[], nn.Module]) -> nn.Sequential:
@@ -29,7 +32,7 @@ class MLPEncoder(nn.Module):
         event_shape: shape of one observation, e.g. ``(1, 28, 28)``.
         hidden: widths of the hidden layers, from the data towards the latent.
         latent_dim: number of latent dimensions.
-        activation: makes the activation that follows each hidden layer.
+        activation: makes the activation that follows each hidden layer; default: ReLU.
 
     Example:
         >>> encoder = MLPEncoder((1, 28, 28), hidden=(400,), latent_dim=20)
@@ -44,7 +47,7 @@ class MLPEncoder(nn.Module):
         *,
         hidden: Sequence[int],
         latent_dim: int,
-        activation: Callable[[], nn.Module] = nn.ReLU,
+        activation: Callable[[], nn.Module] = _relu,
     ) -> None:
         super().__init__()
         event_shape, hidden = shape("event_shape", event_shape), shape("hidden", hidden, empty=True)
@@ -68,7 +71,7 @@ class MLPDecoder(nn.Module):
         event_shape: shape of one observation, e.g. ``(1, 28, 28)``.
         hidden: widths of the hidden layers, from the latent towards the data.
         latent_dim: number of latent dimensions.
-        activation: makes the activation that follows each hidden layer.
+        activation: makes the activation that follows each hidden layer; default: ReLU.
         outputs: raw numbers per element of ``x``; more than one stand in a last dimension.
 
     Example:
@@ -83,7 +86,7 @@ class MLPDecoder(nn.Module):
         *,
         hidden: Sequence[int],
         latent_dim: int,
-        activation: Callable[[], nn.Module] = nn.ReLU,
+        activation: Callable[[], nn.Module] = _relu,
         outputs: int = 1,
     ) -> None:
         super().__init__()

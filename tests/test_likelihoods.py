@@ -24,6 +24,17 @@ def test_bernoulli_on_grey_is_minus_binary_cross_entropy():
     torch.testing.assert_close(BernoulliLikelihood()(logits).log_prob(x), expected)
 
 
+@pytest.mark.parametrize("batch", [(), (7,), (3, 5)])
+@pytest.mark.parametrize("event", [(1, 28, 28), (127,), (1,), (600, 600)])  # (600, 600): rows in several blocks
+def test_bernoulli_joint_log_prob_is_the_same_without_gradients(batch, event):
+    logits = 10 * torch.randn(*batch, *event, dtype=torch.float64)
+    x = torch.rand(*batch[-1:], *event, dtype=torch.float64)
+    slow = BernoulliLikelihood()(logits).log_prob(x).sum(tuple(range(-len(event), 0)))
+    fast = BernoulliLikelihood()(logits).to_event(len(event)).log_prob(x)
+    torch.testing.assert_close(fast, slow)
+    assert not fast.requires_grad
+
+
 def test_bernoulli_samples_are_binary_with_the_right_mean():
     logits = torch.tensor([-2.0, 0.0, 1.0])
     draws = BernoulliLikelihood()(logits).sample((20_000,))
