@@ -13,6 +13,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_vae.checks import whole_number
+
 __all__ = ["ENTROPY", "MEAN", "LinearGaussian", "covariance", "sample", "truth"]
 
 MEAN = (1.0, 0.5)
@@ -32,6 +34,7 @@ def truth(dtype: torch.dtype = torch.float64) -> dist.MultivariateNormal:
 
 def sample(n: int, *, seed: int = 0) -> Tensor:
     """n points of the plane, ``(n, 2)``, float32; torch's global random state is left as found."""
+    n = whole_number("n", n)
     noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     points = torch.tensor(MEAN, dtype=torch.float64) + noise @ torch.linalg.cholesky(covariance()).T
     return points.float()
@@ -45,11 +48,23 @@ class LinearGaussian:
         weight: W, ``(D, latent_dim)``.
         bias: b, ``(D,)``.
         variance: s^2.
+
+    Raises:
+        ValueError: weight and bias do not fit together, or the variance is not positive.
     """
 
     weight: Tensor
     bias: Tensor
     variance: float
+
+    def __post_init__(self) -> None:
+        if not self.variance > 0:
+            raise ValueError(f"LinearGaussian: expected a positive variance, found {self.variance}.")
+        if self.weight.dim() != 2 or self.bias.shape != self.weight.shape[:1]:
+            found = f"{tuple(self.weight.shape)} and {tuple(self.bias.shape)}"
+            raise ValueError(
+                f"LinearGaussian: expected weight of shape (D, latent_dim) and bias of shape (D,), found {found}."
+            )
 
     def marginal(self) -> dist.MultivariateNormal:
         """p(x) = N(b, W W' + s^2 I)."""
@@ -57,7 +72,11 @@ class LinearGaussian:
         return dist.MultivariateNormal(self.bias, self.weight @ self.weight.T + self.variance * eye)
 
     def posterior(self, x: Tensor) -> dist.MultivariateNormal:
-        """p(z | x) = N(S W' (x - b) / s^2, S), S = (I + W' W / s^2)^-1, for x ``(B, D)``."""
+        """p(z | x) = N(S W' (x - b) / s^2, S), S = (I + W' W / s^2)^-1, for x ``(*batch, D)``."""
+        if x.shape[-1:] != self.bias.shape:
+            raise ValueError(
+                f"LinearGaussian.posterior: expected x of shape (*batch, {len(self.bias)}), found {tuple(x.shape)}."
+            )
         eye = torch.eye(self.weight.shape[1], dtype=x.dtype, device=x.device)
         precision = eye + self.weight.T @ self.weight / self.variance
         loc = (x - self.bias) @ self.weight / self.variance @ torch.linalg.inv(precision)
@@ -70,7 +89,14 @@ class LinearGaussian:
         .. math:: s^2 = \frac{1}{D - L} \sum_{j > L} \lambda_j, \qquad W = U_L (\Lambda_L - s^2 I)^{1/2}
 
         with eigenvalues lambda (descending) and eigenvectors U of the sample covariance (divided by N).
+
+        Raises:
+            ValueError: x is no finite matrix of floating point, latent_dim does not fit it, or nothing varies outside the
+                first latent_dim directions, so that the likelihood has no maximum.
         """
+        if not torch.is_tensor(x) or x.dim() != 2 or len(x) < 2 or not x.is_floating_point() or not x.isfinite().all():
+            found = f"{x.dtype} of shape {tuple(x.shape)}" if torch.is_tensor(x) else type(x).__name__
+            raise ValueError(f"LinearGaussian.fit: expected finite floating point x of shape (N, D), N > 1, found {found}.")
         dim = x.shape[1]
         if not 1 <= latent_dim < dim:
             raise ValueError(
@@ -79,5 +105,10 @@ class LinearGaussian:
         bias = x.mean(0)
         values, vectors = torch.linalg.eigh((x - bias).T @ (x - bias) / len(x))  # ascending
         variance = values[: dim - latent_dim].mean()
+        if not variance > torch.finfo(x.dtype).eps * values[-1]:
+            raise ValueError(
+                f"LinearGaussian.fit: nothing varies outside {latent_dim} directions of these {len(x)} rows, so the "
+                "likelihood has no maximum. Give more rows, or fewer latent dimensions."
+            )
         weight = vectors[:, dim - latent_dim :] * (values[dim - latent_dim :] - variance).sqrt()
         return LinearGaussian(weight, bias, variance.item())

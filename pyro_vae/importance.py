@@ -72,7 +72,7 @@ class LogMarginal:
     Args:
         value: ``(B,)``, log of the mean importance weight.
         standard_error: ``(B,)``, of ``value``, by the delta method; nan for a single draw.
-        ess: ``(B,)``, effective sample size, from 1 to ``num_samples``.
+        ess: ``(B,)``, effective sample size, from 1 to ``num_samples``; 0 where every weight is 0.
         pareto_k: ``(B,)``, shape of the weights' tail; below 0.5 good, above 0.7 not to be trusted; nan for fewer than
             25 draws, which show no tail.
         num_samples: draws made per observation.
@@ -124,7 +124,8 @@ def log_marginal(
     Latent sites that the guide does not have are drawn from the model, so a guide that does nothing gives plain Monte Carlo
     from the prior. Scaling of sites (``poutine.scale``, subsampling) is left out: it is no part of the density. Works
     without gradients, in evaluation mode where model and guide are modules or methods of modules, and leaves torch's random
-    state as found: the same state gives the same draws, so seed anew between calls whose errors are to be independent.
+    state as found: the same state gives the same draws, so seed anew between calls whose errors are to be independent. Both
+    programs are called on parts of x: what else they need per observation (labels, masks) must be found from x itself.
 
     Args:
         model: Pyro program, called as ``model(x)``; every site in one plate of dimension -1 over the observations.

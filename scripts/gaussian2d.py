@@ -154,11 +154,11 @@ def run(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     write_json(out / "metrics.json", {"entropy": ENTROPY, "seconds": seconds, "seed": args.seed, "table": table})
     print(f"\nexpected log p under the truth: {-ENTROPY:.6f} nats; below, on 10,000 held-out points")
-    print(f"{'':34s} {'log p':>19s} {'ELBO':>19s} {'KL(true || model)':>20s}")
+    print(f"{'':34s} {'log p':>18s} {'ELBO':>18s} {'KL(true || model)':>19s}")
     for name, r in table.items():
-        elbo_text = f"{r['elbo']:9.4f} +- {r['elbo_error']:.4f}" if "elbo" in r else ""
-        kl_text = f"{r['kl']:9.5f} +- {r['kl_error']:.5f}" if name != "truth" else "0"
-        print(f"{name:34s} {r['log_p']:9.4f} +- {r['log_p_error']:.4f} {elbo_text:>19s} {kl_text:>20s}")
+        elbo_text = f"{r['elbo']:9.4f} ± {r['elbo_error']:.4f}" if "elbo" in r else ""
+        kl_text = f"{r['kl']:9.5f} ± {r['kl_error']:.5f}" if name != "truth" else "0"
+        print(f"{name:34s} {r['log_p']:9.4f} ± {r['log_p_error']:.4f} {elbo_text:>18s} {kl_text:>19s}")
 
     print("Errors: of log p and KL, over the points and the draws; of the ELBO, over the draws alone.")
     if unreliable := estimate.mean.unreliable:

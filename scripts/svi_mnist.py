@@ -255,7 +255,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     for unreliable in caught:
         print(f"warning: {unreliable.message}", file=sys.stderr)
     for name, estimate in figures.items():
-        print(f"test {name:15s} {estimate.value:9.3f} +- {estimate.standard_error:.3f} nats")
+        print(f"test {name:15s} {estimate.value:9.3f} ± {estimate.standard_error:.3f} nats")
     if not args.no_figures:
         torch.manual_seed(args.seed)
         with torch.no_grad():

@@ -84,3 +84,32 @@ def test_fit_with_all_but_one_dimension_is_the_full_covariance():
 def test_fit_needs_a_noise_dimension(latent_dim):
     with pytest.raises(ValueError, match="latent_dim must be from 1 to 1 for 2 columns"):
         LinearGaussian.fit(sample(10), latent_dim=latent_dim)
+
+
+@pytest.mark.parametrize(
+    ("x", "latent_dim", "match"),
+    [
+        (torch.zeros(5), 1, r"\(N, D\).*\(5,\)"),
+        (torch.zeros(5, 3).numpy(), 1, "ndarray"),
+        (torch.zeros(5, 3, dtype=torch.int64), 1, "int64"),
+        (torch.full((5, 3), math.nan), 1, "finite"),
+        (torch.randn(1, 3), 1, "N > 1"),
+        (torch.ones(5, 3), 1, "no maximum"),
+        (torch.randn(3, 5, dtype=torch.float64), 2, "no maximum"),  # rank 2
+        (torch.randn(9, 3), 3, "from 1 to 2"),
+    ],
+)
+def test_data_without_a_maximum_are_refused(x, latent_dim, match):
+    with pytest.raises(ValueError, match=match):
+        LinearGaussian.fit(x, latent_dim=latent_dim)
+
+
+def test_parts_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"\(D, latent_dim\)"):
+        LinearGaussian(torch.zeros(3), torch.zeros(3), 1.0)
+    with pytest.raises(ValueError, match="variance"):
+        LinearGaussian(torch.zeros(3, 1), torch.zeros(3), -1.0)
+    with pytest.raises(ValueError, match=r"\(\*batch, 3\)"):
+        LinearGaussian(torch.zeros(3, 1), torch.zeros(3), 1.0).posterior(torch.zeros(4, 1))
+    with pytest.raises(ValueError, match="n: expected"):
+        sample(-1)
