@@ -8,10 +8,12 @@ from pyro_vae.checks import number, shape, whole_number
 from pyro_vae.data import BINARIZATIONS
 from pyro_vae.likelihoods import BernoulliLikelihood, Likelihood, NormalLikelihood
 from pyro_vae.nets import MLPDecoder, MLPEncoder
-from pyro_vae.objectives import ESTIMATORS, NegativeELBO
+from pyro_vae.objectives import ESTIMATORS, NegativeELBO, NegativeIWAE
 from pyro_vae.vae import VAE
 
-__all__ = ["PRESETS", "Settings", "load_preset"]
+__all__ = ["OBJECTIVES", "PRESETS", "Settings", "load_preset"]
+
+OBJECTIVES = (*ESTIMATORS, "iwae")
 
 # The normal likelihood of variance 1/2 has the squared error summed over pixels as its reconstruction term.
 _LIKELIHOODS: dict[str, Likelihood] = {
@@ -34,7 +36,8 @@ class Settings:
         lr: Adam's learning rate.
         beta: weight of the KL in the loss.
         particles: latent draws per observation in the loss.
-        objective: estimator of the KL, ``"trace"`` or ``"mean-field"``; see :class:`~pyro_vae.objectives.NegativeELBO`.
+        objective: estimator of the KL, ``"trace"`` or ``"mean-field"``, see :class:`~pyro_vae.objectives.NegativeELBO`; or
+            ``"iwae"``, the importance-weighted bound of ``particles`` draws, which has no beta but 1.
         binarization: see :class:`~pyro_vae.data.Data`.
 
     Raises:
@@ -61,11 +64,13 @@ class Settings:
             number(name, getattr(self, name))
         for name, choices in (
             ("likelihood", tuple(_LIKELIHOODS)),
-            ("objective", ESTIMATORS),
+            ("objective", OBJECTIVES),
             ("binarization", BINARIZATIONS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {getattr(self, name)!r}.")
+        if self.objective == "iwae" and self.beta != 1:
+            raise ValueError(f"beta: expected 1 with objective iwae, which has no KL to weigh, found {self.beta!r}.")
 
     def build_vae(self, event_shape: Sequence[int]) -> VAE:
         """A new VAE of these settings for observations of this shape, weights drawn from torch's global random state."""
@@ -79,6 +84,8 @@ class Settings:
 
     def build_objective(self, vae: VAE) -> NegativeELBO:
         """The objective of these settings for a VAE."""
+        if self.objective == "iwae":
+            return NegativeIWAE(vae, num_particles=self.particles)
         return NegativeELBO(vae, estimator=self.objective, num_particles=self.particles, beta=self.beta)
 
 

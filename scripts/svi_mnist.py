@@ -37,8 +37,7 @@ from pyro_vae import (
 from pyro_vae.checkpoint import append_jsonl, new_run, save_weights, write_config, write_json
 from pyro_vae.data import BINARIZATIONS, DATASETS, DatasetFallbackWarning
 from pyro_vae.importance import UnreliableEstimateWarning
-from pyro_vae.objectives import ESTIMATORS
-from pyro_vae.presets import Settings
+from pyro_vae.presets import OBJECTIVES, Settings
 
 NOT_TERMS = ("epoch", "test", "seconds", "images_per_second")  # of an epoch's record; the others are the objective's
 
@@ -71,7 +70,10 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     )
     add("--beta", type=float, help=f"weight of the KL in the loss ({of_preset('beta')})")
     add("--particles", type=int, help=f"latent draws per image in the loss ({of_preset('particles')})")
-    add("--objective", choices=ESTIMATORS, help=f"KL estimated at the draws, or closed form ({of_preset('objective')})")
+    objectives = (
+        "ELBO, its KL estimated at the draws (trace) or closed form (mean-field); iwae: the importance-weighted bound"
+    )
+    add("--objective", choices=OBJECTIVES, help=f"{objectives} ({of_preset('objective')})")
     binarize = "none: grey pixels; threshold: 1 above 0.5; dynamic: drawn as Bernoulli(grey) each time an image is seen"
     add("--binarize", dest="binarization", choices=BINARIZATIONS, help=f"{binarize} ({of_preset('binarization')})")
     add("--seed", type=int, default=0, help="of weights, data order and noise (default: %(default)s)")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pyro_vae import PRESETS, BernoulliLikelihood, NormalLikelihood, load_preset
+from pyro_vae import PRESETS, BernoulliLikelihood, NegativeIWAE, NormalLikelihood, load_preset
 from pyro_vae.presets import Settings
 
 
@@ -40,6 +40,8 @@ def test_changes_leave_the_preset_alone():
     objective = settings.build_objective(vae)
     assert (vae.latent_dim, vae.event_shape) == (2, (1, 8, 8))
     assert (objective.beta, objective.estimator, objective.num_particles) == (4.0, "mean-field", 3)
+    objective = load_preset("bernoulli-z20", objective="iwae", particles=5).build_objective(vae)
+    assert (type(objective), objective.num_particles) == (NegativeIWAE, 5)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +54,8 @@ def test_changes_leave_the_preset_alone():
         ({"lr": float("nan")}, "lr: expected a positive number"),
         ({"beta": -1}, "beta: expected a positive number"),
         ({"likelihood": "poisson"}, "likelihood: expected one of bernoulli, normal, found 'poisson'"),
-        ({"objective": "iwae"}, "objective: expected one of trace, mean-field"),
+        ({"objective": "renyi"}, "objective: expected one of trace, mean-field, iwae"),
+        ({"objective": "iwae", "beta": 2.0}, "beta: expected 1 with objective iwae"),
         ({"binarization": "dither"}, "binarization: expected one of none, threshold, dynamic"),
         ({"learning_rate": 1.0}, "no setting learning_rate; the settings are preset, likelihood"),
     ],
