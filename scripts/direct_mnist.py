@@ -63,6 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of weights, data order and noise (default: %(default)s)")
     add("--out", type=Path, help="run folder (default: a new one, runs/direct-DATASET-DATE-TIME)")
     add("--overwrite", action="store_true", help="replace the earlier run that --out holds (default: refuse)")
+    add("--no-figures", action="store_true", help="skip the pictures (default: make them)")
     args = parser.parse_args()
     for name in ("epochs", "encoder_epochs", "num_draws", "images"):
         if getattr(args, name) < 1:
@@ -76,6 +77,8 @@ def fit_elbo(args: argparse.Namespace, train: Data) -> VAE:
     """System A by its ELBO: from an earlier run, or fitted here."""
     if args.elbo_run is not None:
         vae = load_run(args.elbo_run)
+        if not isinstance(vae, VAE):
+            raise DataError(f"{args.elbo_run}: a plain autoencoder, which has no p(x). Name a run of {SETTINGS.preset}.")
         if vae.event_shape != train.event_shape:
             raise DataError(
                 f"{args.elbo_run}: a model of {tuple(vae.event_shape)}, the data are {tuple(train.event_shape)}."
@@ -208,15 +211,16 @@ def run(args: argparse.Namespace) -> None:
         own_text = f"{own:.2f} ({args.num_draws} draws)" if "own_estimate" in row else f"{row['elbo']['value']:.2f} (ELBO)"
         cells = [
             own_text,
-            *(f"{row[key]['value']:.2f} ± {row[key]['standard_error']:.2f}" for key in ("elbo", "log_marginal")),
+            *(f"{row[key]['value']:.2f} ± {row[key]['standard_error']:.2g}" for key in ("elbo", "log_marginal")),
         ]
         health = row["log_marginal"]
         cells += [f"{health['median_ess']:.0f} of {k:,}"]
         cells += [f"median {row['median_pareto_k']:.2f}, {health['unreliable'] / len(images):.0%} too high"]
         prior = row["log_marginal_by_prior"]
-        cells += [f"{prior['value']:.2f} ± {prior['standard_error']:.2f} ({prior['num_samples']:,})"]
+        cells += [f"{prior['value']:.2f} ± {prior['standard_error']:.2g} ({prior['num_samples']:,})"]
         print(f"| {name} | {' | '.join(cells)} |")
-    for name, figure in make_figures(args, elbo, direct, test).items():
+    figures = {} if args.no_figures else make_figures(args, elbo, direct, test)
+    for name, figure in figures.items():
         figure.savefig(out / "figures" / f"{name}.png")
     print(f"\ndone in {time.perf_counter() - start:.0f} s; everything is in {out}")
 
