@@ -1,13 +1,21 @@
 """Variational autoencoders as Pyro model and guide functions, measured honestly. All figures are nats per observation."""
 
+from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.checkpoint import CheckpointError, load_run
 from pyro_vae.data import Data, DataError, load_data
 from pyro_vae.direct import direct_log_marginal, prior_search
 from pyro_vae.evaluate import evaluate
 from pyro_vae.importance import Estimate, log_marginal
 from pyro_vae.likelihoods import BernoulliLikelihood, LearnedNormalLikelihood, NormalLikelihood
-from pyro_vae.nets import MLPDecoder, MLPEncoder
-from pyro_vae.objectives import NegativeDirectLogLikelihood, NegativeELBO, NegativeIWAE, Objective, scale_latents
+from pyro_vae.nets import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
+from pyro_vae.objectives import (
+    NegativeDirectLogLikelihood,
+    NegativeELBO,
+    NegativeIWAE,
+    Objective,
+    ReconstructionError,
+    scale_latents,
+)
 from pyro_vae.presets import PRESETS, load_preset
 from pyro_vae.train import NonFiniteError, fit
 from pyro_vae.vae import VAE
@@ -17,8 +25,11 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "VAE",
+    "Autoencoder",
     "BernoulliLikelihood",
     "CheckpointError",
+    "ConvDecoder",
+    "ConvEncoder",
     "Data",
     "DataError",
     "Estimate",
@@ -31,6 +42,7 @@ __all__ = [
     "NonFiniteError",
     "NormalLikelihood",
     "Objective",
+    "ReconstructionError",
     "direct_log_marginal",
     "evaluate",
     "fit",

@@ -6,13 +6,14 @@ JSON files and weights are written whole or not at all.
 import json
 import os
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.checks import shape, usable_device
 from pyro_vae.presets import Settings
 from pyro_vae.vae import VAE
@@ -96,15 +97,15 @@ def write_config(run: Path, settings: Settings, *, event_shape: tuple[int, ...],
     write_json(run / _CONFIG, config)
 
 
-def save_weights(run: Path, vae: VAE) -> None:
+def save_weights(run: Path, model: VAE | Autoencoder) -> None:
     """Write the weights, in place of those of an earlier epoch."""
     temporary = run / _WEIGHTS.with_suffix(".tmp")
-    torch.save(vae.state_dict(), temporary)
+    torch.save(model.state_dict(), temporary)
     os.replace(temporary, run / _WEIGHTS)
 
 
-def load_run(folder: str | Path, *, device: torch.device | str = "cpu") -> VAE:
-    """The VAE of a run folder, with the weights of its last finished epoch, in evaluation mode.
+def load_run(folder: str | Path, *, device: torch.device | str = "cpu") -> VAE | Autoencoder:
+    """The VAE, or the autoencoder, of a run folder, with the weights of its last finished epoch, in evaluation mode.
 
     Raises:
         CheckpointError: no run there, or a file of it that is damaged or does not fit the others.
@@ -119,8 +120,8 @@ def load_run(folder: str | Path, *, device: torch.device | str = "cpu") -> VAE:
     device = usable_device(device)
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten: leave the caller's stream alone
         try:
-            vae = settings.build_vae(event_shape)
-        except RuntimeError as error:  # torch's answer to a model larger than the memory
+            model = settings.build_model(event_shape)
+        except (RuntimeError, ValueError) as error:  # RuntimeError: torch's answer to a model larger than the memory
             raise CheckpointError(f"{Path(folder) / _CONFIG}: the model cannot be built ({error}).") from error
     if not path.is_file():
         raise CheckpointError(f"{path}: missing: this run stopped before its first epoch ended. Train it again.")
@@ -129,11 +130,11 @@ def load_run(folder: str | Path, *, device: torch.device | str = "cpu") -> VAE:
     except Exception as error:  # torch.load answers damage with half a dozen types of error
         raise CheckpointError(f"{path}: cannot be read as weights ({type(error).__name__}). Train again.") from error
     try:
-        vae.load_state_dict(weights)
+        model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path}: not the weights of the model in {_CONFIG}: {reason}") from error
-    return vae.to(device).eval()
+    return model.to(device).eval()
 
 
 def _read_config(path: Path) -> tuple[Settings, tuple[int, ...]]:
@@ -145,8 +146,9 @@ def _read_config(path: Path) -> tuple[Settings, tuple[int, ...]]:
             raise ValueError(f"expected an object, found {type(config).__name__}")
         if config.get("format") != _FORMAT:
             raise ValueError(f"expected format {_FORMAT}, found {config.get('format')!r}")
-        names = [field.name for field in fields(Settings)]
-        missing = [name for name in (*names, "event_shape") if name not in config]
+        names = [field.name for field in fields(Settings) if field.name in config]
+        needed = [field.name for field in fields(Settings) if field.default is MISSING]
+        missing = [name for name in (*needed, "event_shape") if name not in config]
         if missing:
             raise ValueError(f"no entry {', '.join(missing)}")
         return Settings(**{name: config[name] for name in names}), shape("event_shape", config["event_shape"])

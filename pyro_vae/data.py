@@ -16,7 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from pyro_vae.checks import whole_number
 
 __all__ = ["BINARIZATIONS", "DATASETS", "Data", "DataError", "DatasetFallbackWarning", "as_data", "load_data"]
 
@@ -108,6 +111,27 @@ class Data:
         """The same data on another device, with batches of another floating-point type; copied only where they differ."""
         x = self.x.to(device) if self.x.dtype == torch.uint8 or dtype is None else self.x.to(device, dtype)
         return replace(self, x=x, labels=None if self.labels is None else self.labels.to(device), dtype=dtype or self.dtype)
+
+    def resize(self, size: int) -> "Data":
+        """Images ``(N, channels, height, width)`` made ``size`` x ``size``, bilinear; uint8 stays uint8, rounded.
+
+        Raises:
+            DataError: no images, or size is no whole number >= 1.
+        """
+        try:
+            size = whole_number("image size", size)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        if self.x.dim() != 4:
+            raise DataError(
+                f"{self.name}: expected images (N, channels, height, width) to resize, found {tuple(self.x.shape)}."
+            )
+        x = torch.empty(*self.x.shape[:2], size, size, dtype=self.x.dtype, device=self.x.device)
+        for part, images in zip(x.split(1000), self.x.split(1000), strict=True):  # not all of them in float at once
+            grey = images.float() if x.dtype == torch.uint8 else images
+            resized = F.interpolate(grey, size=(size, size), mode="bilinear", antialias=True)
+            part.copy_(resized.round() if x.dtype == torch.uint8 else resized)
+        return replace(self, x=x)
 
     def batch(self, index: Tensor) -> Tensor:
         """Floating-point observations ``(len(index), *event_shape)``, binarised; dynamic draws use torch's global RNG."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.checks import whole_number
 from pyro_vae.data import Data, as_data
 from pyro_vae.importance import Estimate, evaluating, log_marginal
@@ -16,7 +17,7 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
-    vae: VAE,
+    vae: VAE | Autoencoder,
     data: "Data | Tensor | np.ndarray[Any, Any]",
     *,
     num_samples: int = 10,
@@ -34,7 +35,8 @@ def evaluate(
     vary over other data sets.
 
     Args:
-        vae: evaluated in evaluation mode, without gradients, where its parameters are; left in the mode it was in.
+        vae: evaluated in evaluation mode, without gradients, where its parameters are; left in the mode it was in. Of
+            a plain autoencoder the squared error is all there is.
         data: observations; dynamic binarisation is drawn once per call, the same for the same seed.
         num_samples: latent draws per observation, at least 2 (one draw carries no error).
         importance_samples: draws per observation for log p(x) by :func:`~pyro_vae.importance.log_marginal`, at least 2; 0:
@@ -44,11 +46,14 @@ def evaluate(
 
     Returns:
         :class:`~pyro_vae.importance.Estimate` by name: ``neg_elbo``, ``reconstruction``, ``kl``, what the likelihood adds,
-        and ``log_marginal`` (higher is better, at least -neg_elbo up to its error).
+        and ``log_marginal`` (higher is better, at least -neg_elbo up to its error). Of an autoencoder: ``squared_error``,
+        summed over elements, and ``mean_squared_error`` per element.
 
     Raises:
         ValueError: fewer than 2 samples, or data that do not suit the likelihood.
     """
+    if isinstance(vae, Autoencoder):
+        return _squared_error(vae, data, whole_number("batch_size", batch_size), seed)
     if not isinstance(vae, VAE):
         raise ValueError(f"evaluate: expected a VAE, found {type(vae).__name__}.")
     num_samples = whole_number("num_samples", num_samples, minimum=2)  # one draw carries no error
@@ -92,3 +97,22 @@ def evaluate(
     if importance_samples:
         figures["log_marginal"] = log_p.mean
     return figures
+
+
+def _squared_error(
+    model: Autoencoder, data: "Data | Tensor | np.ndarray[Any, Any]", batch_size: int, seed: int
+) -> dict[str, Estimate]:
+    """An autoencoder draws nothing, so its figures are exact."""
+    like = next(model.parameters())
+    data = as_data(data).to(like.device, like.dtype)
+    total = 0.0
+    with torch.no_grad(), torch.random.fork_rng(devices=[like.device] if like.is_cuda else []), evaluating(model):
+        torch.manual_seed(seed)  # for dynamic binarisation
+        for index in torch.arange(len(data), device=like.device).split(batch_size):
+            x = data.batch(index)
+            total += (model(x) - x).square().sum(dtype=torch.float64).item()
+    per_observation = total / len(data)
+    return {
+        "squared_error": Estimate(per_observation, 0.0, 0),
+        "mean_squared_error": Estimate(per_observation / data.event_shape.numel(), 0.0, 0),
+    }

@@ -1,67 +1,201 @@
-"""Looking into the latent space: what a fitted VAE has learned, as arrays; pictures of them are in ``plots``.
+"""Looking into the latent space: what a fitted model has learned, as arrays; pictures of them are in ``plots``.
 
-Functions that draw use torch's global random state: seed it for a reproducible picture.
+Models are VAEs or plain autoencoders, whose code stands where a VAE has its posterior mean, and are looked at in evaluation
+mode. Functions that draw use torch's global random state: seed it for a reproducible picture.
 """
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributions import kl_divergence
 
+from pyro_vae.autoencoder import Autoencoder
+from pyro_vae.checks import whole_number
 from pyro_vae.data import Data, as_data
+from pyro_vae.importance import evaluating
 from pyro_vae.vae import VAE
 
-__all__ = ["denoise", "interpolate", "latent_means", "sample_like", "tsne"]
+__all__ = [
+    "active_units",
+    "denoise",
+    "interpolate",
+    "kl_per_dimension",
+    "latent_means",
+    "manifold_grid",
+    "sample_like",
+    "tsne",
+]
+
+Model = VAE | Autoencoder
+
+
+def _encode(model: Model, x: Tensor) -> Tensor:
+    """Posterior mean, or code."""
+    return model.encode(x).mean if isinstance(model, VAE) else model.encode(x)
+
+
+def _decode(model: Model, z: Tensor) -> Tensor:
+    """The image that the decoder draws: its mean."""
+    return model.decode(z).mean if isinstance(model, VAE) else model.decode(z)
 
 
 @torch.no_grad()
-def latent_means(vae: VAE, data: "Data | Tensor | np.ndarray[Any, Any]", *, batch_size: int = 1000) -> Tensor:
-    """Posterior mean of every observation, ``(N, latent_dim)``, in the order of the data."""
-    data = as_data(data).to(vae.prior_loc.device, vae.prior_loc.dtype)
+def latent_means(model: Model, data: "Data | Tensor | np.ndarray[Any, Any]", *, batch_size: int = 1000) -> Tensor:
+    """Posterior mean, or code, of every observation, ``(N, latent_dim)``, in the order of the data."""
+    parameter = next(model.parameters())
+    data = as_data(data).to(parameter.device, parameter.dtype)
     batches = torch.arange(len(data), device=data.x.device).split(batch_size)
-    return torch.cat([vae.encode(data.batch(index)).mean for index in batches])
+    with evaluating(model):
+        return torch.cat([_encode(model, data.batch(index)) for index in batches])
+
+
+def _require_posterior(name: str, vae: Model) -> None:
+    if not isinstance(vae, VAE):
+        raise ValueError(f"{name}: expected a VAE, found {type(vae).__name__}, which has no posterior.")
 
 
 @torch.no_grad()
-def interpolate(vae: VAE, start: Tensor, end: Tensor, *, steps: int = 10) -> tuple[Tensor, Tensor]:
-    """The straight way from one observation to another, in latent space and in pixel space.
+def kl_per_dimension(vae: VAE, data: "Data | Tensor | np.ndarray[Any, Any]", *, batch_size: int = 1000) -> Tensor:
+    r"""KL of every latent dimension, averaged over the data: ``(latent_dim,)``, nats per observation.
+
+    .. math:: \frac1N \sum_i \tfrac12 \big( \mu_{ij}^2 + \sigma_{ij}^2 - \log \sigma_{ij}^2 - 1 \big)
+
+    Their sum is the KL term of the ELBO. A dimension near 0 carries nothing: its posterior is the prior whatever x.
+    """
+    _require_posterior("kl_per_dimension", vae)
+    data = as_data(data).to(vae.prior_loc.device, vae.prior_loc.dtype)
+    total = torch.zeros_like(vae.prior_loc, dtype=torch.float64)
+    prior = torch.distributions.Normal(vae.prior_loc, vae.prior_scale)
+    with evaluating(vae):
+        for index in torch.arange(len(data), device=data.x.device).split(batch_size):
+            q = vae.encode(data.batch(index)).base_dist
+            posterior = torch.distributions.Normal(q.loc, q.scale)
+            total += kl_divergence(posterior, prior).sum(0, dtype=torch.float64)
+    return (total / len(data)).to(vae.prior_loc.dtype)
+
+
+def active_units(vae: VAE, data: "Data | Tensor | np.ndarray[Any, Any]", *, threshold: float = 0.01) -> Tensor:
+    """Which latent dimensions the model uses: ``(latent_dim,)`` of bool; ``.sum()`` is the number of active units.
+
+    A unit is active where the variance of its posterior mean over the data is above the threshold (Burda et al. 2016,
+    arXiv:1509.00519, section 5.2).
+    """
+    _require_posterior("active_units", vae)
+    return latent_means(vae, data).var(0, correction=0) > threshold
+
+
+@torch.no_grad()
+def interpolate(model: Model, start: Tensor, end: Tensor, *, steps: int = 10, path: str = "linear") -> tuple[Tensor, Tensor]:
+    r"""The way from one observation to another, in latent space and in pixel space.
 
     Args:
+        model: a VAE or an autoencoder.
         start: observation, ``event_shape``.
         end: observation, ``event_shape``.
         steps: points on the way, both ends included.
+        path: of the latent: ``"linear"``, or ``"spherical"`` (White 2016, arXiv:1609.04468):
+            :math:`\frac{\sin (1-t) \omega}{\sin \omega} z_0 + \frac{\sin t \omega}{\sin \omega} z_1`,
+            :math:`\omega` the angle between both, which keeps to the distance from 0 at which a prior of many dimensions has
+            its mass.
 
     Returns:
-        (latent, pixel), each ``(steps, *event_shape)``: the decoder's mean on the line between the two posterior means,
-        and the line between the two observations themselves.
+        (latent, pixel), each ``(steps, *event_shape)``: the decoder's mean on the way between the two posterior means,
+        and the straight line between the two observations themselves.
+
+    Raises:
+        ValueError: fewer than 2 steps, or no such path.
     """
     if steps < 2:
         raise ValueError(f"interpolate: steps must be at least 2 to hold both ends, found {steps}.")
-    weight = torch.linspace(0, 1, steps, device=start.device, dtype=start.dtype).unsqueeze(-1)  # (steps, 1)
-    ends = vae.encode(torch.stack([start, end])).mean  # (2, latent_dim)
-    latent = vae.decode(torch.lerp(ends[:1], ends[1:], weight)).mean
-    pixel = torch.lerp(start, end, weight.reshape(-1, *(1 for _ in vae.event_shape)))
-    return latent, pixel
+    if path not in ("linear", "spherical"):
+        raise ValueError(f"interpolate: path must be 'linear' or 'spherical', found {path!r}.")
+    t = torch.linspace(0, 1, steps, device=start.device, dtype=start.dtype).unsqueeze(-1)  # (steps, 1)
+    with evaluating(model):
+        a, b = _encode(model, torch.stack([start, end])).split(1)  # each (1, latent_dim)
+        cosine = torch.cosine_similarity(a, b).clamp(-1, 1)
+        angle = torch.arccos(cosine)
+        if path == "spherical" and angle.sin() > 1e-4:  # along one line through 0 there is no arc but the line
+            z = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+        else:
+            z = torch.lerp(a, b, t)
+        latent = _decode(model, z)
+    return latent, torch.lerp(start, end, t.reshape(-1, *(1 for _ in model.event_shape)))
 
 
 @torch.no_grad()
-def denoise(vae: VAE, x: Tensor, *, flip_rate: float = 0.02) -> tuple[Tensor, Tensor, Tensor]:
+def manifold_grid(
+    model: Model,
+    *,
+    size: int = 25,
+    spacing: str = "equal",
+    limits: tuple[float, float, float, float] = (-3.0, 3.0, -3.0, 3.0),
+    axes: tuple[int, int] = (0, 1),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the decoder draws over a plane of the latent space, all other dimensions 0.
+
+    Args:
+        model: a VAE or an autoencoder.
+        size: points per axis.
+        spacing: ``"equal"`` steps within limits; ``"probability"``: equal steps of probability under N(0, 1), through its
+            quantiles at (i + 1/2) / size, so that images take the room that the prior gives them.
+        limits: ``(first low, first high, second low, second high)`` for equal steps.
+        axes: the two latent dimensions that span the plane.
+
+    Returns:
+        (images, first, second): ``(size * size, *event_shape)``, row by row as read on a page, the second axis falling from
+        row to row; and the values on the two axes, ``(size,)`` each, ascending.
+
+    Raises:
+        ValueError: no such spacing or axes, or limits that are no intervals.
+    """
+    size = whole_number("size", size)
+    if len(set(axes)) != 2 or not all(0 <= axis < model.latent_dim for axis in axes):
+        raise ValueError(f"manifold_grid: expected two of the {model.latent_dim} latent dimensions, found axes {axes}.")
+    like = next(model.parameters())
+    if spacing == "equal":
+        low, high, bottom, top = limits
+        if not (-math.inf < low < high < math.inf and -math.inf < bottom < top < math.inf):
+            raise ValueError(f"manifold_grid: expected limits (low, high, low, high), found {limits}.")
+        first, second = (
+            torch.linspace(*ends, size, device=like.device, dtype=like.dtype) for ends in (limits[:2], limits[2:])
+        )
+    elif spacing == "probability":
+        p = (torch.arange(size, device=like.device, dtype=like.dtype) + 0.5) / size
+        first = second = torch.special.ndtri(p)
+    else:
+        raise ValueError(f"manifold_grid: spacing must be 'equal' or 'probability', found {spacing!r}.")
+    z = torch.zeros(size, size, model.latent_dim, device=like.device, dtype=like.dtype)  # (row, column, latent_dim)
+    z[..., axes[0]] = first
+    z[..., axes[1]] = second.flip(0).unsqueeze(-1)
+    with evaluating(model):
+        return _decode(model, z.flatten(0, 1)), first, second
+
+
+@torch.no_grad()
+def denoise(model: Model, x: Tensor, *, flip_rate: float = 0.02) -> tuple[Tensor, Tensor, Tensor]:
     """Threshold at 0.5, flip each pixel with probability ``flip_rate``, and reconstruct by way of the posterior mean.
 
     Args:
+        model: a VAE or an autoencoder.
         x: observations in [0, 1], ``(batch, *event_shape)``.
         flip_rate: probability that a pixel is flipped.
 
     Returns:
         (binary, noisy, reconstruction), each the shape of x.
+
+    Raises:
+        ValueError: flip_rate is no probability.
     """
     if not 0 <= flip_rate <= 1:
         raise ValueError(f"denoise: flip_rate must be a probability, found {flip_rate}.")
     binary = (x > 0.5).to(x.dtype)
     flip = (torch.rand_like(x) < flip_rate).to(x.dtype)
     noisy = (binary - flip).abs()
-    return binary, noisy, vae.decode(vae.encode(noisy).mean).mean
+    with evaluating(model):
+        return binary, noisy, _decode(model, _encode(model, noisy))
 
 
 @torch.no_grad()
@@ -72,8 +206,9 @@ def sample_like(vae: VAE, data: Data, label: int, *, num_samples: int) -> Tensor
         Decoder means, ``(num_samples, *event_shape)``.
 
     Raises:
-        ValueError: the data have no labels, or not this one.
+        ValueError: the data have no labels, or not this one; or the model has no posterior.
     """
+    _require_posterior("sample_like", vae)
     if data.labels is None:
         raise ValueError(f"sample_like: expected labelled data, found none in {data.name!r}.")
     candidates = (data.labels == label).nonzero().squeeze(-1)
@@ -81,7 +216,8 @@ def sample_like(vae: VAE, data: Data, label: int, *, num_samples: int) -> Tensor
         found = ", ".join(map(str, data.labels.unique().tolist()))
         raise ValueError(f"sample_like: no observation of {data.name!r} has label {label}; found labels {found}.")
     index = candidates[torch.randint(len(candidates), (num_samples,), device=candidates.device)]
-    return vae.decode(vae.encode(data.batch(index)).sample()).mean
+    with evaluating(vae):
+        return vae.decode(vae.encode(data.batch(index)).sample()).mean
 
 
 def tsne(latents: Tensor, *, perplexity: float = 30.0, seed: int = 0) -> "np.ndarray[Any, Any]":

@@ -1,9 +1,10 @@
 """Encoder and decoder networks: tensors in, tensors out; no Pyro, no device, no fixed image size.
 
 An encoder is any module that maps ``x`` of shape ``(batch, *event_shape)`` to the pair ``(loc, log_variance)``, each
-``(batch, latent_dim)``. A decoder is any module that maps ``z`` of shape ``(*batch, latent_dim)`` to one raw number per
-element of ``x``, ``(*batch, *event_shape)``; the likelihood says what that number means. Where it needs two numbers per
-element, as a normal with learned variance does, they stand in a last dimension: ``(*batch, *event_shape, 2)``.
+``(batch, latent_dim)``; with ``heads=1`` the nets here return one such tensor, the code of a plain autoencoder. A decoder
+is any module that maps ``z`` of shape ``(batch, latent_dim)`` to one raw number per element of ``x``; the likelihood says
+what that number means. Where it needs two numbers per element, as a normal with learned variance does, they stand in a
+last dimension: ``(batch, *event_shape, 2)``.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_vae.checks import shape, whole_number
 
-__all__ = ["MLPDecoder", "MLPEncoder"]
+__all__ = ["ConvDecoder", "ConvEncoder", "MLPDecoder", "MLPEncoder"]
 
 _relu = partial(nn.ReLU, inplace=True)  # same values and gradients, one pass and one copy of the hidden layer fewer
 
@@ -23,6 +24,17 @@ _relu = partial(nn.ReLU, inplace=True)  # same values and gradients, one pass an
 def _mlp(sizes: Sequence[int], activation: Callable[[], nn.Module]) -> nn.Sequential:
     """Linear layers of the given sizes, an activation after each."""
     return nn.Sequential(*(layer for n, m in pairwise(sizes) for layer in (nn.Linear(n, m), activation())))
+
+
+def _heads(heads: int) -> int:
+    if heads not in (1, 2):
+        raise ValueError(f"heads: expected 2, for (loc, log_variance), or 1, for a code, found {heads!r}.")
+    return heads
+
+
+def _split(heads: Tensor, latent_dim: int) -> tuple[Tensor, ...] | Tensor:
+    """``(*batch, heads * latent_dim)`` to the pair of two heads, or to the one there is."""
+    return heads if heads.shape[-1] == latent_dim else heads.split(latent_dim, dim=-1)
 
 
 class MLPEncoder(nn.Module):
@@ -33,6 +45,8 @@ class MLPEncoder(nn.Module):
         hidden: widths of the hidden layers, from the data towards the latent.
         latent_dim: number of latent dimensions.
         activation: makes the activation that follows each hidden layer; default: ReLU.
+        last_activation: whether one follows the last hidden layer too.
+        heads: 2: returns (loc, log_variance); 1: a code alone.
 
     Example:
         >>> encoder = MLPEncoder((1, 28, 28), hidden=(400,), latent_dim=20)
@@ -48,6 +62,8 @@ class MLPEncoder(nn.Module):
         hidden: Sequence[int],
         latent_dim: int,
         activation: Callable[[], nn.Module] = _relu,
+        last_activation: bool = True,
+        heads: int = 2,
     ) -> None:
         super().__init__()
         event_shape, hidden = shape("event_shape", event_shape), shape("hidden", hidden, empty=True)
@@ -55,13 +71,15 @@ class MLPEncoder(nn.Module):
         self.event_dim = len(event_shape)
         sizes = (torch.Size(event_shape).numel(), *hidden)
         self.body = _mlp(sizes, activation)
+        if not last_activation:
+            self.body = self.body[:-1]
         # Both heads in one layer: the same model as two layers of latent_dim, in half the matrix products.
-        self.heads = nn.Linear(sizes[-1], 2 * latent_dim)
+        self.heads = nn.Linear(sizes[-1], _heads(heads) * latent_dim)
+        self.latent_dim = latent_dim
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...] | Tensor:
         h = self.body(x.flatten(-self.event_dim))  # (*batch, hidden)
-        loc, log_variance = self.heads(h).chunk(2, dim=-1)  # each (*batch, latent_dim)
-        return loc, log_variance
+        return _split(self.heads(h), self.latent_dim)  # each (*batch, latent_dim)
 
 
 class MLPDecoder(nn.Module):
@@ -100,3 +118,127 @@ class MLPDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return self.output(self.body(z)).unflatten(-1, self.output_shape)  # (*batch, *output_shape)
+
+
+class ConvEncoder(nn.Module):
+    """Convolutional encoder: each layer halves the image, then (loc, log_variance) by two 3 x 3 convolutions, or a code.
+
+    Layers are convolutions of stride 2 and padding 1 without bias, each followed by batch norm and ReLU.
+
+    Args:
+        event_shape: ``(channels, height, width)``.
+        channels: of the layers, from the data towards the latent; the last ones are those of the code.
+        kernels: sizes of the layers' kernels.
+        heads: 2: returns (loc, log_variance); 1: the last layer's output, flat.
+
+    Attributes:
+        code_shape: ``(channels, height, width)`` of the code; ``latent_dim`` is their product.
+
+    Example:
+        >>> encoder = ConvEncoder((1, 32, 32))
+        >>> encoder.code_shape, encoder.latent_dim
+        (torch.Size([4, 4, 4]), 64)
+        >>> loc, log_variance = encoder(torch.rand(5, 1, 32, 32))
+        >>> loc.shape
+        torch.Size([5, 64])
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        *,
+        channels: Sequence[int] = (8, 16, 4),
+        kernels: Sequence[int] = (5, 3, 3),
+        heads: int = 2,
+    ) -> None:
+        super().__init__()
+        size = _image_shape(event_shape)
+        channels, kernels = shape("channels", channels), shape("kernels", kernels)
+        _same_length(channels=channels, kernels=kernels)
+        layers: list[nn.Module] = []
+        for width, kernel in zip(channels, kernels, strict=True):
+            layers += _normalized(nn.Conv2d(size[0], width, kernel, stride=2, padding=1, bias=False))
+            size = (width, *((n + 2 - kernel) // 2 + 1 for n in size[1:]))
+            if min(size[1:]) < 1:
+                raise ValueError(f"ConvEncoder: images of shape {tuple(event_shape)} are too small for kernels {kernels}.")
+        self.body = nn.Sequential(*layers)
+        self.code_shape = torch.Size(size)
+        self.latent_dim = self.code_shape.numel()
+        self.heads = nn.Conv2d(size[0], 2 * size[0], 3, padding=1) if _heads(heads) == 2 else nn.Identity()
+        self.to(memory_format=torch.channels_last)  # the same values, a fifth faster on a CPU
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...] | Tensor:
+        return _split(self.heads(self.body(x)).flatten(1), self.latent_dim)  # each (batch, latent_dim)
+
+
+class ConvDecoder(nn.Module):
+    """Convolutional decoder: ``z`` as a small image of many channels -> one raw number per element of ``x``.
+
+    Layers are transposed convolutions of stride 2; batch norm and ReLU follow each but the last, which alone has a bias.
+
+    Args:
+        event_shape: ``(channels, height, width)``.
+        code_shape: ``(channels, height, width)`` of the code, as the encoder's.
+        channels: of the layers between, from the latent towards the data.
+        kernels: sizes of the layers' kernels, one more than channels.
+        paddings: of the layers, as many as kernels.
+
+    Raises:
+        ValueError: the layers do not lead from code_shape to event_shape.
+
+    Example:
+        >>> decoder = ConvDecoder((1, 32, 32), code_shape=(4, 4, 4))
+        >>> decoder(torch.randn(5, 64)).shape
+        torch.Size([5, 1, 32, 32])
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        *,
+        code_shape: Sequence[int],
+        channels: Sequence[int] = (16, 8),
+        kernels: Sequence[int] = (3, 3, 2),
+        paddings: Sequence[int] = (0, 1, 1),
+    ) -> None:
+        super().__init__()
+        size = self.code_shape = _image_shape(code_shape)
+        event_shape, channels = _image_shape(event_shape), shape("channels", channels, empty=True)
+        widths, kernels = (*channels, event_shape[0]), shape("kernels", kernels)
+        _same_length(**{"channels, and those of the image": widths}, kernels=kernels, paddings=paddings)
+        layers: list[nn.Module] = []
+        for layer, (width, kernel, padding) in enumerate(zip(widths, kernels, paddings, strict=True), start=1):
+            last = layer == len(widths)
+            convolution = nn.ConvTranspose2d(size[0], width, kernel, stride=2, padding=padding, bias=last)
+            layers += [convolution] if last else _normalized(convolution)
+            size = (width, *((n - 1) * 2 - 2 * padding + kernel for n in size[1:]))
+        if size != event_shape:
+            raise ValueError(
+                f"ConvDecoder: these layers lead from {self.code_shape} to {size}, expected {event_shape}. Choose other "
+                "kernels or paddings, or resize the images."
+            )
+        self.body = nn.Sequential(*layers)
+        self.to(memory_format=torch.channels_last)  # as in the encoder
+
+    def forward(self, z: Tensor) -> Tensor:
+        output: Tensor = self.body(z.unflatten(-1, self.code_shape))  # (batch, *event_shape)
+        return output
+
+
+def _image_shape(value: Sequence[int]) -> tuple[int, ...]:
+    result = shape("event_shape", value)
+    if len(result) != 3:
+        raise ValueError(
+            f"convolutions take images of shape (channels, height, width), found {result}. Add what is missing."
+        )
+    return result
+
+
+def _same_length(**lists: Sequence[int]) -> None:
+    if len(set(map(len, lists.values()))) != 1:
+        found = ", ".join(f"{len(values)} {name}" for name, values in lists.items())
+        raise ValueError(f"convolutions: expected as many of each, found {found}.")
+
+
+def _normalized(convolution: nn.Conv2d | nn.ConvTranspose2d) -> list[nn.Module]:
+    return [convolution, nn.BatchNorm2d(convolution.out_channels), _relu()]

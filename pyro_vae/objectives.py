@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.poutine import Trace
@@ -16,6 +17,7 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.checks import number, whole_number
 from pyro_vae.direct import direct_log_prob
 from pyro_vae.vae import VAE
@@ -26,6 +28,7 @@ __all__ = [
     "NegativeELBO",
     "NegativeIWAE",
     "Objective",
+    "ReconstructionError",
     "scale_latents",
 ]
 
@@ -189,6 +192,26 @@ class NegativeDirectLogLikelihood(Objective):
 
     def check(self, x: Tensor) -> None:
         self.vae.likelihood.check(x)
+
+
+class ReconstructionError(Objective):
+    r"""Mean squared error of a plain autoencoder, per element: :math:`\frac{1}{D} \lVert x - \hat x \rVert^2`, no nats.
+
+    Args:
+        autoencoder: what is trained.
+
+    A call returns ``loss`` and ``squared_error``, D times as much: the sum over elements, as for a VAE of normal likelihood.
+    """
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        if not isinstance(autoencoder, Autoencoder):
+            raise ValueError(f"ReconstructionError: expected an Autoencoder, found {type(autoencoder).__name__}.")
+        self.autoencoder = autoencoder
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        loss = F.mse_loss(self.autoencoder(x), x)
+        return {"loss": loss, "squared_error": loss * x[0].numel()}
 
 
 def _require_vae(vae: VAE) -> VAE:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from matplotlib.animation import FuncAnimation
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -14,8 +15,11 @@ __all__ = [
     "curves",
     "density_panels",
     "image_grid",
+    "image_plane",
     "image_rows",
+    "latent_animation",
     "latent_pairs",
+    "latent_planes",
     "latent_scatter",
     "training_curves",
 ]
@@ -96,6 +100,32 @@ def image_grid(images: Array, *, columns: int, title: str = "") -> "Figure":
     return figure
 
 
+def image_plane(images: Array, first: Array, second: Array, *, title: str = "") -> "Figure":
+    """What :func:`pyro_vae.latent.manifold_grid` returns, as one picture with the latent values on its axes.
+
+    Args:
+        images: ``(size * size, H, W)`` or ``(size * size, C, H, W)``, row by row, the second axis falling.
+        first: values on the horizontal axis, ``(size,)``, ascending.
+        second: values on the vertical axis, ``(size,)``, ascending.
+        title: above the picture.
+    """
+    images, size = np.asarray(images, dtype=float), len(first)
+    images = images[:, None] if images.ndim == 3 else images  # (size * size, C, H, W)
+    channels, height, width = images.shape[1:]
+    sheet = images.reshape(size, size, channels, height, width).transpose(0, 3, 1, 4, 2)
+    sheet = np.clip(sheet.reshape(size * height, size * width, channels), 0, 1)
+    figure = _figure(7.5, 7.7)
+    figure.suptitle(title, fontsize=13)
+    ax = figure.add_subplot()
+    ax.imshow(sheet[..., 0] if channels == 1 else sheet, cmap="gray", vmin=0, vmax=1, aspect="auto")
+    shown = np.linspace(0, size - 1, min(7, size)).round().astype(int)  # not every value: they would overlap
+    ax.set_xticks((shown + 0.5) * width, [f"{first[i]:.1f}" for i in shown])
+    ax.set_yticks((size - shown - 0.5) * height, [f"{second[i]:.1f}" for i in shown])
+    ax.set_xlabel("$z_1$", fontsize=13)
+    ax.set_ylabel("$z_2$", fontsize=13)
+    return figure
+
+
 def _scatter(ax: "Axes", points: Array, labels: Array, size: float) -> list[Any]:
     """Points by label; every label keeps its colour whatever others are there. Returns legend handles."""
     handles = []
@@ -145,6 +175,81 @@ def latent_scatter(points: Array, labels: Array, *, title: str = "", axes_names:
     return figure
 
 
+def latent_planes(panels: Mapping[str, tuple[Array, Array]], *, title: str = "", ticks: bool = True) -> "Figure":
+    """Two-dimensional latent spaces side by side, coloured by label, each with its own scale.
+
+    Args:
+        panels: name -> (points ``(N, 2)``, labels ``(N,)``).
+        title: above the picture.
+        ticks: False where the axes mean nothing (t-SNE).
+    """
+    figure = _figure(4.6 * len(panels) + 0.8, 4.9)
+    figure.suptitle(title, fontsize=13)
+    handles: list[Any] = []
+    for ax, (name, (points, labels)) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        points, labels = np.asarray(points), np.asarray(labels)
+        handles = _scatter(ax, points, labels, size=max(1.0, 12000 / (len(points) + 500)))
+        _mark(ax, points, labels, fontsize=13)
+        ax.set_title(name, fontsize=12)
+        if ticks:
+            ax.set_xlabel("$z_1$", fontsize=12)
+            ax.set_ylabel("$z_2$", fontsize=12)
+            ax.set_aspect("equal", adjustable="datalim")
+        else:
+            ax.set(xticks=[], yticks=[])
+    _legend(figure, handles)
+    return figure
+
+
+def latent_animation(
+    panels: Mapping[str, Array], labels: Array, *, captions: Sequence[str], fps: float = 8, hold: int = 16
+) -> "FuncAnimation":
+    """How two-dimensional latent spaces form, frame by frame; save it by ``.save("file.gif", writer="pillow")``.
+
+    Args:
+        panels: name -> latents ``(frames, N, 2)``, the same observations in every frame.
+        labels: ``(N,)``.
+        captions: above each frame.
+        fps: frames per second.
+        hold: how many frames the last one stays.
+    """
+    from matplotlib.animation import FuncAnimation
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    labels = np.asarray(labels)
+    frames = len(captions)
+    wrong = {name: np.shape(codes) for name, codes in panels.items() if np.shape(codes) != (frames, len(labels), 2)}
+    if wrong:
+        raise ValueError(f"latent_animation: expected latents of shape {(frames, len(labels), 2)}, found {wrong}.")
+    figure = _figure(4.2 * len(panels) + 0.8, 4.6)
+    FigureCanvasAgg(figure)
+    figure.set_dpi(72)  # a file of some MB, not of some tens
+    heading = figure.suptitle(captions[0], fontsize=13, family="monospace")
+    clouds: list[tuple[Any, Array]] = []
+    handles: list[Any] = []
+    for ax, (name, codes) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        handles = _scatter(ax, codes[0], labels, size=5.0)
+        clouds += [(handle, codes[:, labels == label]) for handle, label in zip(handles, np.unique(labels), strict=True)]
+        low, high = np.quantile(
+            codes[frames // 4 :], [0.002, 0.998], axis=(0, 1)
+        )  # outliers and the start may leave the frame
+        margin = 0.05 * (high - low)
+        ax.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
+        ax.set_xlabel("$z_1$", fontsize=12)
+        ax.set_ylabel("$z_2$", fontsize=12)
+        ax.set_title(name, fontsize=12)
+    _legend(figure, handles)
+
+    def draw(frame: int) -> list[Any]:
+        frame = min(frame, frames - 1)
+        heading.set_text(captions[frame])
+        for handle, codes in clouds:
+            handle.set_offsets(codes[frame])
+        return [heading, *(handle for handle, _ in clouds)]
+
+    return FuncAnimation(figure, draw, frames=frames + hold, interval=1000 / fps, blit=False)
+
+
 def latent_pairs(points: Array, labels: Array, *, axes: Sequence[int] | None = None, title: str = "") -> "Figure":
     """All pairs of latent axes as scatter plots in a triangle, coloured by label.
 
@@ -181,7 +286,7 @@ def latent_pairs(points: Array, labels: Array, *, axes: Sequence[int] | None = N
 
 
 def training_curves(history: Sequence[Mapping[str, Any]], *, title: str = "") -> "Figure":
-    """-ELBO, reconstruction and KL against the epoch, training (line) and test (dashed), nats per image.
+    """-ELBO, reconstruction and KL of training (line) and test (dashed), nats per image, against the epoch or the step.
 
     Args:
         history: what :func:`pyro_vae.fit` returns.
@@ -190,14 +295,15 @@ def training_curves(history: Sequence[Mapping[str, Any]], *, title: str = "") ->
     names = {"neg_elbo": "-ELBO", "reconstruction": "reconstruction", "kl": "KL"}
     figure = _figure(10, 3.4)
     figure.suptitle(title, fontsize=13)
-    epochs = [record["epoch"] for record in history]
+    when = "step" if "step" in history[0] else "epoch"
+    epochs = [record[when] for record in history]
     for ax, (key, label), color in zip(figure.subplots(1, 3), names.items(), ("#832db6", "#3f90da", "#e76300"), strict=True):
         few = {"marker": "o"} if len(epochs) == 1 else {}  # a line through one point is invisible
         ax.plot(epochs, [record[key] for record in history], color=color, label="train", **few)
         if all("test" in record for record in history):
             test = [record["test"][key] for record in history]
             ax.plot(epochs, test, "--", color="black", label="test", **few)
-        ax.set(xlabel="epoch", ylabel="nats per image", title=label)
+        ax.set(xlabel=when, ylabel="nats per image", title=label)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
         ax.legend(frameon=False)

@@ -4,15 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from torch import nn
+
+from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.checks import number, shape, whole_number
 from pyro_vae.data import BINARIZATIONS
 from pyro_vae.likelihoods import BernoulliLikelihood, Likelihood, NormalLikelihood
-from pyro_vae.nets import MLPDecoder, MLPEncoder
-from pyro_vae.objectives import ESTIMATORS, NegativeELBO, NegativeIWAE
+from pyro_vae.nets import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
+from pyro_vae.objectives import ESTIMATORS, NegativeELBO, NegativeIWAE, Objective, ReconstructionError
 from pyro_vae.vae import VAE
 
 __all__ = ["OBJECTIVES", "PRESETS", "Settings", "load_preset"]
 
+NETS = ("mlp", "mlp-linear", "conv")
 OBJECTIVES = (*ESTIMATORS, "iwae")
 
 # The normal likelihood of variance 1/2 has the squared error summed over pixels as its reconstruction term.
@@ -28,12 +32,16 @@ class Settings:
 
     Args:
         preset: name of the preset these settings started from.
-        likelihood: ``"bernoulli"`` (logits) or ``"normal"`` (sigmoid mean, variance 1/2).
-        hidden: widths of the encoder's hidden layers; the decoder has them in reverse.
+        likelihood: ``"bernoulli"`` (logits), ``"normal"`` (sigmoid mean, variance 1/2), or ``"none"``: a plain autoencoder.
+        hidden: widths of the encoder's hidden layers; the decoder has them in reverse. Of convolutional nets, the channels.
         latent_dim: number of latent dimensions.
-        epochs: passes over the training data.
         batch_size: observations per step.
         lr: Adam's learning rate.
+        epochs: passes over the training data.
+        steps: steps of the optimiser, in place of epochs.
+        record_every: steps between records and evaluations; None: an epoch.
+        net: ``"mlp"``; ``"mlp-linear"``, without an activation after the encoder's last hidden layer; or ``"conv"``.
+        image_size: height and width that images are resized to; None: as they are.
         beta: weight of the KL in the loss.
         particles: latent draws per observation in the loss.
         objective: estimator of the KL, ``"trace"`` or ``"mean-field"``, see :class:`~pyro_vae.objectives.NegativeELBO`; or
@@ -48,22 +56,30 @@ class Settings:
     likelihood: str
     hidden: tuple[int, ...]
     latent_dim: int
-    epochs: int
     batch_size: int
     lr: float
+    epochs: int | None = None
+    steps: int | None = None
+    record_every: int | None = None
+    net: str = "mlp"
+    image_size: int | None = None
     beta: float = 1.0
     particles: int = 1
     objective: str = "trace"
     binarization: str = "none"
 
     def __post_init__(self) -> None:
-        for name in ("latent_dim", "epochs", "batch_size", "particles"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name)))  # the way of frozen dataclasses
-        object.__setattr__(self, "hidden", shape("hidden", self.hidden, empty=True))
+        for name in ("latent_dim", "batch_size", "particles", "epochs", "steps", "record_every", "image_size"):
+            if (value := getattr(self, name)) is not None or name in ("latent_dim", "batch_size", "particles"):
+                object.__setattr__(self, name, whole_number(name, value))  # the way of frozen dataclasses
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"epochs: expected either epochs or steps, found epochs {self.epochs}, steps {self.steps}.")
+        object.__setattr__(self, "hidden", shape("hidden", self.hidden, empty=self.net != "conv"))
         for name in ("lr", "beta"):
             number(name, getattr(self, name))
         for name, choices in (
-            ("likelihood", tuple(_LIKELIHOODS)),
+            ("likelihood", (*_LIKELIHOODS, "none")),
+            ("net", NETS),
             ("objective", OBJECTIVES),
             ("binarization", BINARIZATIONS),
         ):
@@ -73,21 +89,54 @@ class Settings:
             raise ValueError(f"beta: expected 1 with objective iwae, which has no KL to weigh, found {self.beta!r}.")
 
     def build_vae(self, event_shape: Sequence[int]) -> VAE:
-        """A new VAE of these settings for observations of this shape, weights drawn from torch's global random state."""
-        return VAE(
-            MLPEncoder(event_shape, hidden=self.hidden, latent_dim=self.latent_dim),
+        """A new VAE of these settings for observations of this shape, weights drawn from torch's global random state.
+
+        Raises:
+            ValueError: these are settings of an autoencoder, or the nets do not suit event_shape.
+        """
+        if self.likelihood == "none":
+            raise ValueError(f"{self.preset} is a plain autoencoder, which has no likelihood: use build_model.")
+        encoder, decoder = self._nets(event_shape, heads=2)
+        likelihood = _LIKELIHOODS[self.likelihood]
+        return VAE(encoder, decoder, latent_dim=self.latent_dim, event_shape=event_shape, likelihood=likelihood)
+
+    def build_model(self, event_shape: Sequence[int]) -> VAE | Autoencoder:
+        """:meth:`build_vae`, or the autoencoder where the settings say so."""
+        if self.likelihood != "none":
+            return self.build_vae(event_shape)
+        return Autoencoder(*self._nets(event_shape, heads=1), latent_dim=self.latent_dim, event_shape=event_shape)
+
+    def _nets(self, event_shape: Sequence[int], *, heads: int) -> tuple[nn.Module, nn.Module]:
+        if self.net == "conv":
+            encoder = ConvEncoder(event_shape, channels=self.hidden, heads=heads)
+            if encoder.latent_dim != self.latent_dim:
+                raise ValueError(
+                    f"latent_dim: expected {encoder.latent_dim}, the size of the code {tuple(encoder.code_shape)} that "
+                    f"images of shape {tuple(event_shape)} have in these nets, found {self.latent_dim}."
+                )
+            return encoder, ConvDecoder(event_shape, code_shape=encoder.code_shape, channels=self.hidden[-2::-1])
+        last = self.net == "mlp"
+        return (
+            MLPEncoder(event_shape, hidden=self.hidden, latent_dim=self.latent_dim, last_activation=last, heads=heads),
             MLPDecoder(event_shape, hidden=self.hidden[::-1], latent_dim=self.latent_dim),
-            latent_dim=self.latent_dim,
-            event_shape=event_shape,
-            likelihood=_LIKELIHOODS[self.likelihood],
         )
 
-    def build_objective(self, vae: VAE) -> NegativeELBO:
-        """The objective of these settings for a VAE."""
+    def build_objective(self, model: VAE | Autoencoder) -> Objective:
+        """The objective of these settings for a model of them."""
+        if isinstance(model, Autoencoder):
+            return ReconstructionError(model)
         if self.objective == "iwae":
-            return NegativeIWAE(vae, num_particles=self.particles)
-        return NegativeELBO(vae, estimator=self.objective, num_particles=self.particles, beta=self.beta)
+            return NegativeIWAE(model, num_particles=self.particles)
+        return NegativeELBO(model, estimator=self.objective, num_particles=self.particles, beta=self.beta)
 
+    def training(self) -> dict[str, Any]:
+        """The keyword arguments of :func:`~pyro_vae.train.fit` that these settings define."""
+        return {name: getattr(self, name) for name in ("epochs", "steps", "record_every", "batch_size", "lr")}
+
+
+_D: dict[str, Any] = {"batch_size": 64, "lr": 5e-4, "record_every": 250, "image_size": 32}  # what system D has in common
+_D_MLP: dict[str, Any] = {"hidden": (128, 64, 32), "net": "mlp-linear", "latent_dim": 2, "steps": 25_000, **_D}
+_D_CONV: dict[str, Any] = {"hidden": (8, 16, 4), "net": "conv", "latent_dim": 64, "steps": 30_000, **_D}
 
 PRESETS = {
     settings.preset: settings
@@ -95,6 +144,10 @@ PRESETS = {
         Settings("bernoulli-z20", "bernoulli", (400,), latent_dim=20, epochs=40, batch_size=128, lr=1e-3),
         Settings("bernoulli-z10", "bernoulli", (200,), latent_dim=10, epochs=5, batch_size=128, lr=1e-2),
         Settings("gaussian-z4", "normal", (64, 32), latent_dim=4, epochs=50, batch_size=200, lr=1e-3),
+        Settings("gaussian-z2", "normal", **_D_MLP),
+        Settings("autoencoder-z2", "none", **_D_MLP),
+        Settings("conv-gaussian", "normal", beta=0.8, **_D_CONV),
+        Settings("conv-autoencoder", "none", **_D_CONV),
     )
 }
 
@@ -117,4 +170,8 @@ def load_preset(name: str, **changes: Any) -> Settings:
     unknown = [change for change in changes if change not in known]
     if unknown:
         raise ValueError(f"load_preset: no setting {', '.join(unknown)}; the settings are {', '.join(known)}.")
+    if "epochs" in changes and "steps" not in changes:  # either takes the other's place
+        changes["steps"] = None
+    elif "steps" in changes and "epochs" not in changes:
+        changes["epochs"] = None
     return replace(PRESETS[name], **changes)

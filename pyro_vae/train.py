@@ -1,8 +1,10 @@
 """The one training loop."""
 
+import itertools
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,9 @@ def fit(
     objective: Objective,
     data: "Data | Tensor | np.ndarray[Any, Any]",
     *,
-    epochs: int,
+    epochs: int | None = None,
+    steps: int | None = None,
+    record_every: int | None = None,
     batch_size: int = 128,
     lr: float = 1e-3,
     seed: int = 0,
@@ -38,27 +42,30 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Minimise ``objective(batch)["loss"]`` over the parameters of the objective by Adam.
 
-    Data order and noise are functions of (seed, epoch); torch's global random state is left as found. Parameters that do
-    not require a gradient stay fixed.
+    Data order and noise are functions of (seed, epoch), and do not depend on when records are made; torch's global random
+    state is left as found. Parameters that do not require a gradient stay fixed.
 
     Args:
         objective: what is minimised; moved to ``device`` and trained in place.
         data: training data; batches are made in the type of the objective's parameters. Each epoch visits every
             observation once, in a new random order.
         epochs: passes over the data.
+        steps: steps of the optimiser, in place of epochs: the last pass may be cut short.
+        record_every: steps from record to record; default: a record at the end of each epoch. The last record, at the end,
+            may hold fewer.
         batch_size: observations per step; the last batch of an epoch holds what is left.
         lr: Adam's learning rate.
         seed: of data order and noise, a whole number >= 0; not of the initial weights, which are drawn
             where the model is built.
-        test: held-out data; the objective is evaluated on all of it after each epoch, with the same noise every time.
+        test: held-out data; the objective is evaluated on all of it for each record, with the same noise every time.
         device: where to train; default: where the objective's parameters are.
-        on_epoch: called with each epoch's record as soon as it exists.
-        verbose: print a line per epoch on stdout and, on a terminal, a progress bar on stderr.
+        on_epoch: called with each record as soon as it exists.
+        verbose: print a line per record on stdout and, on a terminal, a progress bar on stderr.
 
     Returns:
-        One record per epoch: ``epoch``, the objective's terms averaged over the epoch's observations (nats per
-        observation, made while the weights move), ``test`` (the same terms on the held-out data), ``seconds`` and
-        ``images_per_second`` of training.
+        One record per epoch, or per ``record_every`` steps: ``epoch``; ``step`` where steps or record_every were given; the
+        objective's terms averaged over the observations since the last record (nats per observation, made while the weights
+        move); ``test``, the same terms on the held-out data; ``seconds`` and ``images_per_second`` of training.
 
     Raises:
         ValueError: unusable settings, or data that do not suit the objective.
@@ -67,7 +74,9 @@ def fit(
     if not isinstance(objective, Objective):
         hint = "NegativeELBO(vae)" if isinstance(objective, VAE) else "a subclass of pyro_vae.Objective"
         raise ValueError(f"fit: expected an objective, found {type(objective).__name__}. Use {hint}.")
-    epochs, batch_size = whole_number("epochs", epochs), whole_number("batch_size", batch_size)
+    if (epochs is None) == (steps is None):
+        raise ValueError(f"fit: expected either epochs or steps, found epochs={epochs}, steps={steps}.")
+    batch_size = whole_number("batch_size", batch_size)
     lr, seed = number("lr", lr), whole_number("seed", seed, minimum=0)
     parameters = [p for p in objective.parameters() if p.requires_grad]
     if not parameters:
@@ -81,18 +90,26 @@ def fit(
     objective.to(device)
     optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
 
+    per_epoch = math.ceil(len(data) / batch_size)
+    last = whole_number("steps", steps) if epochs is None else whole_number("epochs", epochs) * per_epoch
+    by_steps = steps is not None or record_every is not None
+    every = per_epoch if record_every is None else whole_number("record_every", record_every)
+
     history: list[dict[str, Any]] = []
     was_training = objective.training
     cuda = [device] if device.type == "cuda" else []
     try:
         # The data have been checked as a whole, so Pyro need not check them in every step.
         with torch.random.fork_rng(devices=cuda), pyro.validation_enabled(False):
-            for epoch in range(1, epochs + 1):
-                record: dict[str, Any] = {"epoch": epoch}
-                record |= _train_epoch(objective, data, optimizer, parameters, batch_size, seed, epoch, verbose)
+            batches = _batches(len(data), batch_size, seed, device)
+            for first in range(0, last, every):
+                record = _train(objective, data, batches, min(every, last - first), first, optimizer, parameters, verbose)
+                if by_steps:
+                    record = {"epoch": record.pop("epoch"), "step": min(first + every, last), **record}
                 if held_out is not None:
-                    torch.manual_seed(_streams(seed, 0)[1])
-                    record["test"] = _mean_terms(objective, held_out, batch_size=1024)
+                    with torch.random.fork_rng(devices=cuda):  # the noise of training goes on as if nothing had been tested
+                        torch.manual_seed(_streams(seed, 0)[1])
+                        record["test"] = _mean_terms(objective, held_out, batch_size=1024)
                 history.append(record)
                 if on_epoch is not None:  # before the line, so that an epoch that was announced has been kept
                     on_epoch(record)
@@ -104,27 +121,34 @@ def fit(
     return history
 
 
-def _train_epoch(
+def _batches(size: int, batch_size: int, seed: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """(epoch, indices of a batch) without end; seeds torch's noise at the start of each epoch."""
+    for epoch in itertools.count(1):
+        # Two streams: the order of the data must not depend on how much noise the objective draws.
+        order_seed, noise_seed = _streams(seed, epoch)
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(order_seed)).to(device)
+        torch.manual_seed(noise_seed)
+        for index in order.split(batch_size):
+            yield epoch, index
+
+
+def _train(
     objective: Objective,
     data: Data,
+    batches: Iterator[tuple[int, Tensor]],
+    steps: int,
+    done: int,
     optimizer: torch.optim.Optimizer,
     parameters: list[torch.nn.Parameter],
-    batch_size: int,
-    seed: int,
-    epoch: int,
     verbose: bool,
-) -> dict[str, float]:
-    """One pass over the data; the terms averaged over its observations, and the time it took."""
+) -> dict[str, Any]:
+    """So many steps after those done: the terms averaged over the observations seen, and the time it took."""
     objective.train()
-    # Two streams: the order of the data must not depend on how much noise the objective draws.
-    order_seed, noise_seed = _streams(seed, epoch)
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(order_seed)).to(data.x.device)
-    torch.manual_seed(noise_seed)
     totals: dict[str, float] = {}
+    seen = 0
     start = time.perf_counter()
-    bar = tqdm(total=len(data), desc=f"epoch {epoch:2d}", unit="img", leave=False, disable=None if verbose else True)
-    with bar:
-        for step, index in enumerate(order.split(batch_size)):
+    with tqdm(total=steps, desc=f"step {done:,}", unit="step", leave=False, disable=None if verbose else True) as bar:
+        for step, (epoch, index) in enumerate(itertools.islice(batches, steps)):
             x = data.batch(index)
             terms = objective(x)
             if step == 0:
@@ -136,16 +160,17 @@ def _train_epoch(
             *values, gradient_sum = torch.stack([*terms.values(), gradient]).detach().tolist()
             batch = dict(zip(terms, values, strict=True))
             if not np.isfinite(batch["loss"] + gradient_sum):
-                raise NonFiniteError(_describe(objective, x, epoch, step + 1, batch["loss"]))
+                raise NonFiniteError(_describe(objective, x, epoch, done + step + 1, batch["loss"]))
             optimizer.step()
             for name, value in batch.items():
                 totals[name] = totals.get(name, 0.0) + value * len(index)
-            bar.update(len(index))
+            seen += len(index)
+            bar.update()
             if step % 20 == 0:
-                bar.set_postfix(loss=f"{batch['loss']:.2f}", refresh=False)
+                bar.set_postfix(epoch=epoch, loss=f"{batch['loss']:.2f}", refresh=False)
     seconds = time.perf_counter() - start
-    means = {name: total / len(data) for name, total in totals.items()}
-    return means | {"seconds": seconds, "images_per_second": len(data) / seconds}
+    means = {name: total / seen for name, total in totals.items()}
+    return {"epoch": epoch, **means, "seconds": seconds, "images_per_second": seen / seconds}
 
 
 def _streams(seed: int, epoch: int) -> tuple[int, int]:
@@ -154,7 +179,7 @@ def _streams(seed: int, epoch: int) -> tuple[int, int]:
     return int(order), int(noise)
 
 
-_RECORD = ("epoch", "seconds", "images_per_second", "test")  # what fit adds to the objective's terms
+_RECORD = ("epoch", "step", "seconds", "images_per_second", "test")  # what fit adds to the objective's terms
 
 
 def _check_terms(objective: Objective, terms: Any) -> None:
@@ -171,10 +196,10 @@ def _check_terms(objective: Objective, terms: Any) -> None:
 
 def _describe(objective: Objective, x: Tensor, epoch: int, step: int, loss: float) -> str:
     what = "the loss" if not np.isfinite(loss) else "the gradient"
-    first = epoch == step == 1
+    first = step == 1
     advice = "No step was taken yet: look at the nets and the data." if first else "Lower the learning rate."
     return (
-        f"{what} is not finite in epoch {epoch}, batch {step}: loss {loss:g}, {objective.diagnose(x)}. The weights are "
+        f"{what} is not finite in epoch {epoch}, step {step}: loss {loss:g}, {objective.diagnose(x)}. The weights are "
         f"those before this batch. {advice}"
     )
 
@@ -194,15 +219,20 @@ _LABELS = {"reconstruction": "rec", "kl": "kl", "neg_elbo": "-ELBO", "squared_er
 
 
 def format_epoch(record: dict[str, Any]) -> str:
-    """One line for people: ``epoch  1  rec=150.72  kl=14.92  -ELBO=165.64  test -ELBO=...``.
+    """One line for people: ``epoch  1  rec=150.72  kl=14.92  -ELBO=165.64  test -ELBO=...``; by steps, ``step   250  ...``.
 
     ``loss`` is shown where it is not the negative ELBO already shown.
     """
     names: list[str] = [name for name in ("reconstruction", "squared_error", "kl", "neg_elbo") if name in record]
     if "neg_elbo" not in record or abs(record["loss"] - record["neg_elbo"]) > 1e-6 * abs(record["loss"]):
         names.append("loss")
-    parts = [f"epoch {record['epoch']:2d}", *(f"{_LABELS.get(name, name)}={record[name]:.2f}" for name in names)]
+    when = f"step {record['step']:5d}" if "step" in record else f"epoch {record['epoch']:2d}"
+    parts = [when, *(f"{_LABELS.get(name, name)}={_figure(name, record[name])}" for name in names)]
     if "test" in record:
         name = "neg_elbo" if "neg_elbo" in record["test"] else "loss"
-        parts.append(f"test {_LABELS.get(name, name)}={record['test'][name]:.2f}")
+        parts.append(f"test {_LABELS.get(name, name)}={_figure(name, record['test'][name])}")
     return "  ".join(parts)
+
+
+def _figure(name: str, value: float) -> str:
+    return f"{value:.5f}" if name == "loss" and abs(value) < 0.1 else f"{value:.2f}"  # a mean per pixel is small

@@ -39,26 +39,32 @@ from pyro_vae.data import BINARIZATIONS, DATASETS, DatasetFallbackWarning
 from pyro_vae.importance import UnreliableEstimateWarning
 from pyro_vae.presets import OBJECTIVES, Settings
 
-NOT_TERMS = ("epoch", "test", "seconds", "images_per_second")  # of an epoch's record; the others are the objective's
+VAES = {name: settings for name, settings in PRESETS.items() if settings.likelihood != "none"}
+NOT_TERMS = ("epoch", "step", "test", "seconds", "images_per_second")  # of an epoch's record; the others are the objective's
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, Settings]:
     """The command line, and the preset's settings with what the command line changes."""
 
     def of_preset(name: str) -> str:
-        values = {preset: getattr(settings, name) for preset, settings in PRESETS.items()}
-        if name == "hidden":  # as it is typed
-            values = {preset: " ".join(map(str, widths)) for preset, widths in values.items()}
-        if len(set(values.values())) == 1:
-            return f"default: {next(iter(values.values()))}"
-        return "default: " + ", ".join(f"{value} for {preset}" for preset, value in values.items())
+        presets: dict[Any, list[str]] = {}  # by value
+        for preset, settings in VAES.items():
+            if (value := getattr(settings, name)) is not None:
+                value = " ".join(map(str, value)) if name == "hidden" else value  # as it is typed
+                presets.setdefault(value, []).append(preset)
+        if len(presets) == 1 and len(presets[value]) == len(VAES):
+            return f"default: {value}"
+        return "default: " + ", ".join(f"{value} for {' and '.join(names)}" for value, names in presets.items())
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--preset", choices=list(PRESETS), default="bernoulli-z20", help="reference system (default: %(default)s)")
+    add("--preset", choices=list(VAES), default="bernoulli-z20", help="reference system (default: %(default)s)")
     add("--dataset", choices=DATASETS, default="auto", help="auto: mnist if it can be had, else digits (default: auto)")
     add("--data-dir", help="folder that holds MNIST/raw (default: $PYRO_VAE_DATA, else ~/.cache/pyro_vae)")
     add("--epochs", type=int, help=f"passes over the training set ({of_preset('epochs')})")
+    add("--steps", type=int, help=f"steps of the optimiser, in place of epochs ({of_preset('steps')})")
+    every = of_preset("record_every").replace("default: ", "default: an epoch; ")
+    add("--record-every", type=int, help=f"steps between lines, each with an evaluation on the whole test set ({every})")
     add("--batch-size", type=int, help=f"images per step ({of_preset('batch_size')})")
     add("--lr", type=float, help=f"Adam's learning rate ({of_preset('lr')})")
     add("--latent-dim", type=int, help=f"number of latent dimensions ({of_preset('latent_dim')})")
@@ -66,7 +72,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         "--hidden",
         type=int,
         nargs="*",
-        help=f"widths from the data to the latent, mirrored in the decoder ({of_preset('hidden')})",
+        help=f"widths from the data to the latent, mirrored in the decoder; of convolutional nets, channels "
+        f"({of_preset('hidden')})",
     )
     add("--beta", type=float, help=f"weight of the KL in the loss ({of_preset('beta')})")
     add("--particles", type=int, help=f"latent draws per image in the loss ({of_preset('particles')})")
@@ -88,7 +95,19 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     )
     add("--no-figures", action="store_true", help="skip the pictures (default: make them)")
     args = parser.parse_args(argv)
-    names = ("epochs", "batch_size", "lr", "latent_dim", "hidden", "beta", "particles", "objective", "binarization")
+    names = (
+        "epochs",
+        "steps",
+        "record_every",
+        "batch_size",
+        "lr",
+        "latent_dim",
+        "hidden",
+        "beta",
+        "particles",
+        "objective",
+        "binarization",
+    )
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if "hidden" in changes:
         changes["hidden"] = tuple(changes["hidden"])
@@ -115,6 +134,8 @@ def load(args: argparse.Namespace, settings: Settings) -> tuple[Data, Data, str]
         warnings.simplefilter("always", DatasetFallbackWarning)
         train, test = load_data(args.dataset, data_dir=args.data_dir, binarization=settings.binarization)
     messages = [str(warning.message) for warning in caught if issubclass(warning.category, DatasetFallbackWarning)]
+    if settings.image_size is not None:
+        train, test = train.resize(settings.image_size), test.resize(settings.image_size)
     return train, test, "\n".join(messages)
 
 
@@ -196,6 +217,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         raise DataError(
             f"the model cannot be built ({str(error).strip()}). Choose smaller --hidden or --latent-dim."
         ) from error
+    except ValueError as error:
+        raise DataError(f"the model cannot be built: {error}") from error
     out = new_run(args.out, name=f"{settings.preset}-{train.name}", overwrite=args.overwrite)
     provenance = {
         "dataset": train.name,
@@ -229,12 +252,10 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         history = fit(
             settings.build_objective(vae),
             train,
-            epochs=settings.epochs,
-            batch_size=settings.batch_size,
-            lr=settings.lr,
             seed=args.seed,
             test=test,
             on_epoch=on_epoch,
+            **settings.training(),
         )
     except NonFiniteError:
         save_weights(out, vae)

@@ -33,6 +33,31 @@ def test_round_trip(run):
     assert Predictive(loaded.model, num_samples=2)(size=3)["x"].shape == (2, 3, 1, 4, 4)
 
 
+@pytest.mark.parametrize("preset", ["autoencoder-z2", "conv-gaussian", "conv-autoencoder"])
+def test_round_trip_of_other_models(tmp_path, preset):
+    settings = load_preset(preset)
+    model = settings.build_model((1, 32, 32))
+    model(torch.rand(4, 1, 32, 32)) if preset != "conv-gaussian" else model.encode(
+        torch.rand(4, 1, 32, 32)
+    )  # moves batch norm
+    folder = new_run(tmp_path / "run", name="test")
+    write_config(folder, settings, event_shape=(1, 32, 32))
+    save_weights(folder, model)
+    loaded = load_run(folder)
+    assert type(loaded) is type(model)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_config_of_an_earlier_version_without_the_newer_settings(run):
+    folder, vae = run
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("steps", "record_every", "net", "image_size"):
+        del config[name]
+    path.write_text(json.dumps(config))
+    assert torch.equal(load_run(folder).decode(torch.ones(4)).mean, vae.decode(torch.ones(4)).mean)
+
+
 def test_default_folders_are_new_each_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     a, b, c = (new_run(None, name="vae-digits") for _ in range(3))

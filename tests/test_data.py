@@ -300,3 +300,24 @@ def test_arrays_that_are_read_only_or_of_other_byte_order():
     array = np.arange(4, dtype=">f4").reshape(2, 2)
     array.flags.writeable = False
     assert as_data(array).x.tolist() == [[0.0, 1.0], [2.0, 3.0]]
+
+
+def test_resize_is_bilinear_and_keeps_the_type():
+    x = torch.randint(0, 256, (2300, 1, 5, 5), dtype=torch.uint8)
+    data = Data(x, torch.arange(2300), "some").resize(8)
+    assert (data.x.shape, data.x.dtype, data.name) == ((2300, 1, 8, 8), torch.uint8, "some")
+    # by hand, along one axis at a time: output i looks at (i + 1/2) 5 / 8 - 1/2
+    at = ((torch.arange(8) + 0.5) * 5 / 8 - 0.5).clamp(0, 4)
+    low = at.floor().long().clamp(max=3)
+    weight = at - low
+    rows = x[:, 0, low].float() * (1 - weight)[:, None] + x[:, 0, low + 1].float() * weight[:, None]
+    both = rows[..., low] * (1 - weight) + rows[..., low + 1] * weight
+    assert (data.x[:, 0].float() - both).abs().max() <= 0.5 + 1e-3  # rounded to the nearest grey level
+    half = Data(torch.rand(3, 1, 8, 8, dtype=torch.float64)).resize(4)
+    assert half.x.dtype == torch.float64
+    constant = Data(torch.full((1, 3, 7, 9), 0.25)).resize(16)
+    torch.testing.assert_close(constant.x, torch.full((1, 3, 16, 16), 0.25))
+    with pytest.raises(DataError, match=r"expected images .*found \(4, 5\)"):
+        Data(torch.rand(4, 5)).resize(3)
+    with pytest.raises(DataError, match="image size: expected a whole number"):
+        Data(torch.rand(4, 1, 5, 5)).resize(0)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_vae import MLPDecoder, MLPEncoder
+from pyro_vae import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
 
 
 @pytest.mark.parametrize("event_shape", [(5,), (1, 4, 3), (3, 2, 2), (1,)])
@@ -37,3 +37,54 @@ def test_encoder_is_the_composition_of_its_layers():
 def test_no_activation_after_the_output():
     decoder = MLPDecoder((4,), hidden=(3,), latent_dim=2)
     assert decoder(torch.randn(100, 2)).min() < 0
+
+
+def test_no_activation_after_the_last_hidden_layer_on_request():
+    encoder = MLPEncoder((4,), hidden=(6, 3), latent_dim=2, last_activation=False)
+    h = torch.relu(encoder.body[0](x := torch.randn(9, 4)))
+    torch.testing.assert_close(torch.cat(encoder(x), dim=1), encoder.heads(encoder.body[2](h)))
+
+
+@pytest.mark.parametrize(
+    "encoder", [MLPEncoder((1, 8, 8), hidden=(6,), latent_dim=4, heads=1), ConvEncoder((1, 8, 8), heads=1)]
+)
+def test_one_head_is_a_code(encoder):
+    assert encoder(torch.rand(3, 1, 8, 8)).shape == (3, encoder.latent_dim)
+
+
+def test_convolutional_layers_are_those_of_the_reference():
+    """conv 1-8 (k5), 8-16 (k3), 16-4 (k3) without bias, batch norm after each, two heads; back by 4-16, 16-8, 8-1."""
+    encoder = ConvEncoder((1, 32, 32))
+    decoder = ConvDecoder((1, 32, 32), code_shape=(4, 4, 4))
+    norms = 2 * (8 + 16 + 4), 2 * (16 + 8)
+    heads = 2 * (4 * 4 * 9 + 4)
+    assert sum(p.numel() for p in encoder.parameters()) == 8 * 25 + 8 * 16 * 9 + 16 * 4 * 9 + norms[0] + heads
+    assert sum(p.numel() for p in decoder.parameters()) == 4 * 16 * 9 + 16 * 8 * 9 + 8 * 4 + 1 + norms[1]
+    assert encoder.code_shape == (4, 4, 4)
+    assert [layer.stride for layer in encoder.body if isinstance(layer, nn.Conv2d)] == [(2, 2)] * 3
+
+
+def test_code_is_the_flattened_image_and_heads_are_apart():
+    encoder = ConvEncoder((1, 32, 32)).eval()
+    x = torch.rand(3, 1, 32, 32)
+    loc, log_variance = encoder(x)
+    h = encoder.body(x)
+    both = torch.nn.functional.conv2d(h, encoder.heads.weight, encoder.heads.bias, padding=1)
+    torch.testing.assert_close(loc.unflatten(1, (4, 4, 4)), both[:, :4])
+    torch.testing.assert_close(log_variance.unflatten(1, (4, 4, 4)), both[:, 4:])
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: ConvEncoder((28, 28)), r"\(channels, height, width\), found \(28, 28\)"),
+        (lambda: ConvEncoder((1, 2, 2)), "too small"),
+        (lambda: ConvEncoder((1, 32, 32), channels=(8, 4)), "found 2 channels, 3 kernels"),
+        (lambda: ConvDecoder((1, 28, 28), code_shape=(4, 4, 4)), r"to \(1, 32, 32\), expected \(1, 28, 28\)"),
+        (lambda: ConvDecoder((1, 32, 32), code_shape=(4, 4, 4), kernels=(3, 2)), "channels, and those of the image"),
+        (lambda: ConvEncoder((1, 32, 32), heads=3), "heads: expected 2"),
+    ],
+)
+def test_convolutions_that_do_not_fit_are_refused(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()

@@ -1,4 +1,5 @@
 import io
+import itertools
 import subprocess
 import sys
 
@@ -125,3 +126,47 @@ def test_matplotlibs_global_state_is_untouched():
         "assert all(before[key] == matplotlib.rcParams[key] for key in before if key != 'backend')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (1, 4, 5), (3, 4, 5)])
+def test_plane_of_images_is_one_sheet_in_reading_order(shape):
+    images = torch.rand(9, *shape)
+    figure = plots.image_plane(images, torch.linspace(-1, 1, 3), torch.linspace(-2, 2, 3), title="T")
+    assert pixels(figure) > 1000
+    (ax,) = figure.axes
+    sheet = shown(ax)
+    expected = images[5].numpy().astype(float)  # second row, last column
+    expected = expected.transpose(1, 2, 0) if shape[0] == 3 else expected.reshape(4, 5)
+    assert np.array_equal(sheet[4:8, 10:15], expected)
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["-1.0", "0.0", "1.0"]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["-2.0", "0.0", "2.0"]
+    low, high = ax.get_yticks()[0], ax.get_yticks()[-1]
+    assert low > high  # on an image, the first rows are at the top: so is the highest value
+
+
+def test_latent_planes_show_all_points_of_each():
+    rng = np.random.default_rng(0)
+    panels = {name: (rng.normal(size=(50, 2)), np.arange(50) % 3) for name in ("a", "b")}
+    figure = plots.latent_planes(panels, title="T")
+    assert pixels(figure) > 1000
+    assert [ax.get_title() for ax in figure.axes] == ["a", "b"]
+    for ax, (points, _) in zip(figure.axes, panels.values(), strict=True):
+        offsets = np.concatenate([c.get_offsets() for c in ax.collections])
+        assert np.allclose(np.sort(offsets, 0), np.sort(points, 0))
+    assert plots.latent_planes(panels, ticks=False).axes[0].get_xticks().size == 0
+
+
+def test_animation_moves_every_point_and_can_be_saved(tmp_path):
+    from PIL import Image, ImageSequence
+
+    codes, labels = np.random.default_rng(0).normal(size=(4, 30, 2)), np.arange(30) % 3
+    animation = plots.latent_animation({"a": codes, "b": 2 * codes}, labels, captions=list("wxyz"), hold=2)
+    animation.save(tmp_path / "a.gif", writer="pillow")
+    with Image.open(tmp_path / "a.gif") as image:
+        frames = [np.asarray(frame.convert("RGB"), dtype=int) for frame in ImageSequence.Iterator(image)]
+    assert len(frames) >= 4
+    assert all(np.abs(a - b).sum() > 0 for a, b in itertools.pairwise(frames[:4]))
+    last = animation._fig.axes[1].collections[2].get_offsets()
+    assert np.allclose(last, 2 * codes[-1][labels == 2])
+    with pytest.raises(ValueError, match=r"expected latents of shape \(3, 30, 2\)"):
+        plots.latent_animation({"a": codes}, labels, captions=list("xyz"))

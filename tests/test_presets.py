@@ -33,6 +33,40 @@ def test_presets_are_the_reference_systems(name, encoder, decoder, likelihood, t
     assert (settings.beta, settings.particles, settings.binarization) == (1, 1, "none")
 
 
+def test_system_d_shares_its_nets_between_autoencoder_and_vae():
+    settings = {name: load_preset(name) for name in ("gaussian-z2", "autoencoder-z2", "conv-gaussian", "conv-autoencoder")}
+    for of_d in settings.values():
+        assert (of_d.batch_size, of_d.lr, of_d.record_every, of_d.image_size) == (64, 5e-4, 250, 32)
+    assert [of_d.steps for of_d in settings.values()] == [25_000, 25_000, 30_000, 30_000]
+    models = {name: of_d.build_model((1, 32, 32)) for name, of_d in settings.items()}
+    vae, autoencoder = models["gaussian-z2"], models["autoencoder-z2"]
+    chain = [(1024, 128), (128, 64), (64, 32)]
+    assert linear_sizes(vae.encoder) == [*chain, (32, 4)]
+    assert linear_sizes(autoencoder.encoder) == [*chain, (32, 2)]
+    assert linear_sizes(vae.decoder) == linear_sizes(autoencoder.decoder) == [(2, 32), (32, 64), (64, 128), (128, 1024)]
+    assert sum(isinstance(module, torch.nn.ReLU) for module in vae.encoder.modules()) == 2  # none after the last
+    assert vae.likelihood == NormalLikelihood(variance=0.5, mean="sigmoid")
+    assert settings["conv-gaussian"].beta == 0.8
+    for name, model in models.items():
+        terms = settings[name].build_objective(model)(torch.rand(3, 1, 32, 32))
+        terms["loss"].backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    with pytest.raises(ValueError, match="plain autoencoder"):
+        settings["autoencoder-z2"].build_vae((1, 32, 32))
+    with pytest.raises(ValueError, match=r"latent_dim: expected 64, .* found 2"):
+        load_preset("conv-gaussian", latent_dim=2).build_vae((1, 32, 32))
+
+
+def test_epochs_and_steps_take_each_others_place():
+    assert (
+        load_preset("gaussian-z2", epochs=3).training() | {"epochs": 3, "steps": None}
+        == load_preset("gaussian-z2", epochs=3).training()
+    )
+    assert load_preset("bernoulli-z20", steps=7).epochs is None
+    with pytest.raises(ValueError, match="either epochs or steps"):
+        load_preset("bernoulli-z20", steps=7, epochs=1)
+
+
 def test_changes_leave_the_preset_alone():
     settings = load_preset("bernoulli-z20", latent_dim=2, beta=4.0, objective="mean-field", particles=3)
     assert PRESETS["bernoulli-z20"].latent_dim == 20
@@ -53,7 +87,7 @@ def test_changes_leave_the_preset_alone():
         ({"hidden": 10}, "hidden: expected whole numbers"),
         ({"lr": float("nan")}, "lr: expected a positive number"),
         ({"beta": -1}, "beta: expected a positive number"),
-        ({"likelihood": "poisson"}, "likelihood: expected one of bernoulli, normal, found 'poisson'"),
+        ({"likelihood": "poisson"}, "likelihood: expected one of bernoulli, normal, none, found 'poisson'"),
         ({"objective": "renyi"}, "objective: expected one of trace, mean-field, iwae"),
         ({"objective": "iwae", "beta": 2.0}, "beta: expected 1 with objective iwae"),
         ({"binarization": "dither"}, "binarization: expected one of none, threshold, dynamic"),
@@ -66,7 +100,7 @@ def test_bad_changes(changes, match):
 
 
 def test_unknown_preset():
-    with pytest.raises(ValueError, match="bernoulli-z20, bernoulli-z10, gaussian-z4, found 'vae'"):
+    with pytest.raises(ValueError, match="bernoulli-z20, .*, conv-autoencoder, found 'vae'"):
         load_preset("vae")
 
 

@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pyro.infer import Predictive
 
-from pyro_vae import PRESETS, load_run
+from pyro_vae import Autoencoder, load_run
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # nobody listens there
@@ -135,10 +136,10 @@ def test_without_mnist_and_network_auto_trains_on_digits_and_says_so(tmp_path):
     assert (metrics["dataset"], metrics["requested_dataset"]) == ("digits", "auto")
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ["bernoulli-z20", "bernoulli-z10", "gaussian-z4", "gaussian-z2"])
 def test_every_option(tmp_path, preset):
     arguments = f"""--preset {preset} --dataset digits --epochs 1 --batch-size 100 --lr 0.002 --latent-dim 2 --hidden 20 10
-        --beta 2 --particles 2 --objective mean-field --binarize dynamic --seed 1 --device cpu --out run
+        --record-every 10 --beta 2 --particles 2 --objective mean-field --binarize dynamic --seed 1 --device cpu --out run
         --importance-samples 0 --no-figures"""
     result = svi_mnist(*arguments.split(), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -149,10 +150,23 @@ def test_every_option(tmp_path, preset):
     assert "log_marginal" not in json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]
 
 
+def test_convolutional_preset_by_steps(tmp_path):
+    arguments = "--preset conv-gaussian --dataset digits --steps 25 --record-every 10 --importance-samples 0 --out run"
+    result = svi_mnist(*arguments.split(), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "test images of shape (1, 32, 32)" in result.stdout
+    assert re.findall(r"^step +(\d+)", result.stdout, flags=re.MULTILINE) == ["10", "20", "25"]
+    assert sorted(path.stem for path in (tmp_path / "run" / "figures").iterdir()) == FIGURES
+    assert load_run(tmp_path / "run").latent_dim == 64
+
+
 ERRORS = {
     "mnist without mnist": (["--dataset", "mnist"], "MNIST: missing in .*train-images-idx3-ubyte"),
     "unknown preset": (["--preset", "z20"], "invalid choice: 'z20'"),
     "latent": (["--latent-dim", "0"], "--latent-dim: expected a whole number >= 1, found 0"),
+    "conv": (["--preset", "conv-gaussian", "--dataset", "digits", "--latent-dim", "2"], "latent_dim: expected 64"),
+    "both lengths": (["--epochs", "1", "--steps", "1"], "--epochs: expected either epochs or steps"),
+    "an autoencoder": (["--preset", "autoencoder-z2"], "invalid choice: 'autoencoder-z2'"),
     "epochs": (["--epochs", "0"], "--epochs: expected a whole number >= 1"),
     "lr": (["--lr", "nan"], "--lr: expected a positive number"),
     "hidden": (["--hidden", "10", "0"], r"--hidden: expected whole numbers >= 1.*found \(10, 0\)"),
@@ -268,6 +282,81 @@ def test_direct_mnist_on_digits(tmp_path):
     reused = script("direct_mnist.py", "--dataset", "digits", "--elbo-run", "nothing", "--out", "x", cwd=tmp_path)
     assert reused.returncode == 2
     assert "config.json: missing" in reused.stderr
+
+
+PICTURES = [
+    "latent_planes.gif",
+    "latent_planes.png",
+    "manifold_autoencoder-z2.png",
+    "manifold_gaussian-z2.png",
+    "manifold_gaussian-z2_probability.png",
+    "reconstructions.png",
+    "samples_autoencoder-z2.png",
+    "samples_conv-autoencoder.png",
+    "samples_conv-gaussian.png",
+    "samples_gaussian-z2-beta100.png",
+    "samples_gaussian-z2.png",
+    "tsne_conv.png",
+]
+
+
+def test_autoencoders_mnist_on_digits(tmp_path):
+    options = ["--dataset", "digits", "--steps", "30", "--record-every", "10", "--out", "both"]
+    result = script("autoencoders_mnist.py", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in (tmp_path / "both" / "figures").iterdir()) == PICTURES
+    codes = np.load(tmp_path / "both" / "gaussian-z2" / "latents.npz")
+    assert codes["codes"].shape == (4, 297, 2)  # before training, and at each evaluation
+    assert codes["labels"].shape == (297,)
+    for name in ("autoencoder-z2", "gaussian-z2-beta100"):
+        metrics = json.loads((tmp_path / "both" / name / "metrics.json").read_text())
+        test = metrics["test"]
+        if name == "autoencoder-z2":
+            assert isinstance(load_run(tmp_path / "both" / name), Autoencoder)
+            assert metrics["test_loss"] == pytest.approx(test["mean_squared_error"]["value"], rel=1e-5)
+        else:
+            error = test["squared_error"]["standard_error"]
+            expected = test["squared_error"]["value"] + 100 * test["kl"]["value"]
+            assert metrics["test_loss"] == pytest.approx(expected, abs=10 * error)  # another draw, one in place of ten
+    again = script("autoencoders_mnist.py", *options, "--no-figures", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("not trained again") == 5
+    other = script("autoencoders_mnist.py", *options, "--seed", 1, "--no-figures", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "not empty" in other.stderr
+
+
+def test_reproduce_quick_lands_on_the_published_early_epochs(mnist, tmp_path):
+    result = script("reproduce.py", "--quick", "--out", "quick", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    board = json.loads((tmp_path / "quick" / "scoreboard.json").read_text())
+    fields = {"system", "quantity", "published", "ours", "standard_error", "tolerance", "within", "seconds"}
+    assert all(set(row) == fields for row in board["rows"])
+    assert {row["system"][0] for row in board["rows"]} == set("ABCDE")
+    compared = [row for row in board["rows"] if row["published"] is not None]
+    assert len(compared) >= 8
+    for row in compared:
+        assert row["within"] is (abs(row["ours"] - row["published"]) <= row["tolerance"])
+    first = next(row for row in compared if row["quantity"] == "train -ELBO, epoch 1")
+    lines = (tmp_path / "quick" / "A" / "metrics.jsonl").read_text().splitlines()
+    assert first["ours"] == json.loads(lines[0])["neg_elbo"]
+    assert "| train -ELBO, epoch 1 | 165.64 |" in (tmp_path / "quick" / "scoreboard.md").read_text()
+
+    # It resumes: of all systems only the one whose mark is gone runs again; and a figure that is out is told.
+    (tmp_path / "quick" / "B.json").unlink()
+    edited = [json.loads(line) for line in lines]
+    edited[1]["neg_elbo"] = 200.0
+    (tmp_path / "quick" / "A" / "metrics.jsonl").write_text("\n".join(map(json.dumps, edited)) + "\n")
+    again = script("reproduce.py", "--quick", "--out", "quick", cwd=tmp_path)
+    assert again.returncode == 1
+    assert again.stdout.count("done before") == 9
+    assert re.search(r"train -ELBO, epoch 2 +200 .*OUTSIDE", again.stdout)
+
+
+def test_reproduce_without_mnist(tmp_path):
+    result = script("reproduce.py", cwd=tmp_path, PYRO_VAE_DATA=str(tmp_path / "none"), **OFFLINE)
+    assert result.returncode == 2
+    assert "MNIST: missing" in result.stderr
 
 
 def test_benchmark_on_digits(tmp_path):

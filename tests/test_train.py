@@ -143,6 +143,42 @@ def test_format_of_a_line():
     record |= {"loss": 210.4, "test": {"neg_elbo": 130.0}}
     assert format_epoch(record) == "epoch  1  rec=150.72  kl=14.92  -ELBO=165.64  loss=210.40  test -ELBO=130.00"
     assert format_epoch({"epoch": 12, "loss": 0.5, "test": {"loss": 0.25}}) == "epoch 12  loss=0.50  test loss=0.25"
+    assert format_epoch({"epoch": 2, "step": 250, "loss": 0.05, "squared_error": 51.2}) == (
+        "step   250  squared error=51.20  loss=0.05000"
+    )
+
+
+@pytest.mark.parametrize("record_every", [None, 1, 4, 7, 100])
+def test_steps_are_those_of_the_epochs_whenever_records_are_made(record_every):
+    """Six batches an epoch, the last one short; 15 steps end in the middle of the third."""
+    whole, cut = Mean(), Mean()
+    fit(whole, X, epochs=3, batch_size=10, verbose=False)
+    history = fit(cut, X, steps=15, record_every=record_every, batch_size=10, test=X[:3], verbose=False)
+    seen = [x for x, training in zip(cut.seen, cut.modes, strict=True) if training]
+    assert all(torch.equal(a, b) for a, b in zip(whole.seen[:15], seen, strict=True))
+    every = record_every or 6
+    assert [record["step"] for record in history] == [*range(every, 15, every), 15]
+    assert [record["epoch"] for record in history] == [math.ceil(record["step"] / 6) for record in history]
+    for record, first in zip(history, range(0, 15, every), strict=True):
+        expected = torch.cat(seen[first : record["step"]]).mean().item()
+        assert record["loss"] == pytest.approx(expected, rel=1e-6)
+        assert record["test"]["loss"] == pytest.approx(X[:3].mean().item(), rel=1e-6)
+
+
+def test_noise_of_training_does_not_depend_on_when_records_are_made():
+    trained = []
+    for record_every in (None, 4):
+        torch.manual_seed(0)
+        vae = make_vae()
+        fit(NegativeELBO(vae), X, steps=9, record_every=record_every, batch_size=10, test=X, verbose=False)
+        trained.append(weights(vae))
+    assert equal(*trained)
+
+
+@pytest.mark.parametrize("how", [{}, {"epochs": 1, "steps": 1}, {"steps": 0}, {"steps": 1, "record_every": 0}])
+def test_length_of_a_training_is_given_once(vae, how):
+    with pytest.raises(ValueError, match="either epochs or steps|steps: expected|record_every: expected"):
+        fit(NegativeELBO(vae), X, verbose=False, **how)
 
 
 class Breaks(Objective):
@@ -169,7 +205,7 @@ class Breaks(Objective):
 def test_not_finite_stops_before_the_step(how):
     objective = Breaks(how)
     what = "gradient" if how == "gradient" else "loss"
-    with pytest.raises(NonFiniteError, match=f"the {what} is not finite in epoch 1, batch 3: loss"):
+    with pytest.raises(NonFiniteError, match=f"the {what} is not finite in epoch 1, step 3: loss"):
         fit(objective, X, epochs=1, batch_size=10, verbose=False)
     assert torch.equal(objective.weight, objective.good)
 
@@ -177,7 +213,7 @@ def test_not_finite_stops_before_the_step(how):
 def test_exploding_learning_rate_names_the_log_scale(vae):
     seen = []
     with pytest.raises(
-        NonFiniteError, match=r"epoch \d+, batch \d+: loss .*largest log-scale of the encoder .*learning rate"
+        NonFiniteError, match=r"epoch \d+, step \d+: loss .*largest log-scale of the encoder .*learning rate"
     ):
         fit(NegativeELBO(vae), X, epochs=200, batch_size=10, lr=1e30, verbose=False, on_epoch=seen.append)
     assert all(p.isfinite().all() for p in vae.parameters())
