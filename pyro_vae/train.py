@@ -106,13 +106,13 @@ def fit(
                 record = _train(objective, data, batches, min(every, last - first), first, optimizer, parameters, verbose)
                 if by_steps:
                     record = {"epoch": record.pop("epoch"), "step": min(first + every, last), **record}
-                if held_out is not None:
-                    with torch.random.fork_rng(devices=cuda):  # the noise of training goes on as if nothing had been tested
+                with torch.random.fork_rng(devices=cuda):  # the noise of training goes on as if nothing had been drawn here
+                    if held_out is not None:
                         torch.manual_seed(_streams(seed, 0)[1])
                         record["test"] = _mean_terms(objective, held_out, batch_size=1024)
-                history.append(record)
-                if on_epoch is not None:  # before the line, so that an epoch that was announced has been kept
-                    on_epoch(record)
+                    history.append(record)
+                    if on_epoch is not None:  # before the line, so that an epoch that was announced has been kept
+                        on_epoch(record)
                 if verbose:
                     tqdm.write(format_epoch(record), file=sys.stdout)
                     sys.stdout.flush()
