@@ -51,7 +51,8 @@ class _RelaxedBernoulliEvent(dist.Independent):  # the class of to_event, and th
 
     def log_prob(self, value: Tensor) -> Tensor:
         logits, ndims = self.base_dist.logits, self.reinterpreted_batch_ndims
-        if ndims == 0 or (torch.is_grad_enabled() and (logits.requires_grad or value.requires_grad)):
+        gradient = torch.is_grad_enabled() and (logits.requires_grad or value.requires_grad)
+        if ndims == 0 or gradient or logits.dtype not in (torch.float32, torch.float64):  # half: products would overflow
             return super().log_prob(value)
         if self.base_dist._validate_args:
             self.base_dist._validate_sample(value)

@@ -35,6 +35,13 @@ def test_bernoulli_joint_log_prob_is_the_same_without_gradients(batch, event):
     assert not fast.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_bernoulli_joint_log_prob_in_half_precision(dtype):
+    logits, x = torch.zeros(2, 784, dtype=dtype), torch.ones(2, 784, dtype=dtype)
+    log_prob = BernoulliLikelihood()(logits).to_event(1).log_prob(x)
+    torch.testing.assert_close(log_prob, torch.full((2,), -784 * math.log(2), dtype=dtype), rtol=0.01, atol=0)
+
+
 def test_bernoulli_samples_are_binary_with_the_right_mean():
     logits = torch.tensor([-2.0, 0.0, 1.0])
     draws = BernoulliLikelihood()(logits).sample((20_000,))
