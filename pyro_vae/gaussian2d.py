@@ -97,7 +97,7 @@ class LinearGaussian:
         if not torch.is_tensor(x) or x.dim() != 2 or len(x) < 2 or not x.is_floating_point() or not x.isfinite().all():
             found = f"{x.dtype} of shape {tuple(x.shape)}" if torch.is_tensor(x) else type(x).__name__
             raise ValueError(f"LinearGaussian.fit: expected finite floating point x of shape (N, D), N > 1, found {found}.")
-        dim = x.shape[1]
+        dim, latent_dim = x.shape[1], whole_number("latent_dim", latent_dim, minimum=0)
         if not 1 <= latent_dim < dim:
             raise ValueError(
                 f"LinearGaussian.fit: latent_dim must be from 1 to {dim - 1} for {dim} columns, found {latent_dim}."

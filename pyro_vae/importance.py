@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
@@ -124,8 +125,9 @@ def log_marginal(
     Latent sites that the guide does not have are drawn from the model, so a guide that does nothing gives plain Monte Carlo
     from the prior. Scaling of sites (``poutine.scale``, subsampling) is left out: it is no part of the density. Works
     without gradients, in evaluation mode where model and guide are modules or methods of modules, and leaves torch's random
-    state as found: the same state gives the same draws, so seed anew between calls whose errors are to be independent. Both
-    programs are called on parts of x: what else they need per observation (labels, masks) must be found from x itself.
+    state as found: the same state and chunk_size give the same draws, so seed anew between calls whose errors are to be
+    independent. Both programs are called on parts of x, so what else they need per observation (labels, masks) must be found
+    from x itself; and draws stand in a leading dimension, z ``(num_samples, B, ...)``, over which a decoder must broadcast.
 
     Args:
         model: Pyro program, called as ``model(x)``; every site in one plate of dimension -1 over the observations.
@@ -215,7 +217,15 @@ def log_weights(model: Callable[..., Any], guide: Callable[..., Any], x: Tensor,
     def vectorized(program: Callable[..., Any]) -> Callable[..., Any]:
         def run() -> Any:
             with pyro.plate("_importance_samples", num_samples, dim=-2):
-                return program(x)
+                try:
+                    return program(x)
+                except ValueError as error:
+                    if "_importance_samples" not in str(error):
+                        raise
+                    raise ValueError(
+                        "log_marginal: a plate collides with that of the draws, dimension -2. The plate of the data "
+                        "has dimension -1 and is the only one; declare the dimensions of an observation by .to_event."
+                    ) from error
 
         return run
 
@@ -227,8 +237,13 @@ def log_weights(model: Callable[..., Any], guide: Callable[..., Any], x: Tensor,
         *((-1, guide_trace, name) for name in guide_trace.nodes),
     ):
         site = trace.nodes[name]
-        if site["type"] != "sample":
+        if site["type"] != "sample" or site["infer"].get("_deterministic"):
             continue
+        if trace is guide_trace and site["is_observed"]:
+            raise ValueError(
+                f"log_marginal: the guide observes site {name!r}, but a guide only draws. Leave obs= and pyro.factor to "
+                "the model."
+            )
         if trace is guide_trace and name not in model_trace.nodes:
             raise ValueError(
                 f"log_marginal: site {name!r} is in the guide but not in the model. Draw it in both "
@@ -240,7 +255,11 @@ def log_weights(model: Callable[..., Any], guide: Callable[..., Any], x: Tensor,
                 f"log_marginal: site {name!r} is outside the data plate, so observations are not independent. Put it into "
                 "with pyro.plate('data', len(x)), of dimension -1."
             )
-        observed = site["value"].shape[: site["value"].dim() - site["fn"].event_dim] if site["is_observed"] else ()
+        if trace is guide_trace:
+            _require_density(name, site["fn"], model_trace.nodes[name]["fn"])
+        # Unit: pyro.factor, which has no value; Delta: computed from draws by a reparameterisation.
+        is_data = site["is_observed"] and not isinstance(_base(site["fn"]), dist.Unit | dist.Delta)
+        observed = site["value"].shape[: site["value"].dim() - site["fn"].event_dim] if is_data else ()
         if any(size != 1 for size in observed[:-1]):
             raise ValueError(
                 f"log_marginal: site {name!r} observes values of batch shape {tuple(observed)}, expected {shape[1:]}. "
@@ -258,14 +277,41 @@ def log_weights(model: Callable[..., Any], guide: Callable[..., Any], x: Tensor,
     if not any(model_trace.nodes[name]["is_observed"] for sign, name in terms if sign > 0):
         raise ValueError("log_marginal: the model observes nothing. Pass x as obs= to a pyro.sample of the model.")
     total: Tensor = sum(terms.values(), torch.zeros(shape, device=x.device))
-    if (total.isnan() | (total == math.inf)).any():
+    wrong = (total.isnan() | (total == math.inf)).expand(shape)
+    if wrong.any():
         bad = [name for (_, name), term in terms.items() if (term.isnan() | (term == math.inf)).any()]
         names = dict.fromkeys(bad or [name for _, name in terms])  # each once, in their order
         raise ValueError(
-            f"log_marginal: nan or +inf log weight, from site {', '.join(map(repr, names))}. "
-            "Look at that distribution's parameters for these observations."
+            f"log_marginal: nan or +inf log weight, from site {', '.join(map(repr, names))}, for {int(wrong.any(0).sum())} "
+            f"of the {len(x)} observations looked at together. Look at that distribution's parameters there."
         )
     return total.expand(shape)
+
+
+def _base(fn: Any) -> Any:
+    """The distribution under .to_event, .expand and .mask."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
+def _require_density(name: str, guide: Any, model: Any) -> None:
+    """A weight p(z) / q(z) needs both to be densities, or both to be probabilities."""
+    kinds = []
+    for fn in (guide, model):
+        fn = _base(fn)
+        if isinstance(fn, dist.Delta):
+            kinds.append("a point mass")
+        else:
+            try:
+                kinds.append("discrete" if fn.support.is_discrete else "continuous")
+            except NotImplementedError:  # a distribution that does not say
+                return
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"log_marginal: site {name!r} is {kinds[0]} in the guide ({type(guide).__name__}) and {kinds[1]} in the model "
+            f"({type(model).__name__}): their ratio is no importance weight. Draw it from a distribution of the same kind."
+        )
 
 
 class Accumulator:
@@ -312,23 +358,25 @@ def pareto_k(largest: Tensor) -> Tensor:
         largest: log weights ``(M + 1, B)``, descending: a tail of M and the one below it, where the tail begins.
 
     Returns:
-        ``(B,)``; nan for a tail shorter than 5, -inf where there is no tail (weights equal to 1e-3), inf where the largest
-        weight leaves nothing for the rest, or every weight is 0.
+        ``(B,)``; nan for a tail shorter than 5, -inf where there is no tail (weights equal to 1e-3), inf where fewer than 5
+        weights leave nothing for the rest, or every weight is 0.
     """
     size = len(largest) - 1
     if size < 5:
         return torch.full_like(largest[0], math.nan)
     weights = (largest.double() - largest[0]).exp()  # relative to the largest: no overflow
     tail = (weights[:-1] - weights[-1]).flip(0)  # (M, B), ascending excesses over the threshold
-    quartile = tail[int(size / 4 + 0.5) - 1]
+    count = (tail > 0).sum(0)  # (B,): weights that tie with the threshold are no part of the tail, and add 0 to its sums
+    place = size - count + (count / 4 + 0.5).long() - 1
+    quartile = tail.gather(0, place.clamp(0, size - 1).unsqueeze(0)).squeeze(0)
     grid = 30 + int(math.sqrt(size))
     steps = torch.arange(1, grid + 1, dtype=tail.dtype, device=tail.device).unsqueeze(-1)
     theta = 1 / tail[-1] + (1 - (grid / (steps - 0.5)).sqrt()) / (3 * quartile)  # (grid, B)
-    shape = torch.log1p(-theta.unsqueeze(1) * tail).mean(1)  # (grid, B)
-    profile = size * ((-theta / shape).log() - shape - 1)  # log-likelihood of each theta
+    shape = torch.log1p(-theta.unsqueeze(1) * tail).sum(1) / count  # (grid, B)
+    profile = count * ((-theta / shape).log() - shape - 1)  # log-likelihood of each theta
     theta_hat = (theta * profile.softmax(0)).sum(0)
-    k = torch.log1p(-theta_hat * tail).mean(0)
-    k = (size * k + 10 * 0.5) / (size + 10)
-    k = torch.where(quartile > 0, k, math.inf)
+    k = torch.log1p(-theta_hat * tail).sum(0) / count
+    k = (count * k + 10 * 0.5) / (count + 10)
+    k = torch.where(count >= 5, k, math.inf)
     k = torch.where(largest[0] - largest[-1] < 1e-3, -math.inf, k)  # a fit to rounding errors would find a tail in them
     return torch.where(largest[0] == -math.inf, math.inf, k)

@@ -85,6 +85,8 @@ class Settings:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {getattr(self, name)!r}.")
+        if self.objective == "iwae" and self.particles < 2:
+            raise ValueError(f"particles: expected at least 2 with objective iwae, which is the ELBO with {self.particles}.")
         if self.objective == "iwae" and self.beta != 1:
             raise ValueError(f"beta: expected 1 with objective iwae, which has no KL to weigh, found {self.beta!r}.")
 

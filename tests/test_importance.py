@@ -367,7 +367,7 @@ def test_nan_and_infinity_name_the_site(bad):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(torch.zeros(2), 1.0))
 
-    with pytest.raises(ValueError, match=r"nan or \+inf log weight, from site 'pixels'\."):
+    with pytest.raises(ValueError, match=r"nan or \+inf log weight, from site 'pixels', for 1 of the 2 observations"):
         log_marginal(model, guide, torch.zeros(2), num_samples=5)
 
 
@@ -472,3 +472,85 @@ def test_one_draw_is_the_elbo_estimate_and_has_no_error():
     assert result.mean.unreliable is None  # unknown, not zero
     with pytest.raises(ValueError, match="importance_samples: expected 0 or a whole number >= 2, found 1"):
         evaluate(make_vae(), torch.rand(3, 1, 4, 4), importance_samples=1)
+
+
+def one_latent(q):
+    """x | z ~ N(z, 1), z ~ N(0, 1), and a guide that draws z from q."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", q(x))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("q", [lambda x: dist.Delta(x / 2), lambda x: dist.Poisson(1.0).expand(x.shape)])
+def test_a_guide_without_a_density_is_refused(q):
+    """log p(x, z) at one point is no estimate of log p(x), and its weights would look perfect: all equal."""
+    with pytest.raises(ValueError, match="'z' is (a point mass|discrete) in the guide .* continuous in the model"):
+        log_marginal(*one_latent(q), torch.tensor([0.5, 1.0]), num_samples=30)
+
+
+def test_a_guide_that_observes_is_refused():
+    model, _ = one_latent(None)
+    with pytest.raises(ValueError, match="the guide observes site 'x'"):
+        log_marginal(model, model, torch.tensor([0.5, 1.0]), num_samples=30)
+
+
+def test_factors_deterministic_sites_and_reparameterised_models():
+    from pyro.infer.reparam import LocScaleReparam
+
+    x = torch.tensor([0.5, -1.0], dtype=torch.float64)
+
+    def model(x):
+        pyro.deterministic("shift", torch.tensor(1.0))  # outside the plate, and no part of the density
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=x.dtype), 1.0))
+            pyro.deterministic("twice", 2 * z)
+            pyro.factor("x", dist.Normal(z, 1.0).log_prob(x))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.deterministic("loc", x / 2)
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    exact = dist.Normal(torch.zeros(2, dtype=x.dtype), 2**0.5).log_prob(x)
+    torch.testing.assert_close(log_marginal(model, guide, x, num_samples=50).value, exact)
+
+    plain, _ = one_latent(None)
+    decentered = pyro.poutine.reparam(plain, config={"z": LocScaleReparam(0.0)})
+    estimate = log_marginal(decentered, lambda x: None, x, num_samples=4000)
+    assert ((estimate.value - exact).abs() < 5 * estimate.standard_error).all()
+
+
+def test_a_plate_over_pixels_is_told_to_use_to_event():
+    def model(x):
+        with pyro.plate("data", len(x)), pyro.plate("pixels", 3, dim=-2):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"collides with that of the draws.*to_event"):
+        log_marginal(model, lambda x: None, torch.rand(4, 3), num_samples=30)
+
+
+def test_ties_at_the_threshold_are_no_heavy_tail():
+    """Bounded weights, many of them 0: the error is right, and Pareto k says so."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(0.0, 1.0, validate_args=False))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    _, guide = one_latent(lambda x: dist.Normal(x / 2, 0.9))
+    x = torch.full((50,), -3.0, dtype=torch.float64)  # the guide's draws fall below 0 but for one in twenty
+    estimate = log_marginal(model, guide, x, num_samples=2000)
+    unit = dist.Normal(0.0, 1.0)
+    exact = (unit.cdf(torch.tensor(4.0, dtype=x.dtype)) - unit.cdf(torch.tensor(3.0, dtype=x.dtype))).log()
+    z_scores = (estimate.value - exact) / estimate.standard_error
+    assert z_scores.abs().max() < 5
+    assert 0.7 < z_scores.std() < 1.3
+    assert estimate.unreliable.sum() <= 5
