@@ -176,7 +176,7 @@ def latent_scatter(points: Array, labels: Array, *, title: str = "", axes_names:
 
 
 def latent_planes(panels: Mapping[str, tuple[Array, Array]], *, title: str = "", ticks: bool = True) -> "Figure":
-    """Two-dimensional latent spaces side by side, coloured by label, each with its own scale.
+    """Two-dimensional latent spaces side by side, coloured by label, each on its own scale but none below the prior's.
 
     Args:
         panels: name -> (points ``(N, 2)``, labels ``(N,)``).
@@ -188,10 +188,14 @@ def latent_planes(panels: Mapping[str, tuple[Array, Array]], *, title: str = "",
     handles: list[Any] = []
     for ax, (name, (points, labels)) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         points, labels = np.asarray(points), np.asarray(labels)
-        handles = _scatter(ax, points, labels, size=max(1.0, 12000 / (len(points) + 500)))
-        _mark(ax, points, labels, fontsize=13)
+        collapsed = points.std() < 0.05
+        handles = _scatter(ax, points, labels, size=50.0 if collapsed else max(1.0, 12000 / (len(points) + 500)))
+        if not collapsed:  # else all digits would be written on one place
+            _mark(ax, points, labels, fontsize=13)
         ax.set_title(name, fontsize=12)
         if ticks:
+            ax.locator_params(nbins=7)
+            ax.update_datalim([(-1, -1), (1, 1)])  # N(0, 1) has that scale, and a collapsed code is seen as the point it is
             ax.set_xlabel("$z_1$", fontsize=12)
             ax.set_ylabel("$z_2$", fontsize=12)
             ax.set_aspect("equal", adjustable="datalim")
@@ -233,12 +237,15 @@ def latent_animation(
         low, high = np.quantile(
             codes[frames // 4 :], [0.002, 0.998], axis=(0, 1)
         )  # outliers and the start may leave the frame
+        low, high = np.minimum(low, -1), np.maximum(high, 1)  # the scale of N(0, 1): a collapsed code is seen as a point
         margin = 0.05 * (high - low)
         ax.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
         ax.set_xlabel("$z_1$", fontsize=12)
         ax.set_ylabel("$z_2$", fontsize=12)
         ax.set_title(name, fontsize=12)
     _legend(figure, handles)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once: every frame has the same axes
 
     def draw(frame: int) -> list[Any]:
         frame = min(frame, frames - 1)

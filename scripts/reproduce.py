@@ -173,15 +173,15 @@ def systems(out: Path, *, quick: bool) -> list[System]:
         command = ["autoencoders_mnist.py", "--runs", *runs, *(["--steps", "250"] if quick else [])]
         result.append(System(f"D {name}", command, "D", f"D/{name}", figures))
     toy = [
-        Figure("KL(true || VAE)", 0.0, 0.01, entry("table", "VAE", "kl", error="kl_error")),
+        Figure("KL(true ‖ VAE)", 0.0, 0.01, entry("table", "VAE", "kl", error="kl_error")),
         Figure(
-            "KL(true || direct fit, redrawn)", None, None, entry("table", "direct fit, 256 redrawn", "kl", error="kl_error")
+            "KL(true ‖ direct fit, redrawn)", None, None, entry("table", "direct fit, 256 redrawn", "kl", error="kl_error")
         ),
         Figure("VAE: log p, importance sampling", None, None, entry("table", "VAE", "log_p", error="log_p_error")),
         Figure("entropy of the truth", 2.694036, 1e-6, entry("entropy")),
     ]
     if quick:
-        toy = [Figure("KL(true || VAE), epoch 3", None, None, toy[0].read), toy[-1]]
+        toy = [Figure("KL(true ‖ VAE), epoch 3", None, None, toy[0].read), toy[-1]]
     result.append(System("E toy", ["gaussian2d.py", *(["--epochs", "3"] if quick else [])], "E", "E", toy))
     return result
 
@@ -239,7 +239,7 @@ def markdown(board: dict[str, Any]) -> str:
     """The scoreboard as a page."""
 
     def number(value: float | None) -> str:
-        return "" if value is None else f"{value:.2f}" if abs(value) >= 1.0 else f"{value:.5f}"
+        return "" if value is None else f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"
 
     rows = board["rows"]
     versions = ", ".join(f"{name} {version}" for name, version in board["versions"].items())
