@@ -55,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of data, weights and noise (default: %(default)s)")
     add("--out", type=Path, help="run folder (default: a new one, runs/gaussian2d-DATE-TIME)")
     add("--overwrite", action="store_true", help="replace the earlier run that --out holds (default: refuse)")
+    add("--no-figures", action="store_true", help="skip the pictures (default: make them)")
     args = parser.parse_args()
     for name in ("latent_dim", "hidden", "num_mc", "num_draws", "epochs", "batch_size"):
         if getattr(args, name) < 1:
@@ -102,6 +103,45 @@ def row(log_p: Tensor, exact: Tensor, sampling_error: float, **more: Any) -> dic
         "kl_error": kl_error,
         **more,
     }
+
+
+def make_figures(
+    args: argparse.Namespace,
+    out: Path,
+    train: Tensor,
+    vae: VAE,
+    direct: VAE,
+    panels: dict[str, Any],
+    history: list[dict[str, Any]],
+    losses: dict[str, list[dict[str, Any]]],
+) -> None:
+    """All pictures of the run, into its folder."""
+
+    def log_density(points: Any) -> Any:
+        return truth().log_prob(torch.as_tensor(points)).numpy()
+
+    def density_panels(samples: dict[str, Any], columns: int, title: str) -> Any:
+        return plots.density_panels(samples, log_density, columns=columns, limits=LIMITS, title=title)
+
+    torch.manual_seed(args.seed)
+    rows = {"truth": train, "VAE": draw(vae, 10_000), "direct fit, redrawn": draw(direct, 10_000)}
+    with_noise = {"samples of the VAE": rows["VAE"], "its decoder's means, without noise": draw(vae, 10_000, noise=False)}
+    per_epoch = math.ceil(len(train) / args.batch_size)
+    steps = [record["epoch"] * per_epoch for record in history]
+    lines = {"VAE: train -ELBO": (steps, [r["neg_elbo"] for r in history])}
+    lines["VAE: validation -ELBO"] = (steps, [r["test"]["neg_elbo"] for r in history])
+    lines |= {f"direct fit, {name}: train -log p": (steps, [r["loss"] for r in h]) for name, h in losses.items()}
+    caption = "Losses: means over each epoch, against the step"
+    figures = {
+        "densities": density_panels(rows, 3, "Samples (blue) under the true density's contours (red)"),
+        "training": density_panels(panels, 4, "Samples of the VAE as training goes on"),
+        "noise": density_panels(with_noise, 2, "What the decoder's noise adds"),
+        "losses": plots.curves(
+            lines, xlabel="step", ylabel="nats per point", title=caption, level=("entropy of the truth", ENTROPY)
+        ),
+    }
+    for name, figure in figures.items():
+        figure.savefig(out / "figures" / f"{name}.png")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -164,32 +204,8 @@ def run(args: argparse.Namespace) -> None:
     if unreliable := estimate.mean.unreliable:
         print(f"The VAE's log p: Pareto k says that the error of {unreliable:,} points is too small.")
 
-    def log_density(points: Any) -> Any:
-        return truth().log_prob(torch.as_tensor(points)).numpy()
-
-    def density_panels(samples: dict[str, Any], columns: int, title: str) -> Any:
-        return plots.density_panels(samples, log_density, columns=columns, limits=LIMITS, title=title)
-
-    torch.manual_seed(args.seed)
-    last = direct["redrawn"]
-    rows = {"truth": train, "VAE": draw(vae, 10_000), "direct fit, redrawn": draw(last, 10_000)}
-    with_noise = {"samples of the VAE": rows["VAE"], "its decoder's means, without noise": draw(vae, 10_000, noise=False)}
-    per_epoch = math.ceil(len(train) / args.batch_size)
-    steps = [record["epoch"] * per_epoch for record in history]
-    lines = {"VAE: train -ELBO": (steps, [r["neg_elbo"] for r in history])}
-    lines["VAE: validation -ELBO"] = (steps, [r["test"]["neg_elbo"] for r in history])
-    lines |= {f"direct fit, {name}: train -log p": (steps, [r["loss"] for r in h]) for name, h in losses.items()}
-    caption = "Losses: means over each epoch, against the step"
-    figures = {
-        "densities": density_panels(rows, 3, "Samples (blue) under the true density's contours (red)"),
-        "training": density_panels(panels, 4, "Samples of the VAE as training goes on"),
-        "noise": density_panels(with_noise, 2, "What the decoder's noise adds"),
-        "losses": plots.curves(
-            lines, xlabel="step", ylabel="nats per point", title=caption, level=("entropy of the truth", ENTROPY)
-        ),
-    }
-    for name, figure in figures.items():
-        figure.savefig(out / "figures" / f"{name}.png")
+    if not args.no_figures:
+        make_figures(args, out, train, vae, direct["redrawn"], panels, history, losses)
     print(f"\ndone in {time.perf_counter() - start:.0f} s; everything is in {out}")
 
 

@@ -20,6 +20,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+Read = Callable[[Path], tuple[float, float | None]]  # of a run's folder: a figure, and its standard error if it has one
 SCRIPTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(SCRIPTS.parent))  # the package this script belongs to, installed or not
 
@@ -52,7 +53,7 @@ class Figure:
     quantity: str
     published: float | None
     tolerance: float | None
-    read: Callable[[Path], tuple[float, float | None]]
+    read: Read
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def load(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def epoch(number: int, key: str) -> Callable[[Path], tuple[float, float | None]]:
+def epoch(number: int, key: str) -> Read:
     """A training average, which is what the references print; it has no error of its own."""
 
     def read(folder: Path) -> tuple[float, float | None]:
@@ -84,7 +85,7 @@ def epoch(number: int, key: str) -> Callable[[Path], tuple[float, float | None]]
     return read
 
 
-def entry(*keys: str, error: str | None = None) -> Callable[[Path], tuple[float, float | None]]:
+def entry(*keys: str, error: str | None = None) -> Read:
     """An entry of metrics.json, and its standard error where it has one beside it."""
 
     def read(folder: Path) -> tuple[float, float | None]:
@@ -94,6 +95,11 @@ def entry(*keys: str, error: str | None = None) -> Callable[[Path], tuple[float,
         return content[keys[-1]], None if error is None else content[error]
 
     return read
+
+
+def below(name: str, read: Read) -> Read:
+    """The same, of a run in a folder below."""
+    return lambda folder: read(folder / name)
 
 
 # The first epochs move fast and depend on the initial weights; a fit is judged by its last figure.
@@ -165,13 +171,18 @@ def systems(out: Path, *, quick: bool) -> list[System]:
             Figure("train loss", train_loss, share * train_loss, entry("train_loss")),
             Figure("test loss", test_loss, share * test_loss, entry("test_loss")),
         ]
-        if quick:  # nothing was published for so short a run
-            figures = [Figure(f"{figure.quantity}, step 250", None, None, figure.read) for figure in figures]
-        # The last one of them makes the pictures of all.
-        runs = [name, *(["--no-figures"] if quick or name != "conv-gaussian" else [])]
-        runs = list(LOSSES) if name == "conv-gaussian" and not quick else runs
-        command = ["autoencoders_mnist.py", "--runs", *runs, *(["--steps", "250"] if quick else [])]
-        result.append(System(f"D {name}", command, "D", f"D/{name}", figures))
+        # The last one of them finds the others done and makes the pictures of all.
+        runs = list(LOSSES) if name == "conv-gaussian" else [name, "--no-figures"]
+        result.append(System(f"D {name}", ["autoencoders_mnist.py", "--runs", *runs], "D", f"D/{name}", figures))
+    if quick:  # nothing was published for so short a run; in one process
+        figures = [
+            Figure(f"{system.run[2:]}: {figure.quantity}, step 250", None, None, below(system.run[2:], figure.read))
+            for system in result
+            if system.run.startswith("D/")
+            for figure in system.figures
+        ]
+        result = [system for system in result if not system.run.startswith("D/")]
+        result.append(System("D", ["autoencoders_mnist.py", "--steps", "250", "--no-figures"], "D", "D", figures))
     toy = [
         Figure("KL(true ‖ VAE)", 0.0, 0.01, entry("table", "VAE", "kl", error="kl_error")),
         Figure(
@@ -182,7 +193,7 @@ def systems(out: Path, *, quick: bool) -> list[System]:
     ]
     if quick:
         toy = [Figure("KL(true ‖ VAE), epoch 3", None, None, toy[0].read), toy[-1]]
-    result.append(System("E toy", ["gaussian2d.py", *(["--epochs", "3"] if quick else [])], "E", "E", toy))
+    result.append(System("E toy", ["gaussian2d.py", *(["--epochs", "3", "--no-figures"] if quick else [])], "E", "E", toy))
     return result
 
 
@@ -288,6 +299,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help="short runs of a minute or two in all (default: the whole schedules)")
+    letters = tuple("ABCDE")
+    add("--systems", nargs="+", choices=letters, default=letters, help="by their letters (default: all)")
     add("--data-dir", help="folder that holds MNIST/raw (default: $PYRO_VAE_DATA, else ~/.cache/pyro_vae)")
     add("--out", type=Path, help="folder of the runs (default: runs/reproduce, or runs/reproduce-quick)")
     add("--scoreboard", type=Path, help="folder for scoreboard.md and scoreboard.json (default: that of --out)")
@@ -301,7 +314,7 @@ def run(args: argparse.Namespace) -> int:
     for folder in (out, board_folder):
         folder.mkdir(parents=True, exist_ok=True)
     shared = ["--dataset", "mnist", *(["--data-dir", str(Path(args.data_dir).resolve())] if args.data_dir else [])]
-    todo = systems(out, quick=args.quick)
+    todo = [system for system in systems(out, quick=args.quick) if system.name[0] in args.systems]
     rows: list[Row] = []
     failed: list[str] = []
     total = 0.0
