@@ -89,7 +89,12 @@ def train_run(
     config = {"script": "autoencoders_mnist", "dataset": train.name, "seed": args.seed, **asdict(settings)}
     folder = out / name
     if (folder / "metrics.json").is_file():
-        found = json.loads((folder / "config.json").read_text())
+        try:
+            found = dict(json.loads((folder / "config.json").read_text()))
+        except (OSError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder}: holds metrics.json, but no config.json that can be read. Remove it."
+            ) from error
         if all(found.get(key) == (list(value) if isinstance(value, tuple) else value) for key, value in config.items()):
             print(f"{name}: found finished in {folder}, not trained again", flush=True)
             return load_run(folder)
@@ -205,7 +210,10 @@ def run(args: argparse.Namespace) -> None:
     if test.labels is None:
         raise DataError(f"{test.name}: the pictures need labels.")
     out = args.out or Path("runs", f"autoencoders-{train.name}-{datetime.now():%Y%m%d-%H%M%S}")
-    (out / "figures").mkdir(parents=True, exist_ok=True)
+    try:
+        (out / "figures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: the folder cannot be made ({error.strerror}). Name another.") from error
     models = {name: train_run(args, name, out, train, test, test.labels) for name in RUNS if name in args.runs}
     rows = {name: json.loads((out / name / "metrics.json").read_text()) for name in models}
     print(f"\n{'':22s} {'train':>12s} {'test':>12s} {'seconds':>8s}")

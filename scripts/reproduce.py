@@ -201,11 +201,13 @@ def execute(system: System, out: Path, *, shared: Sequence[str], announce: str) 
     """Run one system, unless its mark says that this very command is done: seconds it took, None where it failed."""
     command = [*system.command, *(shared if system.command[0] != "gaussian2d.py" else [])]
     mark = out / f"{system.key}.json"
-    if mark.is_file():
+    try:
         done = load(mark)
-        if done["command"] == command:
+        if done["command"] == command and rows_of(system, out, done["seconds"]):
             print(f"{announce}: done before, in {done['seconds']:.0f} s", flush=True)
             return float(done["seconds"])
+    except (OSError, ValueError, TypeError, KeyError, StopIteration):
+        pass  # no mark, or a run that was damaged since: run it
     print(f"{announce}: {shlex.join(command)}", flush=True)
     folder = out / system.out
     again = ["--overwrite"] if folder.is_dir() and any(folder.iterdir()) else []  # left by a run that was stopped

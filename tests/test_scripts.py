@@ -344,6 +344,11 @@ def test_autoencoders_mnist_on_digits(tmp_path):
     other = script("autoencoders_mnist.py", *options, "--seed", 1, "--no-figures", cwd=tmp_path)
     assert other.returncode == 2
     assert "not empty" in other.stderr
+    (tmp_path / "both" / "autoencoder-z2" / "config.json").write_text("[")
+    damaged = script("autoencoders_mnist.py", *options, "--no-figures", cwd=tmp_path)
+    assert damaged.returncode == 2
+    assert "no config.json that can be read" in damaged.stderr
+    assert "Traceback" not in damaged.stderr
 
 
 def test_reproduce_quick_lands_on_the_published_early_epochs(mnist, tmp_path):
