@@ -325,9 +325,9 @@ def run(args: argparse.Namespace) -> int:
         seconds = execute(system, out, shared=shared, announce=announce)
         if seconds is None:
             failed.append(system.name)
-            continue
-        total += seconds
-        rows += rows_of(system, out, seconds)
+        else:
+            total += seconds
+            rows += rows_of(system, out, seconds)
         board = {
             "command": "python scripts/reproduce.py" + (" --quick" if args.quick else ""),
             "date": date.today().isoformat(),
