@@ -20,6 +20,7 @@ from pyro_vae.vae import VAE
 
 __all__ = [
     "active_units",
+    "decoder_mean",
     "denoise",
     "interpolate",
     "kl_per_dimension",
@@ -37,9 +38,11 @@ def _encode(model: Model, x: Tensor) -> Tensor:
     return model.encode(x).mean if isinstance(model, VAE) else model.encode(x)
 
 
-def _decode(model: Model, z: Tensor) -> Tensor:
-    """The image that the decoder draws: its mean."""
-    return model.decode(z).mean if isinstance(model, VAE) else model.decode(z)
+@torch.no_grad()
+def decoder_mean(model: Model, z: Tensor) -> Tensor:
+    """The image that the decoder draws at z ``(n, latent_dim)``, its mean: ``(n, *event_shape)``."""
+    with evaluating(model):
+        return model.decode(z).mean if isinstance(model, VAE) else model.decode(z)
 
 
 @torch.no_grad()
@@ -119,7 +122,7 @@ def interpolate(model: Model, start: Tensor, end: Tensor, *, steps: int = 10, pa
             z = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
         else:
             z = torch.lerp(a, b, t)
-        latent = _decode(model, z)
+        latent = decoder_mean(model, z)
     return latent, torch.lerp(start, end, t.reshape(-1, *(1 for _ in model.event_shape)))
 
 
@@ -168,8 +171,7 @@ def manifold_grid(
     z = torch.zeros(size, size, model.latent_dim, device=like.device, dtype=like.dtype)  # (row, column, latent_dim)
     z[..., axes[0]] = first
     z[..., axes[1]] = second.flip(0).unsqueeze(-1)
-    with evaluating(model):
-        return _decode(model, z.flatten(0, 1)), first, second
+    return decoder_mean(model, z.flatten(0, 1)), first, second
 
 
 @torch.no_grad()
@@ -193,7 +195,7 @@ def denoise(model: Model, x: Tensor, *, flip_rate: float = 0.02) -> tuple[Tensor
     flip = (torch.rand_like(x) < flip_rate).to(x.dtype)
     noisy = (binary - flip).abs()
     with evaluating(model):
-        return binary, noisy, _decode(model, _encode(model, noisy))
+        return binary, noisy, decoder_mean(model, _encode(model, noisy))
 
 
 @torch.no_grad()

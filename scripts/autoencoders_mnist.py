@@ -168,8 +168,7 @@ def make_figures(models: Models, test: Data, labels: torch.Tensor, seed: int) ->
         )
     for name, model in models.items():
         torch.manual_seed(seed)
-        z = torch.randn(36, model.latent_dim)
-        images = model.decode(z).mean if isinstance(model, VAE) else model.decode(z)
+        images = latent.decoder_mean(model, torch.randn(36, model.latent_dim))
         yield f"samples_{name}", plots.image_grid(images, columns=6, title=f"{RUNS[name][2]}: decoded N(0, 1) noise")
     conv = {name: model for name, model in models.items() if name.startswith("conv")}
     if conv:
@@ -183,13 +182,12 @@ def make_figures(models: Models, test: Data, labels: torch.Tensor, seed: int) ->
     some = test.batch(torch.randperm(len(test))[:8])
     rows = {"test image": some}
     for name in four:
-        model = models[name]
-        rows[RUNS[name][2]] = model.decode(model.encode(some).mean).mean if isinstance(model, VAE) else model(some)
+        rows[RUNS[name][2]] = latent.decoder_mean(models[name], latent.latent_means(models[name], some))
     yield "reconstructions", plots.image_rows(rows, title="Test images and their reconstructions")
 
 
 def animate(out: Path, names: list[str]) -> None:
-    """The latent planes as they form, from the latents kept at every evaluation: a GIF of some hundred frames."""
+    """The latent planes as they form, from the latents kept at evaluations: the first dozen, and up to 60 evenly spread."""
     kept = {name: np.load(out / name / "latents.npz") for name in names}
     codes = {RUNS[name][2]: arrays["codes"] for name, arrays in kept.items()}
     frames = min(map(len, codes.values()))
