@@ -16,7 +16,7 @@ from pyro_vae.vae import VAE
 
 __all__ = ["OBJECTIVES", "PRESETS", "Settings", "load_preset"]
 
-NETS = ("mlp", "mlp-linear", "conv")
+NETS = ("mlp", "mlp-linear", "mlp-tanh", "conv")
 OBJECTIVES = (*ESTIMATORS, "iwae")
 
 # The normal likelihood of variance 1/2 has the squared error summed over pixels as its reconstruction term.
@@ -40,7 +40,8 @@ class Settings:
         epochs: passes over the training data.
         steps: steps of the optimiser, in place of epochs.
         record_every: steps between records and evaluations; None: an epoch.
-        net: ``"mlp"``; ``"mlp-linear"``, without an activation after the encoder's last hidden layer; or ``"conv"``.
+        net: ``"mlp"``; ``"mlp-linear"``, without an activation after the encoder's last hidden layer; ``"mlp-tanh"``, with
+            tanh in place of ReLU; or ``"conv"``.
         image_size: height and width that images are resized to; None: as they are.
         beta: weight of the KL in the loss.
         particles: latent draws per observation in the loss.
@@ -117,10 +118,12 @@ class Settings:
                     f"images of shape {tuple(event_shape)} have in these nets, found {self.latent_dim}."
                 )
             return encoder, ConvDecoder(event_shape, code_shape=encoder.code_shape, channels=self.hidden[-2::-1])
-        last = self.net == "mlp"
+        layers: dict[str, Any] = {"activation": nn.Tanh} if self.net == "mlp-tanh" else {}
+        last = self.net != "mlp-linear"
+        sizes: dict[str, Any] = {"latent_dim": self.latent_dim, **layers}
         return (
-            MLPEncoder(event_shape, hidden=self.hidden, latent_dim=self.latent_dim, last_activation=last, heads=heads),
-            MLPDecoder(event_shape, hidden=self.hidden[::-1], latent_dim=self.latent_dim),
+            MLPEncoder(event_shape, hidden=self.hidden, last_activation=last, heads=heads, **sizes),
+            MLPDecoder(event_shape, hidden=self.hidden[::-1], **sizes),
         )
 
     def build_objective(self, model: VAE | Autoencoder) -> Objective:
@@ -136,6 +139,8 @@ class Settings:
         return {name: getattr(self, name) for name in ("epochs", "steps", "record_every", "batch_size", "lr")}
 
 
+# The one-layer model of Burda et al. 2016; scripts/iwae_mnist.py adds its initial weights and its falling learning rate.
+_IWAE: dict[str, Any] = {"hidden": (200, 200), "net": "mlp-tanh", "latent_dim": 50, "binarization": "dynamic"}
 _D: dict[str, Any] = {"batch_size": 64, "lr": 5e-4, "record_every": 250, "image_size": 32}  # what system D has in common
 _D_MLP: dict[str, Any] = {"hidden": (128, 64, 32), "net": "mlp-linear", "latent_dim": 2, "steps": 25_000, **_D}
 _D_CONV: dict[str, Any] = {"hidden": (8, 16, 4), "net": "conv", "latent_dim": 64, "steps": 30_000, **_D}
@@ -150,6 +155,7 @@ PRESETS = {
         Settings("autoencoder-z2", "none", **_D_MLP),
         Settings("conv-gaussian", "normal", beta=0.8, **_D_CONV),
         Settings("conv-autoencoder", "none", **_D_CONV),
+        Settings("bernoulli-z50", "bernoulli", epochs=3280, batch_size=20, lr=1e-3, **_IWAE),
     )
 }
 

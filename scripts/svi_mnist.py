@@ -38,9 +38,9 @@ from pyro_vae.checkpoint import append_jsonl, new_run, save_weights, write_confi
 from pyro_vae.data import BINARIZATIONS, DATASETS, DatasetFallbackWarning
 from pyro_vae.importance import UnreliableEstimateWarning
 from pyro_vae.presets import OBJECTIVES, Settings
+from pyro_vae.step import NOT_TERMS
 
 VAES = {name: settings for name, settings in PRESETS.items() if settings.likelihood != "none"}
-NOT_TERMS = ("epoch", "step", "test", "seconds", "images_per_second")  # of an epoch's record; the others are the objective's
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, Settings]:

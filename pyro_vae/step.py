@@ -1,0 +1,327 @@
+"""One step of training: batch, loss, backward, Adam; eager, or all of it as one compiled graph.
+
+A compiled step traces the objective once per batch size, Pyro's handlers, plates and distributions included, down to the
+tensor operations of loss, gradient and update, and compiles these by Inductor. Nothing of Pyro is left in it. It draws the
+same noise from the same generator as the eager step, and the two may take turns on the same optimiser.
+"""
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.data import Data
+from pyro_vae.objectives import Objective
+
+__all__ = ["NOT_TERMS", "CompiledStep", "EagerStep", "NotCompiledWarning"]
+
+# What fit adds to an objective's terms in its records.
+NOT_TERMS = ("epoch", "step", "seconds", "images_per_second", "compile_seconds", "test")
+
+
+class NotCompiledWarning(UserWarning):
+    """An objective that cannot be compiled, and is trained eagerly."""
+
+
+class EagerStep:
+    """``step(index)``: one step of Adam on the batch at these places of the data.
+
+    Returns the objective's terms, and whether loss and gradient are finite; where not, no parameter has been changed.
+
+    Args:
+        objective: see :class:`~pyro_vae.objectives.Objective`.
+        data: observations, on the device of the parameters.
+        optimizer: Adam, one group.
+    """
+
+    def __init__(self, objective: Objective, data: Data, optimizer: torch.optim.Adam) -> None:
+        self.objective, self.data, self.optimizer = objective, data, optimizer
+        self.parameters: list[nn.Parameter] = optimizer.param_groups[0]["params"]
+        self.count = 0
+        self.compile_seconds = 0.0
+
+    def begin(self) -> None:
+        """Before steps in which nothing but the parameters, buffers and learning rate changes."""
+
+    def end(self) -> None:
+        """After them: the optimiser's state is all up to date."""
+
+    def __call__(self, index: Tensor) -> tuple[dict[str, float], bool]:
+        self.count += 1
+        if self.count % _FLUSH_EVERY == 0:
+            _flush(self.optimizer)
+        return self._step(index)
+
+    def _step(self, index: Tensor) -> tuple[dict[str, float], bool]:
+        terms = self.objective(self.data.batch(index))
+        if self.count == 1:
+            _check_terms(self.objective, terms)
+        self.optimizer.zero_grad(set_to_none=True)
+        terms["loss"].backward()
+        # NaN and infinity survive a sum, so one number tells, and one read brings everything here.
+        total = torch.stack([terms["loss"], *(p.grad.sum() for p in self.parameters if p.grad is not None)]).sum()
+        values, finite = _read(list(terms), torch.stack([*terms.values(), total]))
+        if finite:
+            self.optimizer.step()
+        return values, finite
+
+
+class CompiledStep(EagerStep):
+    """The same as one graph per batch size, traced and compiled when that size is first seen.
+
+    What Python decides while it is traced stays decided until :meth:`begin`, which looks at the numbers, flags and other
+    attributes of all modules (the weight of a KL, say) and has the step traced anew where one has changed. An objective that
+    cannot be traced, because it decides by the value of a tensor or changes Python's state as it goes, is trained
+    eagerly, with one :class:`NotCompiledWarning`. So is one whose compiled step does not equal the eager one for the same
+    noise, which is checked at steps 1, 2, 4, 8 and so on; what counts in these steps is the eager one.
+
+    Args:
+        objective, data, optimizer: as for :class:`EagerStep`.
+        sizes: batch sizes to compile; the others are stepped eagerly. None: all.
+        say: called with a line for people when something has been compiled.
+
+    Attributes:
+        compile_seconds: spent on tracing and compiling so far.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        data: Data,
+        optimizer: torch.optim.Adam,
+        *,
+        sizes: Collection[int] | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        super().__init__(objective, data, optimizer)
+        self._sizes, self._say = sizes, say
+        self._given_up = False
+        self._all_graphs: dict[Any, dict[int, _Graph]] = {}  # by what the modules hold, then by batch size
+        self._updates = 0  # made by the optimiser
+        self._names = [name for name, _ in (*objective.named_parameters(), *objective.named_buffers())]
+        # These stand for Adam's moments until it makes them.
+        self._zeros = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters}
+
+    def begin(self) -> None:
+        self._graphs = self._all_graphs.setdefault(_constants(self.objective), {})
+        self._arguments = self._state()
+
+    def end(self) -> None:
+        for state in self.optimizer.state.values():
+            state["step"].fill_(self._updates)
+
+    def _step(self, index: Tensor) -> tuple[dict[str, float], bool]:
+        size = len(index)
+        if self._given_up or not (self._sizes is None or size in self._sizes):
+            return self._eager(index)
+        graph = self._graphs.get(size)
+        if graph is None or (graph.steps & (graph.steps - 1)) == 0:  # a power of two were made
+            return self._checked(size, index)
+        graph.steps += 1
+        with torch.no_grad():
+            (values,) = graph.call(*self._arguments, self._scalars(), self.data.x, index)
+        terms, finite = _read(graph.names, values)
+        self._updates += finite
+        return terms, finite
+
+    def _eager(self, index: Tensor) -> tuple[dict[str, float], bool]:
+        self.end()
+        terms, finite = super()._step(index)
+        self._updates += finite
+        self._arguments = self._state()  # Adam makes its moments at a parameter's first gradient
+        return terms, finite
+
+    def _checked(self, size: int, index: Tensor) -> tuple[dict[str, float], bool]:
+        """The eager step, and after it the compiled one from where it began, on copies and with the same noise."""
+        copies = [t.clone() for t in self._arguments]
+        scalars, noise = self._scalars(), torch.get_rng_state()
+        terms, finite = self._eager(index)
+        with torch.random.fork_rng(devices=[]):
+            try:
+                if size not in self._graphs:
+                    torch.set_rng_state(noise)
+                    self._graphs[size] = self._compile(copies, scalars, index)
+                graph = self._graphs[size]
+                graph.steps += 1
+                torch.set_rng_state(noise)
+                with torch.no_grad():
+                    (values,) = graph.call(*copies, scalars, self.data.x, index)
+            except Exception as error:  # whatever Python, Pyro, the tracer and the compiler raise
+                self._give_up(_reason(error))
+                return terms, finite
+        found, _ = _read(graph.names, values)
+        first_moments = slice(-2 * len(self.parameters), -len(self.parameters))
+        if problem := _difference(found, terms, copies[first_moments], self._arguments[first_moments]):
+            self._give_up(f"compiled, {problem}")
+        return terms, finite
+
+    def _give_up(self, reason: str) -> None:
+        self._given_up = True
+        warnings.warn(f"trained eagerly, not compiled: {reason}", NotCompiledWarning, stacklevel=6)
+
+    def _state(self) -> list[Tensor]:
+        """Parameters, buffers, and Adam's first and second moments: what a step changes, without a copy."""
+        moments = [
+            (state["exp_avg"], state["exp_avg_sq"]) if (state := self.optimizer.state.get(p)) else self._zeros[p]
+            for p in self.parameters
+        ]
+        firsts, seconds = zip(*moments, strict=True)
+        return [t.detach() for t in (*self.objective.parameters(), *self.objective.buffers(), *firsts, *seconds)]
+
+    def _scalars(self) -> Tensor:
+        """What changes from step to step in Adam: lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t)."""
+        group, t = self.optimizer.param_groups[0], self._updates + 1
+        beta1, beta2 = group["betas"]
+        return torch.tensor((group["lr"] / (1 - beta1**t), 1 / math.sqrt(1 - beta2**t)), dtype=self.parameters[0].dtype)
+
+    def _compile(self, state: Sequence[Tensor], scalars: Tensor, index: Tensor) -> "_Graph":
+        from torch.fx.experimental.proxy_tensor import make_fx  # heavy, and only needed here
+
+        start = time.perf_counter()
+        names: list[str] = []
+        number = len(self.parameters)
+        places = {id(p): place for place, p in enumerate(self.objective.parameters())}
+        trained = [places[id(p)] for p in self.parameters]
+        beta1, beta2 = self.optimizer.param_groups[0]["betas"]
+        eps = self.optimizer.param_groups[0]["eps"]
+
+        def function(*tensors: Tensor) -> tuple[Tensor]:
+            *held, scalars, x, chosen = tensors
+            held, firsts, seconds = held[: -2 * number], held[-2 * number : -number], held[-number:]
+            leaves = list(held)
+            for place in trained:
+                leaves[place] = held[place].detach().requires_grad_()
+            data = copy.copy(self.data)
+            object.__setattr__(data, "x", x)  # not replace(), which would look at the values again
+            named = dict(zip(self._names, leaves, strict=True))
+            terms = torch.func.functional_call(self.objective, named, (data.batch(chosen),))
+            gradients = torch.autograd.grad(terms["loss"], [leaves[place] for place in trained], allow_unused=True)
+            names[:] = terms
+            values = [value.detach() for value in terms.values()]
+            # Row by row, since Inductor's sum of a whole tensor is slow.
+            sums = [g.flatten(1).sum(1).sum() if g.dim() > 1 else g.sum() for g in gradients if g is not None]
+            total = torch.stack([terms["loss"].detach(), *sums]).sum()
+            finite = total.isfinite()
+            for place, g, first, second in zip(trained, gradients, firsts, seconds, strict=True):
+                if g is None:
+                    continue
+                first_new = first + (1 - beta1) * (g - first)
+                second_new = beta2 * second + (1 - beta2) * g * g
+                change = scalars[0] * first_new / (second_new.sqrt() * scalars[1] + eps)
+                for old, new in ((held[place], held[place] - change), (first, first_new), (second, second_new)):
+                    old.copy_(torch.where(finite, new, old))
+            return (torch.stack([*values, total]),)
+
+        constants = _constants(self.objective)
+        inputs = (*(t.clone() for t in state), scalars, self.data.x, index)  # tracing runs the operations
+        graph = make_fx(function, decomposition_table={torch.ops.aten.addmm.default: _addmm})(*inputs)
+        if _constants(self.objective) != constants:
+            raise _UntraceableError("the objective changes its own Python attributes in forward()")
+        call = _inductor(graph, (*(t.clone() for t in state), scalars, self.data.x, index))
+        seconds = time.perf_counter() - start
+        self.compile_seconds += seconds
+        if self._say is not None:
+            self._say(f"compiled for batches of {len(index):,} in {seconds:.1f} s")
+        return _Graph(call, names)
+
+
+@dataclass
+class _Graph:
+    call: Callable[..., Any]
+    names: list[str]  # of the terms
+    steps: int = 0  # made of it
+
+
+def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """The graph compiled, its noise drawn from torch's own generator."""
+    import torch._inductor
+
+    for node in graph.graph.nodes:
+        node.meta.pop("val", None)  # of the tracer's mode, which the C++ wrapper would mix with its own
+    options: dict[str, Any] = {"fallback_random": True, "cpp_wrapper": True, "pattern_matcher": False}  # see _addmm
+    with torch.no_grad():
+        call: Callable[..., Any] = torch._inductor.compile(graph, list(inputs), options=options)
+    return call
+
+
+def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """Product and bias apart: the bias joins the next elementwise loop, where one call would first copy it to every row."""
+    return beta * bias + alpha * (a @ b) if (beta, alpha) != (1, 1) else a @ b + bias
+
+
+class _UntraceableError(Exception):
+    """An objective that cannot be traced, and why."""
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, _UntraceableError):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+
+
+def _constants(objective: nn.Module) -> Any:
+    """What the modules hold beside their tensors: numbers, flags and words by value, all else by identity."""
+    return tuple(_constant(value) for module in objective.modules() for value in vars(module).values()) + tuple(
+        p.requires_grad for p in objective.parameters()
+    )
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(_constant(v) for v in value)
+    return (id(value), len(value)) if isinstance(value, dict | set) else id(value)
+
+
+def _difference(
+    found: dict[str, float], terms: dict[str, float], found_moments: Sequence[Tensor], moments: Sequence[Tensor]
+) -> str:
+    """How a compiled step differs from the eager one by more than rounding; empty if it does not."""
+    if not all(map(math.isfinite, terms.values())):
+        return ""  # for fit to tell
+    for name, value in terms.items():
+        if not math.isclose(found.get(name, math.nan), value, rel_tol=1e-3, abs_tol=1e-5):
+            return f"its {name} is {found.get(name)}, where the eager step has {value}"
+    size = torch.stack([m.norm() for m in moments]).norm()
+    for one, other in zip(found_moments, moments, strict=True):  # a gradient of rounding errors alone may differ
+        if not (one - other).norm() <= 1e-2 * other.norm() + 1e-4 * size:
+            return "its gradient is not that of the eager step"
+    return ""
+
+
+def _read(names: Sequence[str], values: Tensor) -> tuple[dict[str, float], bool]:
+    """Terms by name, and whether loss and gradient are finite, from the terms' values and the sum of all that after them."""
+    *numbers, total = values.detach().tolist()
+    return dict(zip(names, numbers, strict=True)), math.isfinite(total)
+
+
+# Moments of a parameter without gradient decay until they are denormal, and Adam then takes ten times as long: on MNIST,
+# whose outer pixels are almost never set, twice as long from the second epoch on. What is left decays by no more than
+# 0.9^200 until the next time, and what is set to zero would not change any parameter by more than 1e-22.
+_FLUSH_EVERY = 200
+
+
+def _flush(optimizer: torch.optim.Adam) -> None:
+    for state in optimizer.state.values():
+        for moment in (state["exp_avg"], state["exp_avg_sq"]):
+            moment.masked_fill_(moment.abs() < min(torch.finfo(moment.dtype).tiny / 0.9**_FLUSH_EVERY, 1e-28), 0)
+
+
+def _check_terms(objective: Objective, terms: Any) -> None:
+    if not (
+        isinstance(terms, dict) and "loss" in terms and all(torch.is_tensor(v) and v.dim() == 0 for v in terms.values())
+    ):
+        found = {k: getattr(v, "shape", v) for k, v in terms.items()} if isinstance(terms, dict) else type(terms).__name__
+        raise ValueError(
+            f"fit: expected {type(objective).__name__} to return a dict of scalar tensors with 'loss', found {found}."
+        )
+    if clash := [name for name in terms if name in NOT_TERMS]:
+        raise ValueError(f"fit: {type(objective).__name__} returns {', '.join(clash)}, which fit itself records. Rename it.")

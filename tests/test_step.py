@@ -1,0 +1,388 @@
+import copy
+import warnings
+
+import pyro
+import pytest
+import torch
+from conftest import make_vae
+from torch import nn
+
+import pyro_vae.step
+from pyro_vae import (
+    VAE,
+    Autoencoder,
+    BernoulliLikelihood,
+    ConvDecoder,
+    ConvEncoder,
+    Data,
+    LearnedNormalLikelihood,
+    MLPDecoder,
+    MLPEncoder,
+    NegativeDirectLogLikelihood,
+    NegativeELBO,
+    NegativeIWAE,
+    NonFiniteError,
+    NormalLikelihood,
+    Objective,
+    ReconstructionError,
+    fit,
+)
+from pyro_vae.step import CompiledStep, EagerStep, NotCompiledWarning
+from pyro_vae.train import _worth_compiling
+
+EVENT = (1, 16, 16)
+DATA = Data(torch.randint(0, 256, (23, *EVENT), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)))
+DATA64 = DATA.to("cpu", torch.float64)
+LIKELIHOODS = {
+    "bernoulli": BernoulliLikelihood(),
+    "normal": NormalLikelihood(),
+    "normal-identity": NormalLikelihood(variance=0.1, mean="identity"),
+    "learned-normal": LearnedNormalLikelihood(),
+}
+OBJECTIVES = {
+    "elbo": NegativeELBO,
+    "elbo-3-draws": lambda vae: NegativeELBO(vae, num_particles=3),
+    "mean-field": lambda vae: NegativeELBO(vae, estimator="mean-field"),
+    "beta": lambda vae: NegativeELBO(vae, beta=4.0),
+    "iwae": lambda vae: NegativeIWAE(vae, num_particles=3),
+    "direct": lambda vae: NegativeDirectLogLikelihood(vae, num_draws=5),
+    "direct-redrawn": lambda vae: NegativeDirectLogLikelihood(vae, num_draws=5, redraw=True),
+}
+NETS = ("mlp", "dropout-batchnorm", "conv")
+
+
+class SideBySide(nn.Module):
+    """Several outputs per element, in a last dimension."""
+
+    def __init__(self, decoders):
+        super().__init__()
+        self.decoders = nn.ModuleList(decoders)
+
+    def forward(self, z):
+        return torch.stack([decoder(z) for decoder in self.decoders], -1)
+
+
+def make_nets(net, *, heads=2, outputs=1):
+    if net == "conv":
+        encoder = ConvEncoder(EVENT, channels=(2, 3, 2), heads=heads)
+        decoders = [ConvDecoder(EVENT, code_shape=encoder.code_shape, channels=(3, 2)) for _ in range(outputs)]
+        return encoder, decoders[0] if outputs == 1 else SideBySide(decoders), encoder.latent_dim
+    shape = {"event_shape": EVENT, "hidden": (6,), "latent_dim": 2}
+    encoder, decoder = MLPEncoder(heads=heads, **shape), MLPDecoder(outputs=outputs, **shape)
+    if net == "dropout-batchnorm":
+        encoder = nn.Sequential(nn.Dropout(0.3), encoder)
+        decoder = nn.Sequential(nn.BatchNorm1d(2), decoder)
+    return encoder, decoder, 2
+
+
+def make_objective(objective, likelihood, net):
+    encoder, decoder, latent_dim = make_nets(net, outputs=2 if likelihood == "learned-normal" else 1)
+    vae = VAE(encoder, decoder, latent_dim=latent_dim, event_shape=EVENT, likelihood=LIKELIHOODS[likelihood])
+    return OBJECTIVES[objective](vae)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """The traced graph itself, without the minutes that Inductor would take for all of these."""
+    monkeypatch.setattr(pyro_vae.step, "_inductor", lambda graph, inputs: graph)
+
+
+def steps(kind, objective, data, batches, **arguments):
+    """The terms of some steps of training, the optimiser, and numbers drawn after them."""
+    optimizer = torch.optim.Adam(objective.parameters(), lr=1e-2, fused=True)
+    step = kind(objective.train(), data, optimizer, **arguments)
+    torch.manual_seed(5)
+    with pyro.validation_enabled(False):
+        step.begin()
+        terms = [step(torch.randperm(len(data.x))[:size]) for size in batches]
+        step.end()
+    assert all(finite for _, finite in terms)
+    return [t for t, _ in terms], optimizer, torch.randn(30)
+
+
+def assert_same_training(objective, data, tolerance, *, batches=(10, 10, 10), **arguments):
+    """A compiled and an eager training of the same objective: terms, parameters, buffers, moments, noise.
+
+    Of each batch size, the compiled training checks steps 1, 2, 4 ... by eager ones; 3, 5, 6 ... it makes alone.
+    """
+    twin = copy.deepcopy(objective)
+    expected, eager, noise = steps(EagerStep, objective, data, batches)
+    found, compiled, same_noise = steps(CompiledStep, twin, data, batches, **arguments)
+    assert torch.equal(noise, same_noise)
+    for a, b in zip(found, expected, strict=True):
+        assert a == pytest.approx(b, rel=tolerance, abs=tolerance)
+    close = {"rtol": tolerance, "atol": tolerance}
+    for a, b in zip(twin.state_dict().values(), objective.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, **close)
+    for p, q in zip(twin.parameters(), objective.parameters(), strict=True):
+        assert compiled.state[p].keys() == eager.state[q].keys()
+        for name, value in compiled.state[p].items():
+            torch.testing.assert_close(value, eager.state[q][name], **close)
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_traced_training_is_the_eager_one(objective, likelihood, net, traced):
+    # In float64, so that nothing but rounding of 1e-16 can differ.
+    assert_same_training(make_objective(objective, likelihood, net).double(), DATA64, 1e-9)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_traced_training_of_autoencoders(net, traced):
+    encoder, decoder, latent_dim = make_nets(net, heads=1)
+    autoencoder = Autoencoder(encoder, decoder, latent_dim=latent_dim, event_shape=EVENT)
+    assert_same_training(ReconstructionError(autoencoder).double(), DATA64, 1e-9)
+
+
+@pytest.mark.parametrize("binarization", ["threshold", "dynamic"])
+def test_binarization_is_drawn_in_the_graph(binarization, traced):
+    data = Data(DATA.x, binarization=binarization).to("cpu", torch.float64)
+    assert_same_training(make_objective("elbo", "bernoulli", "mlp").double(), data, 1e-9)
+
+
+@pytest.mark.parametrize("sizes", [None, {10}, {3}])
+def test_batch_sizes_take_turns_compiled_or_not(sizes, traced):
+    objective = make_objective("elbo", "bernoulli", "dropout-batchnorm").double()
+    batches = (10, 10, 3, 10, 10, 3, 10, 10, 3, 10, 10, 3, 3)
+    assert_same_training(objective, DATA64, 1e-9, batches=batches, sizes=sizes)
+
+
+def test_inductor_gives_the_eager_training():
+    """The whole way once, with all that draws noise: dropout, binarisation, latents."""
+    said = []
+    data = Data(DATA.x, binarization="dynamic")
+    assert_same_training(make_objective("iwae", "bernoulli", "dropout-batchnorm"), data, 1e-4, say=said.append)
+    assert [line.split(" in ")[0] for line in said] == ["compiled for batches of 10"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("objective", "likelihood", "net"),
+    [(o, "bernoulli", n) for o in OBJECTIVES for n in NETS] + [("elbo", k, n) for k in list(LIKELIHOODS)[1:] for n in NETS],
+)
+def test_inductor_for_everything(objective, likelihood, net):
+    assert_same_training(make_objective(objective, likelihood, net).double(), DATA64, 1e-7)
+
+
+class Branching(NegativeELBO):
+    def forward(self, x):
+        terms = super().forward(x)
+        return terms if terms["loss"] > -1e9 else {}
+
+
+class Counting(NegativeELBO):
+    def forward(self, x):
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(x)
+
+
+def weights(module):
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(Branching, "data-dependent"), (Counting, "own Python attributes")])
+def test_what_cannot_be_traced_is_said_once_and_trained_eagerly(kind, reason, traced):
+    vae = make_vae(EVENT)
+    eager, compiled = kind(copy.deepcopy(vae)), kind(vae)
+    fit(eager, DATA, epochs=3, batch_size=10, compile=False, verbose=False)
+    with pytest.warns(NotCompiledWarning, match=reason) as caught:
+        fit(compiled, DATA, epochs=3, batch_size=10, compile=True, verbose=False)
+    assert len(caught) == 1
+    assert same(weights(compiled), weights(eager))
+
+
+def test_a_compiler_that_fails_or_errs_is_noticed(monkeypatch):
+    """No wrong number: the compiled step is compared with the eager one, whose result is kept."""
+
+    def missing(graph, inputs):
+        raise RuntimeError("no C++ compiler\nsecond line")
+
+    def wrong_loss(graph, inputs):
+        return lambda *args: (graph(*args)[0] * 1.01,)
+
+    def wrong_gradient(graph, inputs):
+        def call(*args):
+            before = [a.clone() for a in args]
+            values = graph(*args)
+            for a, b in zip(args[:-3], before, strict=False):
+                a.add_(a - b)  # twice the step
+            return values
+
+        return call
+
+    vae = make_vae(EVENT)
+    eager = NegativeELBO(copy.deepcopy(vae))
+    fit(eager, DATA, epochs=2, batch_size=10, compile=False, verbose=False)
+    for compiler, reason in ((missing, "no C"), (wrong_loss, "compiled, its loss is"), (wrong_gradient, "its gradient")):
+        monkeypatch.setattr(pyro_vae.step, "_inductor", compiler)
+        objective = NegativeELBO(copy.deepcopy(vae))
+        with pytest.warns(NotCompiledWarning, match=reason):
+            fit(objective, DATA, epochs=2, batch_size=10, compile=True, verbose=False)
+        assert same(weights(objective), weights(eager))
+
+
+def test_a_number_that_changes_between_records_is_traced_anew(traced):
+    """A weight of the KL that rises from epoch to epoch."""
+    vae = make_vae(EVENT).double()
+    histories = []
+    for compiled in (False, True):
+        objective = NegativeELBO(copy.deepcopy(vae), beta=0.5)
+
+        def warm_up(record, objective=objective):
+            objective.beta += 0.5
+
+        histories.append(
+            fit(objective, DATA, epochs=4, batch_size=6, compile=compiled, on_epoch=warm_up, verbose=False, lr=1e-2)
+        )
+    for a, b in zip(*histories, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-9)
+        assert a["loss"] != pytest.approx(a["neg_elbo"]) or a["epoch"] == 2  # where beta is 1
+
+
+def test_frozen_parameters_stay_and_thaw(traced):
+    vae = make_vae(EVENT)
+    objective = NegativeELBO(vae)
+    first = vae.encoder
+    kept = weights(first)
+    first.requires_grad_(False)
+    fit(objective, DATA, epochs=4, batch_size=6, compile=True, verbose=False)
+    assert same(weights(first), kept)
+    first.requires_grad_(True)
+    fit(objective, DATA, epochs=4, batch_size=6, compile=True, verbose=False)
+    assert not same(weights(first), kept)
+
+
+class Failing(Objective):
+    """Finite until the weight, which falls by lr at each step, is below -0.45; then loss or gradient is not."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.weight = how, nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        broken = (self.weight.detach().sum() < -1.35).to(self.weight.dtype)
+        if self.how == "loss":
+            return {"loss": self.weight.sum() + 0 / (1 - broken)}
+        root = (self.weight * 0 + (1 - broken)).sqrt()  # at 0 its gradient is infinite times zero
+        return {"loss": self.weight.sum() + root.sum()}
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_no_step_is_made_where_loss_or_gradient_is_not_finite(how, traced):
+    found = {}
+    for compiled in (False, True):
+        objective = Failing(how)
+        with pytest.raises(NonFiniteError, match=f"the {how} is not finite in epoch 1, step 6"):
+            fit(objective, torch.rand(40, 1), epochs=1, batch_size=2, lr=0.1, compile=compiled, verbose=False)
+        found[compiled] = objective.weight.detach()
+        assert found[compiled] == pytest.approx(torch.full((3,), -0.5), rel=1e-4)
+    assert torch.allclose(found[False], found[True])
+
+
+def test_same_seed_same_compiled_run(traced):
+    results = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        objective = NegativeELBO(make_vae(EVENT))
+        fit(objective, DATA, epochs=3, batch_size=10, compile=True, verbose=False)
+        results.append(weights(objective))
+    assert same(*results)
+
+
+def test_compile_time_is_shown_and_not_part_of_the_training_time(traced, capsys):
+    history = fit(NegativeELBO(make_vae(EVENT)), DATA, epochs=2, batch_size=10, compile=True)
+    assert history[0]["compile_seconds"] > 0
+    assert "compile_seconds" not in history[1]
+    assert "compiled for batches of 10 in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("observations", "batch_size", "steps", "sizes"),
+    [
+        (60_000, 128, 40 * 469, {128}),  # 40 batches of 96 are not worth it
+        (60_000, 128, 469, set()),
+        (60_000, 20, 2 * 3000, {20}),
+        (130, 128, 2 * 4000, {128, 2}),
+        (100, 128, 4000, {100}),
+        (100, 128, 3999, set()),
+    ],
+)
+def test_by_default_it_is_compiled_where_it_pays(observations, batch_size, steps, sizes):
+    assert _worth_compiling(observations, batch_size, steps) == sizes
+
+
+def test_short_runs_are_eager_by_default(monkeypatch):
+    monkeypatch.setattr(pyro_vae.step, "_inductor", None)  # calling it would fail, with a warning, which is an error here
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(NegativeELBO(make_vae(EVENT)), DATA, epochs=1, verbose=False)
+
+
+class Still(Objective):
+    """A gradient in the first step alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return {"loss": (self.weight * x[0, 0]).sum()}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_moments_do_not_become_denormal(compiled, traced):
+    optimizers = []
+    original = torch.optim.Adam.__init__
+
+    def remember(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        optimizers.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "__init__", remember)
+        objective = Still()
+        x = torch.zeros(2000, 1)
+        x[:] = 0
+        first = torch.randperm(2000, generator=torch.Generator().manual_seed(pyro_vae.train._streams(0, 1)[0]))[0]
+        x[first] = 1
+        fit(objective, x, epochs=1, batch_size=1, compile=compiled, verbose=False)
+    (state,) = optimizers[0].state.values()
+    assert torch.equal(state["exp_avg"], torch.zeros(4))  # 0.9^2000 is below the smallest number there is
+    assert (state["exp_avg_sq"] > 1e-5).all()  # 0.999^2000 is not
+    assert state["step"].item() == 2000
+    # Adam itself, whose moments are denormal from step 830 on, ends up at the same weights.
+    weight = nn.Parameter(torch.zeros(4))
+    adam = torch.optim.Adam([weight], lr=1e-3)
+    for step in range(2000):
+        weight.grad = torch.full((4,), float(step == 0))
+        adam.step()
+    assert torch.equal(objective.weight, weight) or compiled
+    assert torch.allclose(objective.weight, weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_precision_is_set_for_the_time_of_training(precision):
+    seen = []
+
+    class Looking(NegativeELBO):
+        def forward(self, x):
+            seen.append(torch.get_float32_matmul_precision())
+            return super().forward(x)
+
+    before = torch.get_float32_matmul_precision()
+    fit(Looking(make_vae(EVENT)), DATA, epochs=1, precision=precision, verbose=False)
+    assert set(seen) == {precision}
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_precision_is_restored_after_an_error():
+    with pytest.raises(NonFiniteError):
+        fit(Failing("loss"), torch.rand(40, 1), epochs=1, batch_size=2, lr=0.1, precision="medium", verbose=False)
+    assert torch.get_float32_matmul_precision() == "highest"
+    with pytest.raises(ValueError, match="precision: expected one of highest, high, medium, found 'low'"):
+        fit(NegativeELBO(make_vae(EVENT)), DATA, epochs=1, precision="low")
