@@ -8,10 +8,12 @@
 - direct: steps of the direct fit (batch 256, 64 draws) written with a (batch, draws, pixels) tensor, and by fit's objective.
 - importance: log p of 500 images with K = 500, against the decoder's matrix products for as many draws alone.
 - start: seconds and peak memory of a process from its start to the end of the first epoch.
+- profile: where the microseconds of a step go, in the stock idiom, the eager and the compiled step.
 - scaling: time per image against batch size, hidden width, latent draws and number of images.
 
 Machines drift, so read the ratios: each repeat runs all ways in turn, and ratios are taken within the repeat. Writes
-benchmark-cpu.md, benchmark-cpu.json and benchmark-cpu.png.
+benchmark-cpu.md, benchmark-cpu.json and benchmark-cpu.png; parts that --out holds from an earlier run with the same settings
+are kept.
 """
 
 import argparse
@@ -44,7 +46,7 @@ from pyro_vae import VAE, Data, DataError, NegativeDirectLogLikelihood, Negative
 from pyro_vae.step import CompiledStep, EagerStep
 
 SETTINGS = load_preset("bernoulli-z20")
-STOCK, PRODUCTS, EAGER, COMPILED = "stock Pyro", "five matrix products alone", "pyro_vae eager", "pyro_vae compiled"
+STOCK, PRODUCTS, EAGER, COMPILED = "stock Pyro", "matrix products alone", "pyro_vae eager", "pyro_vae compiled"
 Way = Callable[[], object]
 Row = dict[str, Any]
 
@@ -198,7 +200,7 @@ def numpyro_loop(train: Data, *, batch_size: int, draws: int, hidden: int, steps
     return way
 
 
-def direct(train: Data) -> dict[str, Way]:
+def direct(train: Data, repeats: int) -> list[Row]:
     vae = build(train, 400)
     source = torch.randperm(len(train))[:1280].split(256)
 
@@ -226,10 +228,12 @@ def direct(train: Data) -> dict[str, Way]:
 
     objective = NegativeDirectLogLikelihood(vae)
     optimizer = torch.optim.Adam(vae.decoder.parameters(), fused=True)
-    return {"(batch, draws, pixels) tensor": large, EAGER: ours(EagerStep), COMPILED: ours(CompiledStep)}
+    ways = {"(batch, draws, pixels) tensor": large, EAGER: ours(EagerStep), COMPILED: ours(CompiledStep)}
+    fields = {"case": "direct fit, 64 draws", "precision": "highest", "batch_size": 256}
+    return show(rows_of(measure(ways, repeats), 1280, **fields))
 
 
-def importance(train: Data) -> dict[str, Way]:
+def importance(train: Data, repeats: int) -> list[Row]:
     vae = build(train, 400).eval()
     x = train.batch(torch.arange(500))
     first, first_bias, second, second_bias = vae.decoder.parameters()
@@ -241,23 +245,24 @@ def importance(train: Data) -> dict[str, Way]:
                 F.linear(h, second, second_bias)
 
     def marginal() -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            log_marginal(vae.generate, vae.infer, x, num_samples=500)
+        log_marginal(vae.generate, vae.infer, x, num_samples=500)
 
-    return {"decoder's matrix products alone": products, "log_marginal": marginal}
+    fields = {"case": "log p(x) with 500 draws", "precision": "highest", "batch_size": 500}
+    return show(rows_of(measure({PRODUCTS: products, "log_marginal": marginal}, repeats), 500, **fields))
 
 
 def measure(ways: dict[str, Way], repeats: int, precision: str = "highest") -> dict[str, list[float]]:
     """Seconds of each way in each repeat, after two to warm up; the ways take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     torch.set_float32_matmul_precision(precision)
-    for repeat in range(repeats + 2):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            if repeat > 1:
-                seconds[name].append(time.perf_counter() - start)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # JitTrace_ELBO's tracer is deprecated; few draws in log_marginal
+        for repeat in range(repeats + 2):
+            for name, way in ways.items():
+                start = time.perf_counter()
+                way()
+                if repeat > 1:
+                    seconds[name].append(time.perf_counter() - start)
     torch.set_float32_matmul_precision("highest")
     return seconds
 
@@ -326,6 +331,47 @@ def scaling(train: Data, repeats: int) -> list[Row]:
     return rows
 
 
+# What the profiler's events belong to, first match first; what it sees nothing of is Python's and the dispatcher's.
+_KINDS = {
+    "Adam": ("_fused_adam_", "addcdiv_", "addcmul_", "lerp_", "sqrt"),
+    "matrix products": ("mm", "addmm"),
+    "noise": ("normal", "bernoulli", "uniform", "rand"),
+    "gather, uint8 to float": ("index_select", "aten::stack", "aten::cat"),
+    "elementwise and sums": ("aten::", "cpp_fused"),
+}
+
+
+def profile(train: Data, repeats: int) -> list[Row]:
+    """Microseconds of a step by kind: of kernels by torch's profiler, of all the rest by difference to an unwatched run."""
+    import torch._inductor.config
+    from torch.profiler import ProfilerActivity
+
+    steps, rows = 100, []
+    names = (STOCK, EAGER, COMPILED)
+    pyro.clear_param_store()
+    with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
+        ways = ways_to_train(train, batch_size=128, draws=1, hidden=400, steps=steps, only=names)
+        seconds = measure(ways, repeats)
+    for name, way in ways.items():
+        with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as watched:
+            way()
+        kinds = dict.fromkeys(_KINDS, 0.0)
+        for event in watched.key_averages():
+            plain = event.key.removeprefix("aten::").removeprefix("aoti_torch_cpu_").removesuffix("_out")
+            for kind, parts in _KINDS.items():
+                exact = kind == "matrix products"
+                whole = event.key.startswith(("aten::", "aoti_torch", "graph_"))
+                if whole and (plain in parts if exact else any(part in event.key for part in parts)):
+                    kinds[kind] += event.self_cpu_time_total / steps
+                    break
+        step = statistics.median(seconds[name]) / steps * 1e6
+        kinds["Python, Pyro, autograd, dispatch"] = step - sum(kinds.values())
+        fields = {"case": "profile", "variant": name, "precision": "highest", "batch_size": 128, "microseconds": step}
+        rows.append({**fields, "parts": {kind: round(value, 1) for kind, value in kinds.items()}})
+        print(f"profile  {name:20s} {step:8.0f} us/step  {rows[-1]['parts']}", flush=True)
+    return rows
+
+
 _STARTS = {
     STOCK: """
 loader = DataLoader(TensorDataset(train.batch(torch.arange(len(train)))), batch_size=128, shuffle=True)
@@ -337,7 +383,7 @@ for (x,) in loader:
     COMPILED: "fit(NegativeELBO(vae), train, epochs=1, compile=True, verbose=False)",
 }
 _PROCESS = """
-import resource, sys
+import sys
 import pyro, pyro.optim, torch
 from pyro.infer import SVI, Trace_ELBO
 from torch.utils.data import DataLoader, TensorDataset
@@ -345,7 +391,8 @@ from pyro_vae import NegativeELBO, fit, load_data, load_preset
 train, _ = load_data(sys.argv[1], data_dir=sys.argv[2] or None)
 vae = load_preset("bernoulli-z20").build_vae(train.event_shape)
 {way}
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+with open("/proc/self/status") as status:  # not getrusage, which counts the memory of the parent before exec
+    print(next(line.split()[1] for line in status if line.startswith("VmHWM")))
 """
 
 
@@ -427,7 +474,7 @@ def markdown(rows: list[Row], machine: dict[str, Any], repeats: int) -> str:
         lines += ["", "NumPyro was not there: `pip install '.[bench]'`."]
     cases: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        if not row["case"].startswith(("scaling", "start")):
+        if not row["case"].startswith(("scaling", "start", "profile")):
             cases.setdefault((row["case"], row["batch_size"], row["precision"]), []).append(row)
     for (case, batch_size, precision), part in cases.items():
         lines += ["", f"## {case[0].upper()}{case[1:]}, batch {batch_size}, precision {precision}", "", *table(part)]
@@ -439,6 +486,12 @@ def markdown(rows: list[Row], machine: dict[str, Any], repeats: int) -> str:
             lines.append(
                 f"| {row['variant']} | {row['seconds']:.1f} | {low:.1f} ... {high:.1f} | {row['peak_memory_mb']:,.0f} |"
             )
+    if profiles := [row for row in rows if row["case"] == "profile"]:
+        lines += ["", "## Where the microseconds of a step go, batch 128", ""]
+        lines += [f"| | {' | '.join(row['variant'] for row in profiles)} |", "|---" + "|--:" * len(profiles) + "|"]
+        for kind in profiles[0]["parts"]:
+            lines.append(f"| {kind} | {' | '.join(format(row['parts'][kind], ',.0f') for row in profiles)} |")
+        lines.append(f"| **a step** | {' | '.join(format(row['microseconds'], ',.0f') for row in profiles)} |")
     for what in dict.fromkeys(row["case"] for row in rows if row["case"].startswith("scaling")):
         part = [row for row in rows if row["case"] == what]
         names = list(dict.fromkeys(row["variant"] for row in part))
@@ -469,8 +522,9 @@ def plot(rows: list[Row]) -> Figure:
             value = row["images_per_second"]
             error = [[value - low], [high - value]]
             axes.barh(place, value, xerr=error, color=colors.get(row["variant"], "lightgray"), ecolor="gray")
-            axes.text(value * 0.98, place, f"{value:,.0f}", va="center", ha="right")
+            axes.text(500, place, f"{value:,.0f}", va="center", ha="left")
         axes.set_yticks(range(len(part)), [row["variant"] for row in part])
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel("images per second")
         axes.set_title(f"784-400-20, batches of {batch_size:,}")
     for axes, what in zip(grid[1], ("batch size", "latent draws"), strict=True):
@@ -479,7 +533,10 @@ def plot(rows: list[Row]) -> Figure:
             points = [(row["at"], 1e6 / row["images_per_second"]) for row in part if row["variant"] == name]
             axes.loglog(*zip(*points, strict=True), "o-", label=name, color=colors[name])
         at = sorted({row["at"] for row in part})
-        axes.set_xticks(at, [f"{value:,}" for value in at])
+        axes.set_xticks(at, [str(value) for value in at])
+        low, high = axes.get_ylim()
+        ticks = [digit * 10**power for power in range(5) for digit in (1, 2, 5) if low <= digit * 10**power <= high]
+        axes.set_yticks(ticks, [f"{value:,}" for value in ticks])
         axes.minorticks_off()
         axes.set_xlabel(what)
         axes.set_ylabel("microseconds per image")
@@ -501,7 +558,17 @@ def machine() -> dict[str, Any]:
     return {"processor": processor, "threads": torch.get_num_threads(), "versions": versions}
 
 
-PARTS = ("training", "direct", "importance", "start", "scaling")
+def earlier(path: Path, setting: dict[str, Any]) -> list[Row]:
+    """Rows that an earlier run on the same machine, with the same settings, has left; none where there is no such run."""
+    try:
+        found = json.loads(path.read_text())
+        rows = found.pop("rows")
+    except (OSError, ValueError, AttributeError, KeyError):
+        return []
+    return rows if found == setting else []
+
+
+PARTS = ("training", "direct", "importance", "start", "profile", "scaling")
 
 
 def main() -> int:
@@ -529,27 +596,24 @@ def main() -> int:
     print(f"{found['processor']}, {found['threads']} threads, {found['versions']}", flush=True)
     if "numpyro" not in found["versions"]:
         print("NumPyro is not installed, so it is left out: pip install '.[bench]'", flush=True)
-    rows: list[Row] = []
-    one = {"precision": "highest"}
-    for part in args.parts or PARTS:
-        if part == "training":
-            rows += training(train, args.repeats)
-        elif part == "direct":
-            rows += show(
-                rows_of(measure(direct(train), args.repeats), 1280, case="direct fit, 64 draws", batch_size=256, **one)
-            )
-        elif part == "importance":
-            case = "log_marginal, 500 draws"
-            rows += show(rows_of(measure(importance(train), args.repeats), 500, case=case, batch_size=500, **one))
-        elif part == "start":
-            rows += start(args.dataset, args.data_dir, args.repeats)
-        else:
-            rows += scaling(train, args.repeats)
+    asked = args.parts or PARTS
+    setting = {**found, "repeats": args.repeats, "dataset": train.name}
+    rows = [row for row in earlier(args.out / "benchmark-cpu.json", setting) if row["part"] not in asked]
+    measures: dict[str, Callable[[], list[Row]]] = {
+        "training": lambda: training(train, args.repeats),
+        "direct": lambda: direct(train, args.repeats),
+        "importance": lambda: importance(train, args.repeats),
+        "start": lambda: start(args.dataset, args.data_dir, args.repeats),
+        "profile": lambda: profile(train, args.repeats),
+        "scaling": lambda: scaling(train, args.repeats),
+    }
+    for part in asked:
+        rows += [{"part": part, **row} for row in measures[part]()]
+        rows.sort(key=lambda row: PARTS.index(row["part"]))
         # After each part, so that nothing measured is lost.
-        result = {**found, "repeats": args.repeats, "dataset": train.name, "rows": rows}
-        (args.out / "benchmark-cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+        (args.out / "benchmark-cpu.json").write_text(json.dumps({**setting, "rows": rows}, indent=1) + "\n")
         (args.out / "benchmark-cpu.md").write_text(markdown(rows, found, args.repeats))
-    if {"training", "scaling"} <= set(args.parts or PARTS):
+    if {"training", "scaling"} <= {row["part"] for row in rows}:
         plot(rows).savefig(args.out / "benchmark-cpu.png", dpi=110)
     print(f"in {args.out}")
     return 0

@@ -39,7 +39,9 @@ from pyro_vae.data import BINARIZATIONS, DATASETS, DatasetFallbackWarning
 from pyro_vae.importance import UnreliableEstimateWarning
 from pyro_vae.presets import OBJECTIVES, Settings
 from pyro_vae.step import NOT_TERMS
+from pyro_vae.train import PRECISIONS
 
+COMPILE = {"auto": None, "always": True, "never": False}
 VAES = {name: settings for name, settings in PRESETS.items() if settings.likelihood != "none"}
 
 
@@ -52,8 +54,9 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
             if (value := getattr(settings, name)) is not None:
                 value = " ".join(map(str, value)) if name == "hidden" else value  # as it is typed
                 presets.setdefault(value, []).append(preset)
-        if len(presets) == 1 and len(presets[value]) == len(VAES):
-            return f"default: {value}"
+        ((first, names), *others) = presets.items()
+        if not others and len(names) == len(VAES):
+            return f"default: {first}"
         return "default: " + ", ".join(f"{value} for {' and '.join(names)}" for value, names in presets.items())
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -83,6 +86,9 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     add("--objective", choices=OBJECTIVES, help=f"{objectives} ({of_preset('objective')})")
     binarize = "none: grey pixels; threshold: 1 above 0.5; dynamic: drawn as Bernoulli(grey) each time an image is seen"
     add("--binarize", dest="binarization", choices=BINARIZATIONS, help=f"{binarize} ({of_preset('binarization')})")
+    compiled = "the step traced and compiled; auto: where the run is long enough to pay for it"
+    add("--compile", choices=list(COMPILE), default="auto", help=f"{compiled} (default: auto)")
+    add("--precision", choices=PRECISIONS, default="highest", help="of matrix products in training (default: highest)")
     add("--seed", type=int, default=0, help="of weights, data order and noise (default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one (default: auto)")
     add("--out", type=Path, help="run folder (default: a new one, runs/PRESET-DATASET-DATE-TIME)")
@@ -121,6 +127,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         parser.error("--device cuda: torch sees no CUDA device here; use --device cpu, or install torch with CUDA")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.compile == "always" and args.device != "cpu":
+        parser.error("--compile always: only on the CPU; use --device cpu, or --compile auto")
     try:
         return args, load_preset(args.preset, **changes)
     except ValueError as error:
@@ -225,6 +233,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         "requested_dataset": args.dataset,
         "seed": args.seed,
         "device": args.device,
+        "compile": args.compile,
+        "precision": args.precision,
         "threads": torch.get_num_threads(),
         "versions": {
             "pyro_vae": pyro_vae.__version__,
@@ -255,6 +265,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
             seed=args.seed,
             test=test,
             on_epoch=on_epoch,
+            compile=COMPILE[args.compile],
+            precision=args.precision,
             **settings.training(),
         )
     except NonFiniteError:

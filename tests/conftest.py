@@ -2,6 +2,8 @@
 
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start too: two tests run side by side
+
 import pyro
 import pytest
 import torch
@@ -16,9 +18,8 @@ LIKELIHOODS = {
 
 
 @pytest.fixture(autouse=True)
-def _fresh(request):
-    # The models are tiny: a second thread would only wait, for long where the machine is busy. Real MNIST takes all cores.
-    torch.set_num_threads(os.cpu_count() or 1 if "mnist" in request.fixturenames else 1)
+def _fresh():
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     pyro.clear_param_store()
     with pyro.validation_enabled(True):

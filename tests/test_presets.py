@@ -101,7 +101,7 @@ def test_bad_changes(changes, match):
 
 
 def test_unknown_preset():
-    with pytest.raises(ValueError, match="bernoulli-z20, .*, conv-autoencoder, found 'vae'"):
+    with pytest.raises(ValueError, match="bernoulli-z20, .*, bernoulli-z50, found 'vae'"):
         load_preset("vae")
 
 

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from pyro.infer import Predictive
+from torch import nn
 
+import pyro_vae
 from pyro_vae import Autoencoder, load_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,12 +43,18 @@ def svi_mnist(*arguments, cwd, **environment):
     return script("svi_mnist.py", *arguments, cwd=cwd, **environment)
 
 
-@pytest.fixture
-def svi_mnist_here(tmp_path, monkeypatch, capsys):
-    """svi_mnist.py in this process and a folder of its own, which spares the imports: (exit code, stdout, stderr)."""
-    spec = importlib.util.spec_from_file_location("svi_mnist", ROOT / "scripts" / "svi_mnist.py")
+def load_script(name):
+    """A script as a module, in this process, which spares the imports."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def svi_mnist_here(tmp_path, monkeypatch, capsys):
+    """svi_mnist.py in this process and a folder of its own: (exit code, stdout, stderr)."""
+    module = load_script("svi_mnist")
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
@@ -384,10 +392,67 @@ def test_reproduce_without_mnist(tmp_path):
 
 
 def test_benchmark_on_digits(tmp_path):
-    result = script("benchmark.py", "epoch", "direct", "--dataset", "digits", "--repeats", 1, cwd=tmp_path)
+    result = script("benchmark.py", "importance", "--dataset", "digits", "--repeats", 1, "--out", "b", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("second / first:") == 2
+    rows = json.loads((tmp_path / "b" / "benchmark-cpu.json").read_text())["rows"]
+    fields = {"case", "variant", "precision", "batch_size", "images_per_second", "ratio_to_stock_pyro", "spread"}
+    assert all(fields <= row.keys() for row in rows)
+    assert [row["variant"] for row in rows] == ["matrix products alone", "log_marginal"]
+    assert "| log_marginal |" in (tmp_path / "b" / "benchmark-cpu.md").read_text()
     assert script("benchmark.py", "epoc", cwd=tmp_path).returncode == 2
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_benchmark_of_all_ways_to_train(draws, digits, monkeypatch):
+    """Each way in the benchmark makes its steps, on the same data."""
+    monkeypatch.setattr(pyro_vae.step, "_inductor", lambda graph, inputs: graph)
+    benchmark = load_script("benchmark")
+    ways = benchmark.ways_to_train(digits[0], batch_size=16, draws=draws, hidden=8, steps=2, only=())
+    rows = benchmark.rows_of(benchmark.measure(ways, 1), 32, case="training", precision="highest", batch_size=16)
+    assert len(rows) >= 7  # NumPyro may be there or not
+    assert all(row["images_per_second"] > 0 for row in rows)
+    stock = next(row for row in rows if row["variant"] == benchmark.STOCK)
+    assert stock["ratio_to_stock_pyro"] == 1
+
+
+def test_iwae_in_stages(digits, tmp_path, monkeypatch, capsys):
+    """Two stages, then a third after them: the same as three at once; and what cannot go on is refused."""
+    monkeypatch.setattr(pyro_vae.step, "_inductor", lambda graph, inputs: graph)
+    iwae = load_script("iwae_mnist")
+    few = ["--dataset", "digits", "--images", "20", "--importance-samples", "25"]
+
+    def run(out, *arguments):
+        return iwae.main([*arguments, *few, "--out", str(tmp_path / out)])
+
+    assert run("a", "vae-1", "--stages", "1") == 0
+    assert run("a", "vae-1", "--stages", "2") == 0
+    assert run("b", "vae-1", "--stages", "2") == 0
+    first, second = (json.loads((tmp_path / out / "table.json").read_text())["vae-1"] for out in "ab")
+    for name in ("neg_elbo", "log_marginal", "active_units", "epochs"):
+        assert first[name] == second[name]
+    assert first["epochs"] == 4
+    assert first["paper"] == 86.76
+    lines = [json.loads(line) for line in (tmp_path / "a" / "vae-1" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines] == [1, 2, 2, 2]
+    assert "IWAE with k = 1 is the VAE with k = 1." in (tmp_path / "a" / "table.md").read_text()
+    assert isinstance(pyro_vae.load_run(tmp_path / "a" / "vae-1"), pyro_vae.VAE)
+    capsys.readouterr()
+    assert run("a", "vae-1", "--stages", "2", "--seed", "1") == 2
+    assert "seed: 0 -> 1" in capsys.readouterr().err
+    (tmp_path / "a" / "vae-1" / "checkpoints" / "stage-2.pt").write_bytes(b"no weights")
+    assert run("a", "vae-1", "--stages", "2") == 2
+    assert "stage-2.pt: cannot be read" in capsys.readouterr().err
+
+
+def test_iwae_starts_as_the_paper_does(digits):
+    vae = load_script("iwae_mnist").build(digits[0])
+    x = digits[0].batch(torch.arange(len(digits[0])))
+    *_, output = (module for module in vae.modules() if isinstance(module, nn.Linear))
+    assert torch.allclose(output.bias.sigmoid(), x.mean(0).flatten().clamp(0.001, 0.999), atol=1e-5)
+    heads = next(m for m in vae.encoder.modules() if isinstance(m, nn.Linear) and m.out_features == 100)
+    for head in heads.weight.detach().chunk(2):  # each Glorot uniform for (200, 50)
+        assert head.abs().max() == pytest.approx((6 / 250) ** 0.5, rel=0.01)
+        assert head.std() == pytest.approx((6 / 250) ** 0.5 / 3**0.5, rel=0.03)
 
 
 @pytest.mark.slow
