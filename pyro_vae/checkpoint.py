@@ -18,7 +18,16 @@ from pyro_vae.checks import shape, usable_device
 from pyro_vae.presets import Settings
 from pyro_vae.vae import VAE
 
-__all__ = ["CheckpointError", "append_jsonl", "load_run", "new_run", "save_weights", "write_config", "write_json"]
+__all__ = [
+    "CheckpointError",
+    "append_jsonl",
+    "load_run",
+    "load_weights",
+    "new_run",
+    "save_weights",
+    "write_config",
+    "write_json",
+]
 
 _FORMAT = 1
 _CONFIG = "config.json"
@@ -97,11 +106,29 @@ def write_config(run: Path, settings: Settings, *, event_shape: tuple[int, ...],
     write_json(run / _CONFIG, config)
 
 
-def save_weights(run: Path, model: VAE | Autoencoder) -> None:
-    """Write the weights, in place of those of an earlier epoch."""
-    temporary = run / _WEIGHTS.with_suffix(".tmp")
+def save_weights(run: Path, model: VAE | Autoencoder, name: str = "weights") -> None:
+    """Write the weights, in place of those of the same name: by default those that :func:`load_run` reads."""
+    path = run / _WEIGHTS.with_stem(name)
+    temporary = path.with_suffix(".tmp")
     torch.save(model.state_dict(), temporary)
-    os.replace(temporary, run / _WEIGHTS)
+    os.replace(temporary, path)
+
+
+def load_weights(model: VAE | Autoencoder, path: Path, *, remedy: str = "Train again.") -> None:
+    """Load weights that :func:`save_weights` has written into their model.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another model; the message ends a damaged file's with the remedy.
+    """
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load answers damage with half a dozen types of error
+        raise CheckpointError(f"{path}: cannot be read as weights ({type(error).__name__}). {remedy}") from error
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: not the weights of the model in {_CONFIG}: {reason}") from error
 
 
 def load_run(folder: str | Path, *, device: torch.device | str = "cpu") -> VAE | Autoencoder:
@@ -125,15 +152,7 @@ def load_run(folder: str | Path, *, device: torch.device | str = "cpu") -> VAE |
             raise CheckpointError(f"{Path(folder) / _CONFIG}: the model cannot be built ({error}).") from error
     if not path.is_file():
         raise CheckpointError(f"{path}: missing: this run stopped before its first epoch ended. Train it again.")
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load answers damage with half a dozen types of error
-        raise CheckpointError(f"{path}: cannot be read as weights ({type(error).__name__}). Train again.") from error
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: not the weights of the model in {_CONFIG}: {reason}") from error
+    load_weights(model, path)
     return model.to(device).eval()
 
 

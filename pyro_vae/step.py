@@ -223,7 +223,7 @@ class CompiledStep(EagerStep):
         graph = make_fx(function, decomposition_table={torch.ops.aten.addmm.default: _addmm})(*inputs)
         if _constants(self.objective) != constants:
             raise _UntraceableError("the objective changes its own Python attributes in forward()")
-        call = _inductor(graph, (*(t.clone() for t in state), scalars, self.data.x, index))
+        call = _inductor(graph, inputs)
         seconds = time.perf_counter() - start
         self.compile_seconds += seconds
         if self._say is not None:

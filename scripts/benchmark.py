@@ -17,6 +17,7 @@ are kept.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +43,42 @@ from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_vae import VAE, Data, DataError, NegativeDirectLogLikelihood, NegativeELBO, load_data, load_preset, log_marginal
+from pyro_vae import (
+    VAE,
+    Data,
+    DataError,
+    NegativeDirectLogLikelihood,
+    NegativeELBO,
+    Objective,
+    load_data,
+    load_preset,
+    log_marginal,
+)
 from pyro_vae.step import CompiledStep, EagerStep
 
 SETTINGS = load_preset("bernoulli-z20")
 STOCK, PRODUCTS, EAGER, COMPILED = "stock Pyro", "matrix products alone", "pyro_vae eager", "pyro_vae compiled"
+NUMPYRO = "NumPyro, jitted loop"
 Way = Callable[[], object]
 Row = dict[str, Any]
 
 
 def build(train: Data, hidden: int) -> VAE:
     return load_preset("bernoulli-z20", hidden=(hidden,)).build_vae(train.event_shape)
+
+
+def our_steps(kind: type[EagerStep], objective: Objective, train: Data, batches: Iterator[Tensor], steps: int) -> Way:
+    """So many of fit's steps on the next batches."""
+    step = kind(objective, train, torch.optim.Adam(objective.parameters(), lr=1e-3, fused=True))
+
+    def run() -> None:
+        with pyro.validation_enabled(False):
+            step.begin()
+            for index in itertools.islice(batches, steps):
+                step(index)
+            step.end()
+
+    return run
 
 
 def ways_to_train(
@@ -101,18 +127,7 @@ def ways_to_train(
         return lambda: [svi.step(next(source)) for _ in range(steps)]
 
     def ours(kind: type[EagerStep]) -> Way:
-        objective = NegativeELBO(build(train, hidden), num_particles=draws)
-        optimizer = torch.optim.Adam(objective.parameters(), lr=1e-3, fused=True)
-        step, source = kind(objective, train, optimizer), batches()
-
-        def run() -> None:
-            with pyro.validation_enabled(False):
-                step.begin()
-                for _ in range(steps):
-                    step(next(source))
-                step.end()
-
-        return run
+        return our_steps(kind, NegativeELBO(build(train, hidden), num_particles=draws), train, batches(), steps)
 
     def products() -> Way:
         pixels = train.event_shape.numel()
@@ -137,11 +152,11 @@ def ways_to_train(
         "Pyro, JitTrace_ELBO": lambda: pyro_svi(JitTrace_ELBO, ignore_jit_warnings=True),
         EAGER: lambda: ours(EagerStep),
         COMPILED: lambda: ours(CompiledStep),
-        "NumPyro, jitted loop": lambda: numpyro_loop(train, batch_size=batch_size, draws=draws, hidden=hidden, steps=steps),
+        NUMPYRO: lambda: numpyro_loop(train, batch_size=batch_size, draws=draws, hidden=hidden, steps=steps),
         PRODUCTS: products,
     }
     if numpyro_version() is None:
-        del makers["NumPyro, jitted loop"]
+        del makers[NUMPYRO]
     return {name: make() for name, make in makers.items() if not only or name in only}
 
 
@@ -216,15 +231,7 @@ def direct(train: Data, repeats: int) -> list[Row]:
 
     def ours(kind: type[EagerStep]) -> Way:
         objective = NegativeDirectLogLikelihood(build(train, 400))
-        step = kind(objective, train, torch.optim.Adam(objective.parameters(), fused=True))
-
-        def run() -> None:
-            with pyro.validation_enabled(False):
-                step.begin()
-                for index in source:
-                    step(index)
-
-        return run
+        return our_steps(kind, objective, train, itertools.cycle(source), len(source))
 
     objective = NegativeDirectLogLikelihood(vae)
     optimizer = torch.optim.Adam(vae.decoder.parameters(), fused=True)
@@ -282,7 +289,7 @@ def rows_of(seconds: dict[str, list[float]], images: int, **fields: Any) -> list
             "images_per_second": images / statistics.median(times),
             "spread": [images / max(times), images / min(times)],
             "ratio_to_stock_pyro": ratio(name, STOCK),
-            "ratio_to_numpyro": ratio(name, "NumPyro, jitted loop"),
+            "ratio_to_numpyro": ratio(name, NUMPYRO),
             "ratio_to_products": ratio(name, PRODUCTS),
         }
         for name, times in seconds.items()

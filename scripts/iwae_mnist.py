@@ -11,7 +11,6 @@ as Bernoulli(grey) each time an image is seen; batch 20; 8 stages of 3^(i-1) epo
 
 import argparse
 import json
-import os
 import sys
 import time
 import warnings
@@ -30,8 +29,6 @@ from pyro_vae import (
     CheckpointError,
     Data,
     DataError,
-    NegativeELBO,
-    NegativeIWAE,
     NonFiniteError,
     evaluate,
     fit,
@@ -39,7 +36,7 @@ from pyro_vae import (
     load_data,
     load_preset,
 )
-from pyro_vae.checkpoint import append_jsonl, new_run, save_weights, write_config, write_json
+from pyro_vae.checkpoint import append_jsonl, load_weights, new_run, save_weights, write_config, write_json
 from pyro_vae.importance import UnreliableEstimateWarning
 from pyro_vae.train import PRECISIONS, format_epoch
 
@@ -94,53 +91,39 @@ def stage_path(run: Path, stage: int) -> Path:
 
 def train_stages(args: argparse.Namespace, name: str, train: Data) -> tuple[VAE, Path, float]:
     """All stages that are asked for and not done yet; the model after the last one, its folder, seconds in all stages."""
-    objective_name, k = name.split("-")
+    model, k = name.split("-")
     torch.manual_seed(args.seed)
     vae = build(train)
     run = args.out / name
-    particles = int(k)
-    settings = {
-        "script": "iwae_mnist",
-        "dataset": train.name,
-        "seed": args.seed,
-        "precision": args.precision,
-        "objective": "iwae" if objective_name == "iwae" else "trace",
-        "particles": particles,
-    }
+    objective = "iwae" if model == "iwae" and k != "1" else "trace"  # with one draw, the bound is the ELBO
+    settings = load_preset("bernoulli-z50", objective=objective, particles=int(k))
+    asked = {"script": "iwae_mnist", "dataset": train.name, "seed": args.seed, "precision": args.precision}
     if (run / "config.json").is_file():
         try:
             kept = json.loads((run / "config.json").read_text())
         except ValueError as error:
             raise CheckpointError(f"{run / 'config.json'}: not the config of a run: {error}. Name another --out.") from error
-        if changed := [f"{key}: {kept.get(key)} -> {value}" for key, value in settings.items() if kept.get(key) != value]:
+        if changed := [f"{key}: {kept.get(key)} -> {value}" for key, value in asked.items() if kept.get(key) != value]:
             raise CheckpointError(f"{run}: begun with other settings ({', '.join(changed)}). Name another --out.")
     else:
         new_run(run, name=name)
-        changes = {key: settings.pop(key) for key in ("objective", "particles")}
         write_config(
             run,
-            load_preset("bernoulli-z50", **changes),
+            settings,
             event_shape=tuple(train.event_shape),
             threads=torch.get_num_threads(),
             versions={"pyro_vae": pyro_vae.__version__, "torch": torch.__version__},
-            **settings,
+            **asked,
         )
     done = max((stage for stage in range(1, args.stages + 1) if stage_path(run, stage).is_file()), default=0)
     log = run / "metrics.jsonl"
     records = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     records = [record for record in records if record["stage"] <= done]
     if done:
-        try:
-            vae.load_state_dict(torch.load(stage_path(run, done), weights_only=True))
-        except Exception as error:  # torch answers damage with half a dozen types of error
-            message = (
-                f"{stage_path(run, done)}: cannot be read ({type(error).__name__}). Remove it to train this stage again."
-            )
-            raise CheckpointError(message) from error
+        load_weights(vae, stage_path(run, done), remedy="Remove it to train this stage again.")
         print(f"{name}: stages 1 to {done} of {args.stages} are in {run}", flush=True)
     if done < args.stages:  # drop what an interrupted stage has left
         log.write_text("".join(json.dumps(record) + "\n" for record in records))
-    objective = (NegativeIWAE if objective_name == "iwae" else NegativeELBO)(vae, num_particles=particles)
     for stage in range(done + 1, args.stages + 1):
         epochs = 3 ** (stage - 1)
 
@@ -151,7 +134,7 @@ def train_stages(args: argparse.Namespace, name: str, train: Data) -> tuple[VAE,
                 print(f"{name} stage {stage}  {format_epoch(record)}  {record['seconds']:.1f} s", flush=True)
 
         fit(
-            objective,
+            settings.build_objective(vae),
             train,
             epochs=epochs,
             batch_size=SETTINGS.batch_size,
@@ -163,9 +146,7 @@ def train_stages(args: argparse.Namespace, name: str, train: Data) -> tuple[VAE,
             on_epoch=on_epoch,
             verbose=False,
         )
-        temporary = stage_path(run, stage).with_suffix(".tmp")
-        torch.save(vae.state_dict(), temporary)
-        os.replace(temporary, stage_path(run, stage))
+        save_weights(run, vae, name=f"stage-{stage}")
         save_weights(run, vae)
     return vae.eval(), run, sum(record["seconds"] + record.get("compile_seconds", 0) for record in records)
 

@@ -32,6 +32,14 @@ def make_vae(event_shape=(1, 4, 4), latent_dim=3, hidden=(16,), likelihood=None)
     return VAE(encoder, decoder, likelihood=likelihood, **shape)
 
 
+def weights(module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def equal(a, b) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
 @pytest.fixture
 def vae() -> VAE:
     return make_vae()

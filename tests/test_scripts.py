@@ -436,6 +436,7 @@ def test_iwae_in_stages(digits, tmp_path, monkeypatch, capsys):
     assert [line["stage"] for line in lines] == [1, 2, 2, 2]
     assert "IWAE with k = 1 is the VAE with k = 1." in (tmp_path / "a" / "table.md").read_text()
     assert isinstance(pyro_vae.load_run(tmp_path / "a" / "vae-1"), pyro_vae.VAE)
+    assert run("c", "iwae-1", "--stages", "1") == 0  # alone, without the model that it equals
     capsys.readouterr()
     assert run("a", "vae-1", "--stages", "2", "--seed", "1") == 2
     assert "seed: 0 -> 1" in capsys.readouterr().err

@@ -4,14 +4,13 @@ import warnings
 import pyro
 import pytest
 import torch
-from conftest import make_vae
+from conftest import LIKELIHOODS, equal, make_vae, weights
 from torch import nn
 
 import pyro_vae.step
 from pyro_vae import (
     VAE,
     Autoencoder,
-    BernoulliLikelihood,
     ConvDecoder,
     ConvEncoder,
     Data,
@@ -22,7 +21,6 @@ from pyro_vae import (
     NegativeELBO,
     NegativeIWAE,
     NonFiniteError,
-    NormalLikelihood,
     Objective,
     ReconstructionError,
     fit,
@@ -33,12 +31,7 @@ from pyro_vae.train import _worth_compiling
 EVENT = (1, 16, 16)
 DATA = Data(torch.randint(0, 256, (23, *EVENT), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)))
 DATA64 = DATA.to("cpu", torch.float64)
-LIKELIHOODS = {
-    "bernoulli": BernoulliLikelihood(),
-    "normal": NormalLikelihood(),
-    "normal-identity": NormalLikelihood(variance=0.1, mean="identity"),
-    "learned-normal": LearnedNormalLikelihood(),
-}
+LIKELIHOODS = {**LIKELIHOODS, "learned-normal": LearnedNormalLikelihood()}
 OBJECTIVES = {
     "elbo": NegativeELBO,
     "elbo-3-draws": lambda vae: NegativeELBO(vae, num_particles=3),
@@ -177,14 +170,6 @@ class Counting(NegativeELBO):
         return super().forward(x)
 
 
-def weights(module):
-    return [p.detach().clone() for p in module.parameters()]
-
-
-def same(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
-
-
 @pytest.mark.parametrize(("kind", "reason"), [(Branching, "data-dependent"), (Counting, "own Python attributes")])
 def test_what_cannot_be_traced_is_said_once_and_trained_eagerly(kind, reason, traced):
     vae = make_vae(EVENT)
@@ -193,7 +178,7 @@ def test_what_cannot_be_traced_is_said_once_and_trained_eagerly(kind, reason, tr
     with pytest.warns(NotCompiledWarning, match=reason) as caught:
         fit(compiled, DATA, epochs=3, batch_size=10, compile=True, verbose=False)
     assert len(caught) == 1
-    assert same(weights(compiled), weights(eager))
+    assert equal(weights(compiled), weights(eager))
 
 
 def test_a_compiler_that_fails_or_errs_is_noticed(monkeypatch):
@@ -223,7 +208,7 @@ def test_a_compiler_that_fails_or_errs_is_noticed(monkeypatch):
         objective = NegativeELBO(copy.deepcopy(vae))
         with pytest.warns(NotCompiledWarning, match=reason):
             fit(objective, DATA, epochs=2, batch_size=10, compile=True, verbose=False)
-        assert same(weights(objective), weights(eager))
+        assert equal(weights(objective), weights(eager))
 
 
 def test_a_number_that_changes_between_records_is_traced_anew(traced):
@@ -251,10 +236,10 @@ def test_frozen_parameters_stay_and_thaw(traced):
     kept = weights(first)
     first.requires_grad_(False)
     fit(objective, DATA, epochs=4, batch_size=6, compile=True, verbose=False)
-    assert same(weights(first), kept)
+    assert equal(weights(first), kept)
     first.requires_grad_(True)
     fit(objective, DATA, epochs=4, batch_size=6, compile=True, verbose=False)
-    assert not same(weights(first), kept)
+    assert not equal(weights(first), kept)
 
 
 class Failing(Objective):
@@ -291,7 +276,7 @@ def test_same_seed_same_compiled_run(traced):
         objective = NegativeELBO(make_vae(EVENT))
         fit(objective, DATA, epochs=3, batch_size=10, compile=True, verbose=False)
         results.append(weights(objective))
-    assert same(*results)
+    assert equal(*results)
 
 
 def test_compile_time_is_shown_and_not_part_of_the_training_time(traced, capsys):
@@ -347,7 +332,6 @@ def test_moments_do_not_become_denormal(compiled, traced):
         patch.setattr(torch.optim.Adam, "__init__", remember)
         objective = Still()
         x = torch.zeros(2000, 1)
-        x[:] = 0
         first = torch.randperm(2000, generator=torch.Generator().manual_seed(pyro_vae.train._streams(0, 1)[0]))[0]
         x[first] = 1
         fit(objective, x, epochs=1, batch_size=1, compile=compiled, verbose=False)

@@ -4,7 +4,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from conftest import make_vae
+from conftest import equal, make_vae, weights
 from torch import nn
 
 from pyro_vae import Data, NegativeELBO, NonFiniteError, NormalLikelihood, Objective, evaluate, fit, load_preset
@@ -23,14 +23,6 @@ class Mean(Objective):
         self.modes.append(self.training)
         self.seen.append(x.clone())
         return {"loss": x.mean() + 0 * self.weight, "noise": torch.randn(())}
-
-
-def weights(module):
-    return [p.detach().clone() for p in module.parameters()]
-
-
-def equal(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
 X = torch.rand(53, 1, 4, 4, generator=torch.Generator().manual_seed(1))
