@@ -11,7 +11,7 @@ with three methods:
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyro.distributions as dist
 import torch
@@ -47,23 +47,64 @@ class _RelaxedBernoulli(dist.Bernoulli):
 
 
 class _RelaxedBernoulliEvent(dist.Independent):  # the class of to_event, and the same density
-    """Independent pixels whose joint log_prob is computed at once, in half the time, where no gradient is asked for."""
+    """Independent pixels whose joint log_prob is computed at once, in about half the time."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         logits, ndims = self.base_dist.logits, self.reinterpreted_batch_ndims
-        gradient = torch.is_grad_enabled() and (logits.requires_grad or value.requires_grad)
-        if ndims == 0 or gradient or logits.dtype not in (torch.float32, torch.float64):  # half: products would overflow
+        if ndims == 0 or logits.dtype not in (torch.float32, torch.float64):  # half: products would leave its range
             return super().log_prob(value)
         if self.base_dist._validate_args:
             self.base_dist._validate_sample(value)
-        return _bernoulli_log_prob(logits.flatten(-ndims), value.flatten(-ndims))
+        logits, x = logits.flatten(-ndims), value.flatten(-ndims)
+        if torch.is_grad_enabled() and (logits.requires_grad or x.requires_grad):
+            log_prob, _ = _BernoulliLogProb.apply(logits, x)
+            return log_prob
+        return _bernoulli_log_prob(logits, x)
+
+
+class _BernoulliLogProb(torch.autograd.Function):
+    """sum_d x_d l_d - softplus(l_d) with a gradient, by one exponential per pixel for both.
+
+    softplus(l) = relu(l) - log max(s, 1 - s), s the sigmoid of l, which the gradient x - s needs as well. The maximum lies
+    in [1/2, 1], so that logarithms can be taken of products of up to 126 of them. The second output, s, is for backward.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        s = logits.sigmoid()
+        largest = torch.maximum(s, 1 - s).unflatten(-1, (-1, _block(logits.shape[-1])))
+        return (x * logits - logits.relu()).sum(-1) + largest.prod(-1).log().sum(-1), s
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        logits, x, s = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a gradient of the gradient
+            s = logits.sigmoid()
+        gradient = gradient.unsqueeze(-1)
+        to_logits, to_x = ctx.needs_input_grad
+        return (
+            (gradient * (x - s)).sum_to_size(logits.shape) if to_logits else None,
+            (gradient * logits).sum_to_size(x.shape) if to_x else None,
+        )
+
+
+def _block(pixels: int) -> int:
+    """How many of these a product is taken of: the largest divisor up to 126, whose powers of 2 float32 can hold."""
+    return next(n for n in range(126, 0, -1) if pixels % n == 0)  # 112 for 784 pixels
 
 
 def _bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
-    """sum_d x_d l_d - softplus(l_d), written as sum_d (x_d - 1/2) l_d - |l_d| / 2 - log(1 + exp(-|l_d|)).
+    """The same without a gradient, as sum_d (x_d - 1/2) l_d - |l_d| / 2 - log(1 + exp(-|l_d|)).
 
     One pass over the logits is saved by a matrix product, and most logarithms by taking them of products of 1 + exp(-|l|),
-    which lies in (1, 2]: up to 126 of them stay below float32's maximum.
+    which lies in (1, 2].
     """
     if logits.dim() == 3 and x.dim() == 2:  # (draws, images, pixels) and (images, pixels)
         linear = torch.einsum("bd,kbd->kb", x - 0.5, logits)
@@ -75,14 +116,13 @@ def _bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
 def _half_abs_plus_log1p_exp(logits: Tensor) -> Tensor:
     """sum_d |l_d| / 2 + log(1 + exp(-|l_d|)): ``(rows, pixels)`` -> ``(rows,)``, in a buffer small enough for a cache."""
     pixels = logits.shape[-1]
-    block = next(n for n in range(126, 0, -1) if pixels % n == 0)  # 112 for 784 pixels
     rows = max(1, 2**20 // pixels)  # 4 MiB
     buffer, sign = torch.empty_like(logits[:rows]), logits.new_tensor(-1.0)
     sums = []
     for part in logits.split(rows):
         size = torch.copysign(part, sign, out=buffer[: len(part)])  # -|l| in one pass
         half = -0.5 * size.sum(-1)
-        sums.append(half + size.exp_().add_(1).unflatten(-1, (-1, block)).prod(-1).log_().sum(-1))
+        sums.append(half + size.exp_().add_(1).unflatten(-1, (-1, _block(pixels))).prod(-1).log_().sum(-1))
     return torch.cat(sums)
 
 

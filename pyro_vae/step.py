@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pyro_vae.data import Data
 from pyro_vae.objectives import Objective
 
-__all__ = ["NOT_TERMS", "CompiledStep", "EagerStep", "NotCompiledWarning"]
+__all__ = ["NOT_TERMS", "CompiledStep", "EagerStep", "NonFiniteStepError", "NotCompiledWarning"]
 
 # What fit adds to an objective's terms in its records.
 NOT_TERMS = ("epoch", "step", "seconds", "images_per_second", "compile_seconds", "test")
@@ -29,15 +29,30 @@ class NotCompiledWarning(UserWarning):
     """An objective that cannot be compiled, and is trained eagerly."""
 
 
-class EagerStep:
-    """``step(index)``: one step of Adam on the batch at these places of the data.
+class NonFiniteStepError(Exception):
+    """A loss or gradient that is not finite; parameters and moments are those before that step.
 
-    Returns the objective's terms, and whether loss and gradient are finite; where not, no parameter has been changed.
+    Attributes:
+        index: of the batch.
+        loss: on it.
+        ago: steps made after it, and undone with it.
+    """
+
+    def __init__(self, index: Tensor, loss: float) -> None:
+        super().__init__(f"loss {loss:g}, or its gradient")
+        self.index, self.loss, self.ago = index, loss, 0
+
+
+class EagerStep:
+    """``step(index)``: one step of Adam on the batch at these places of the data. Returns the objective's terms.
 
     Args:
         objective: see :class:`~pyro_vae.objectives.Objective`.
         data: observations, on the device of the parameters.
         optimizer: Adam, one group.
+
+    Raises:
+        NonFiniteStepError: by a step, or by :meth:`end`.
     """
 
     def __init__(self, objective: Objective, data: Data, optimizer: torch.optim.Adam) -> None:
@@ -50,15 +65,16 @@ class EagerStep:
         """Before steps in which nothing but the parameters, buffers and learning rate changes."""
 
     def end(self) -> None:
-        """After them: the optimiser's state is all up to date."""
+        """After them: the optimiser's state is all up to date, and every step was finite."""
 
-    def __call__(self, index: Tensor) -> tuple[dict[str, float], bool]:
+    def __call__(self, index: Tensor) -> dict[str, float]:
         self.count += 1
-        if self.count % _FLUSH_EVERY == 0:
+        terms = self._eager(index)
+        if self.count % _EVERY == 0:
             _flush(self.optimizer)
-        return self._step(index)
+        return terms
 
-    def _step(self, index: Tensor) -> tuple[dict[str, float], bool]:
+    def _eager(self, index: Tensor) -> dict[str, float]:
         terms = self.objective(self.data.batch(index))
         if self.count == 1:
             _check_terms(self.objective, terms)
@@ -66,10 +82,12 @@ class EagerStep:
         terms["loss"].backward()
         # NaN and infinity survive a sum, so one number tells, and one read brings everything here.
         total = torch.stack([terms["loss"], *(p.grad.sum() for p in self.parameters if p.grad is not None)]).sum()
-        values, finite = _read(list(terms), torch.stack([*terms.values(), total]))
-        if finite:
-            self.optimizer.step()
-        return values, finite
+        *numbers, total = torch.stack([*terms.values(), total]).detach().tolist()
+        values = dict(zip(terms, numbers, strict=True))
+        if not math.isfinite(total):
+            raise NonFiniteStepError(index, values["loss"])
+        self.optimizer.step()
+        return values
 
 
 class CompiledStep(EagerStep):
@@ -80,6 +98,9 @@ class CompiledStep(EagerStep):
     cannot be traced, because it decides by the value of a tensor or changes Python's state as it goes, is trained
     eagerly, with one :class:`NotCompiledWarning`. So is one whose compiled step does not equal the eager one for the same
     noise, which is checked at steps 1, 2, 4, 8 and so on; what counts in these steps is the eager one.
+
+    Adam's first moments keep every NaN and infinity of a gradient, so that a look at them every 200 steps tells of all
+    these. Where they are not finite, or a loss is not, the steps are made again, eagerly, from a copy kept at the last look.
 
     Args:
         objective, data, optimizer: as for :class:`EagerStep`.
@@ -107,18 +128,36 @@ class CompiledStep(EagerStep):
         self._names = [name for name, _ in (*objective.named_parameters(), *objective.named_buffers())]
         # These stand for Adam's moments until it makes them.
         self._zeros = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters}
+        self._kept = [torch.empty_like(t) for t in self._state()]
 
     def begin(self) -> None:
         self._graphs = self._all_graphs.setdefault(_constants(self.objective), {})
-        self._arguments = self._state()
+        self._keep()
 
     def end(self) -> None:
-        for state in self.optimizer.state.values():
-            state["step"].fill_(self._updates)
+        self._verify()
+        self._count_updates()
 
-    def _step(self, index: Tensor) -> tuple[dict[str, float], bool]:
-        size = len(index)
-        if self._given_up or not (self._sizes is None or size in self._sizes):
+    def __call__(self, index: Tensor) -> dict[str, float]:
+        if self._given_up:
+            return super().__call__(index)
+        self.count += 1
+        self._since.append((index, torch.get_rng_state()))
+        try:
+            terms = self._step(index)
+        except NonFiniteStepError:  # by this step, or by one before it that nobody has looked at
+            terms = self._again()
+        if not math.isfinite(terms["loss"]):
+            terms = self._again()
+        if self.count % _EVERY == 0:
+            self._verify()
+            _flush(self.optimizer)
+            self._keep()
+        return terms
+
+    def _step(self, index: Tensor) -> dict[str, float]:
+        size = index.shape[0]
+        if not (self._sizes is None or size in self._sizes):
             return self._eager(index)
         graph = self._graphs.get(size)
         if graph is None or (graph.steps & (graph.steps - 1)) == 0:  # a power of two were made
@@ -126,22 +165,53 @@ class CompiledStep(EagerStep):
         graph.steps += 1
         with torch.no_grad():
             (values,) = graph.call(*self._arguments, self._scalars(), self.data.x, index)
-        terms, finite = _read(graph.names, values)
-        self._updates += finite
-        return terms, finite
+        self._updates += 1
+        return dict(zip(graph.names, values.tolist(), strict=True))
 
-    def _eager(self, index: Tensor) -> tuple[dict[str, float], bool]:
-        self.end()
-        terms, finite = super()._step(index)
-        self._updates += finite
+    def _eager(self, index: Tensor) -> dict[str, float]:
+        self._count_updates()
+        terms = super()._eager(index)
+        self._updates += 1
         self._arguments = self._state()  # Adam makes its moments at a parameter's first gradient
-        return terms, finite
+        return terms
 
-    def _checked(self, size: int, index: Tensor) -> tuple[dict[str, float], bool]:
+    def _count_updates(self) -> None:
+        for state in self.optimizer.state.values():
+            state["step"].fill_(self._updates)
+
+    def _keep(self) -> None:
+        """A copy to go back to, and from here on what it takes to make the steps again: batches and states of the noise."""
+        self._arguments = self._state()
+        for kept, tensor in zip(self._kept, self._arguments, strict=True):
+            kept.copy_(tensor)
+        self._kept_updates = self._updates
+        self._since: list[tuple[Tensor, Tensor]] = []
+
+    def _verify(self) -> None:
+        firsts = self._arguments[-2 * len(self.parameters) : -len(self.parameters)]
+        if not self._given_up and not torch.stack([first.sum() for first in firsts]).sum().isfinite():
+            self._again()
+
+    def _again(self) -> dict[str, float]:
+        """The steps since the copy, eagerly, which raises at the first that is not finite; the terms of the last one."""
+        for tensor, kept in zip(self._arguments, self._kept, strict=True):
+            tensor.copy_(kept)
+        self._updates = self._kept_updates
+        with torch.random.fork_rng(devices=[]):
+            for made, (index, noise) in enumerate(self._since, start=1):
+                torch.set_rng_state(noise)
+                try:
+                    terms = self._eager(index)
+                except NonFiniteStepError as error:
+                    error.ago = len(self._since) - made
+                    raise
+        return terms
+
+    def _checked(self, size: int, index: Tensor) -> dict[str, float]:
         """The eager step, and after it the compiled one from where it began, on copies and with the same noise."""
         copies = [t.clone() for t in self._arguments]
         scalars, noise = self._scalars(), torch.get_rng_state()
-        terms, finite = self._eager(index)
+        terms = self._eager(index)
         with torch.random.fork_rng(devices=[]):
             try:
                 if size not in self._graphs:
@@ -154,14 +224,15 @@ class CompiledStep(EagerStep):
                     (values,) = graph.call(*copies, scalars, self.data.x, index)
             except Exception as error:  # whatever Python, Pyro, the tracer and the compiler raise
                 self._give_up(_reason(error))
-                return terms, finite
-        found, _ = _read(graph.names, values)
+                return terms
+        found = dict(zip(graph.names, values.tolist(), strict=True))
         first_moments = slice(-2 * len(self.parameters), -len(self.parameters))
         if problem := _difference(found, terms, copies[first_moments], self._arguments[first_moments]):
             self._give_up(f"compiled, {problem}")
-        return terms, finite
+        return terms
 
     def _give_up(self, reason: str) -> None:
+        self._verify()
         self._given_up = True
         warnings.warn(f"trained eagerly, not compiled: {reason}", NotCompiledWarning, stacklevel=6)
 
@@ -203,11 +274,6 @@ class CompiledStep(EagerStep):
             terms = torch.func.functional_call(self.objective, named, (data.batch(chosen),))
             gradients = torch.autograd.grad(terms["loss"], [leaves[place] for place in trained], allow_unused=True)
             names[:] = terms
-            values = [value.detach() for value in terms.values()]
-            # Row by row, since Inductor's sum of a whole tensor is slow.
-            sums = [g.flatten(1).sum(1).sum() if g.dim() > 1 else g.sum() for g in gradients if g is not None]
-            total = torch.stack([terms["loss"].detach(), *sums]).sum()
-            finite = total.isfinite()
             for place, g, first, second in zip(trained, gradients, firsts, seconds, strict=True):
                 if g is None:
                     continue
@@ -215,8 +281,8 @@ class CompiledStep(EagerStep):
                 second_new = beta2 * second + (1 - beta2) * g * g
                 change = scalars[0] * first_new / (second_new.sqrt() * scalars[1] + eps)
                 for old, new in ((held[place], held[place] - change), (first, first_new), (second, second_new)):
-                    old.copy_(torch.where(finite, new, old))
-            return (torch.stack([*values, total]),)
+                    old.copy_(new)
+            return (torch.stack([value.detach() for value in terms.values()]),)
 
         constants = _constants(self.objective)
         inputs = (*(t.clone() for t in state), scalars, self.data.x, index)  # tracing runs the operations
@@ -297,22 +363,16 @@ def _difference(
     return ""
 
 
-def _read(names: Sequence[str], values: Tensor) -> tuple[dict[str, float], bool]:
-    """Terms by name, and whether loss and gradient are finite, from the terms' values and the sum of all that after them."""
-    *numbers, total = values.detach().tolist()
-    return dict(zip(names, numbers, strict=True)), math.isfinite(total)
-
-
 # Moments of a parameter without gradient decay until they are denormal, and Adam then takes ten times as long: on MNIST,
 # whose outer pixels are almost never set, twice as long from the second epoch on. What is left decays by no more than
 # 0.9^200 until the next time, and what is set to zero would not change any parameter by more than 1e-22.
-_FLUSH_EVERY = 200
+_EVERY = 200
 
 
 def _flush(optimizer: torch.optim.Adam) -> None:
     for state in optimizer.state.values():
         for moment in (state["exp_avg"], state["exp_avg_sq"]):
-            moment.masked_fill_(moment.abs() < min(torch.finfo(moment.dtype).tiny / 0.9**_FLUSH_EVERY, 1e-28), 0)
+            moment.masked_fill_(moment.abs() < min(torch.finfo(moment.dtype).tiny / 0.9**_EVERY, 1e-28), 0)
 
 
 def _check_terms(objective: Objective, terms: Any) -> None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pyro_vae.checks import number, usable_device, whole_number
 from pyro_vae.data import Data, as_data
 from pyro_vae.objectives import Objective
-from pyro_vae.step import CompiledStep, EagerStep
+from pyro_vae.step import CompiledStep, EagerStep, NonFiniteStepError
 from pyro_vae.vae import VAE
 
 __all__ = ["PRECISIONS", "NonFiniteError", "fit", "format_epoch"]
@@ -128,7 +128,7 @@ def fit(
             torch.set_float32_matmul_precision(precision)
             batches = _batches(len(data), batch_size, seed, device)
             for first in range(0, last, every):
-                record = _train(step, batches, min(every, last - first), first, verbose)
+                record = _train(step, batches, min(every, last - first), first, per_epoch, verbose)
                 if by_steps:
                     record = {"epoch": record.pop("epoch"), "step": min(first + every, last), **record}
                 with torch.random.fork_rng(devices=cuda):  # the noise of training goes on as if nothing had been drawn here
@@ -159,18 +159,19 @@ def _worth_compiling(observations: int, batch_size: int, steps: int) -> set[int]
     return {size for size, count in counts.items() if count >= _PAYS}
 
 
-def _batches(size: int, batch_size: int, seed: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """(epoch, indices of a batch) without end; seeds torch's noise at the start of each epoch."""
+def _batches(size: int, batch_size: int, seed: int, device: torch.device) -> Iterator[Tensor]:
+    """Indices of the batches of all epochs, without end; seeds torch's noise at the start of each epoch."""
     for epoch in itertools.count(1):
         # Two streams: the order of the data must not depend on how much noise the objective draws.
         order_seed, noise_seed = _streams(seed, epoch)
         order = torch.randperm(size, generator=torch.Generator().manual_seed(order_seed)).to(device)
         torch.manual_seed(noise_seed)
-        for index in order.split(batch_size):
-            yield epoch, index
+        yield from order.split(batch_size)
 
 
-def _train(step: EagerStep, batches: Iterator[tuple[int, Tensor]], steps: int, done: int, verbose: bool) -> dict[str, Any]:
+def _train(
+    step: EagerStep, batches: Iterator[Tensor], steps: int, done: int, per_epoch: int, verbose: bool
+) -> dict[str, Any]:
     """So many steps after those done: the terms averaged over the observations seen, and the time it took."""
     step.objective.train()
     step.begin()
@@ -179,21 +180,24 @@ def _train(step: EagerStep, batches: Iterator[tuple[int, Tensor]], steps: int, d
     compiled = step.compile_seconds
     start = time.perf_counter()
     with tqdm(total=steps, desc=f"step {done:,}", unit="step", leave=False, disable=None if verbose else True) as bar:
-        for number, (epoch, index) in enumerate(itertools.islice(batches, steps), start=1):
-            terms, finite = step(index)
-            if not finite:
-                x = step.data.batch(index)
-                raise NonFiniteError(_describe(step.objective, x, epoch, done + number, terms["loss"]))
-            for name, value in terms.items():
-                totals[name] = totals.get(name, 0.0) + value * len(index)
-            seen += len(index)
-            if number % 20 == 0 or number == steps:
-                bar.set_postfix(epoch=epoch, loss=f"{terms['loss']:.2f}", refresh=False)
-                bar.update(number - bar.n)
-    step.end()
+        try:
+            for number, index in enumerate(itertools.islice(batches, steps), start=1):
+                terms = step(index)
+                size = index.shape[0]
+                for name, value in terms.items():
+                    totals[name] = totals.get(name, 0.0) + value * size
+                seen += size
+                if number % 20 == 0 or number == steps:
+                    bar.set_postfix(epoch=math.ceil((done + number) / per_epoch), loss=f"{terms['loss']:.2f}", refresh=False)
+                    bar.update(number - bar.n)
+            step.end()
+        except NonFiniteStepError as error:
+            failed = done + number - error.ago
+            x = step.data.batch(error.index)
+            raise NonFiniteError(_describe(step.objective, x, math.ceil(failed / per_epoch), failed, error.loss)) from None
     compiled = step.compile_seconds - compiled
     seconds = time.perf_counter() - start - compiled
-    record = {"epoch": epoch} | {name: total / seen for name, total in totals.items()}
+    record = {"epoch": math.ceil((done + steps) / per_epoch)} | {name: total / seen for name, total in totals.items()}
     record |= {"seconds": seconds, "images_per_second": seen / seconds}
     return record | ({"compile_seconds": compiled} if compiled else {})
 

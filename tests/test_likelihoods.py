@@ -119,6 +119,26 @@ def test_joint_log_prob_with_gradient_equals_the_sum_over_pixels():
     torch.testing.assert_close(gradient, x - torch.sigmoid(output.detach()))
 
 
+@pytest.mark.parametrize("shapes", [((3, 8), (3, 8)), ((2, 3, 8), (3, 8)), ((8,), (3, 8)), ((3, 131), (131,))])
+def test_gradients_of_the_joint_log_prob(shapes):
+    """Of both orders, and in batches, for the logits and for grey values, against finite differences."""
+    logits, x = (f(shape, dtype=torch.float64) for f, shape in zip((torch.randn, torch.rand), shapes, strict=True))
+
+    def log_prob(logits, x):
+        return BernoulliLikelihood()(2 * logits).to_event(1).log_prob(x).exp()
+
+    inputs = (logits.requires_grad_(), x.requires_grad_())
+    assert torch.autograd.gradcheck(log_prob, inputs, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(log_prob, inputs)
+
+
+def test_hessian_of_the_joint_log_prob_by_functorch():
+    logits, x = torch.randn(8, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
+    hessian = torch.func.jacrev(torch.func.jacrev(lambda v: BernoulliLikelihood()(v).to_event(1).log_prob(x)))(logits)
+    p = logits.sigmoid()
+    torch.testing.assert_close(hessian, torch.diag(-p * (1 - p)))
+
+
 def test_joint_log_prob_still_checks_the_values():
     with pytest.raises(ValueError, match="Expected value"):
         BernoulliLikelihood()(torch.zeros(3, 4)).to_event(1).log_prob(torch.full((3, 4), 255.0))
