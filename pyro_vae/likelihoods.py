@@ -51,7 +51,8 @@ class _RelaxedBernoulliEvent(dist.Independent):  # the class of to_event, and th
 
     def log_prob(self, value: Tensor) -> Tensor:
         logits, ndims = self.base_dist.logits, self.reinterpreted_batch_ndims
-        if ndims == 0 or logits.dtype not in (torch.float32, torch.float64):  # half: products would leave its range
+        half = logits.dtype not in (torch.float32, torch.float64)  # products would leave its range
+        if ndims == 0 or half or logits.shape[-ndims:] != value.shape[-ndims:]:
             return super().log_prob(value)
         if self.base_dist._validate_args:
             self.base_dist._validate_sample(value)
@@ -81,6 +82,7 @@ class _BernoulliLogProb(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*inputs, output[1])
+        ctx.save_for_forward(*inputs, output[1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -94,36 +96,43 @@ class _BernoulliLogProb(torch.autograd.Function):
             (gradient * logits).sum_to_size(x.shape) if to_x else None,
         )
 
+    @staticmethod
+    def jvp(ctx: Any, logits_change: Tensor, x_change: Tensor | None, *_: Any) -> tuple[Tensor, None]:
+        logits, x, s = ctx.saved_tensors
+        change = (x - s) * logits_change
+        if x_change is not None:
+            change = change + logits * x_change
+        return change.sum(-1), None
+
 
 def _block(pixels: int) -> int:
     """How many of these a product is taken of: the largest divisor up to 126, whose powers of 2 float32 can hold."""
     return next(n for n in range(126, 0, -1) if pixels % n == 0)  # 112 for 784 pixels
 
 
+_CACHE = 2**17  # numbers in a buffer that stays in a core's cache
+
+
 def _bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
-    """The same without a gradient, as sum_d (x_d - 1/2) l_d - |l_d| / 2 - log(1 + exp(-|l_d|)).
+    """The same without a gradient, as sum_d (x_d - 1/2) l_d - |l_d| / 2 - log(1 + exp(-|l_d|)), some rows at a time.
 
-    One pass over the logits is saved by a matrix product, and most logarithms by taking them of products of 1 + exp(-|l|),
-    which lies in (1, 2].
+    Most logarithms are saved by taking them of products of 1 + exp(-|l|), which lies in (1, 2].
     """
-    if logits.dim() == 3 and x.dim() == 2:  # (draws, images, pixels) and (images, pixels)
-        linear = torch.einsum("bd,kbd->kb", x - 0.5, logits)
-    else:
-        linear = ((x - 0.5) * logits).sum(-1)
-    return linear - _half_abs_plus_log1p_exp(logits.reshape(-1, logits.shape[-1])).reshape(logits.shape[:-1])
+    x = x.expand(torch.broadcast_shapes(logits.shape, x.shape))
+    logits = logits.expand(x.shape)
+    if logits.dim() == 1 or logits.numel() <= _CACHE:
+        return _bernoulli_rows(logits, x)
+    if len(logits) == 1 or logits[0].numel() >= _CACHE:
+        return torch.stack([_bernoulli_log_prob(a, b) for a, b in zip(logits, x, strict=True)])
+    rows = _CACHE // logits[0].numel()
+    return torch.cat([_bernoulli_rows(a, b) for a, b in zip(logits.split(rows), x.split(rows), strict=True)])
 
 
-def _half_abs_plus_log1p_exp(logits: Tensor) -> Tensor:
-    """sum_d |l_d| / 2 + log(1 + exp(-|l_d|)): ``(rows, pixels)`` -> ``(rows,)``, in a buffer small enough for a cache."""
-    pixels = logits.shape[-1]
-    rows = max(1, 2**20 // pixels)  # 4 MiB
-    buffer, sign = torch.empty_like(logits[:rows]), logits.new_tensor(-1.0)
-    sums = []
-    for part in logits.split(rows):
-        size = torch.copysign(part, sign, out=buffer[: len(part)])  # -|l| in one pass
-        half = -0.5 * size.sum(-1)
-        sums.append(half + size.exp_().add_(1).unflatten(-1, (-1, _block(pixels))).prod(-1).log_().sum(-1))
-    return torch.cat(sums)
+def _bernoulli_rows(logits: Tensor, x: Tensor) -> Tensor:
+    size = torch.copysign(logits, logits.new_tensor(-1.0))  # -|l| in one pass
+    # Pixel by pixel: apart, these two sums would cancel, and lose the digits of a log p that is small beside them.
+    linear = torch.addcmul(0.5 * size, x - 0.5, logits).sum(-1)
+    return linear - size.exp_().add_(1).unflatten(-1, (-1, _block(logits.shape[-1]))).prod(-1).log_().sum(-1)
 
 
 # Log-scales are their own up to +-7 (scales from 1/1100 to 1100) and bend smoothly to stay within +-10.

@@ -104,6 +104,8 @@ def fit(
         if part is not None and part.x.is_floating_point():  # uint8 is scaled into [0, 1], which suits every likelihood
             objective.check(part.x)
     objective.to(device)
+    if not isinstance(compile, bool | None):
+        raise ValueError(f"compile: expected True, False or None, found {compile!r}.")
     if compile and device.type != "cpu":
         raise ValueError(f"compile: expected device cpu, found {device}. Leave compile out to train there eagerly.")
     optimizer = torch.optim.Adam(parameters, lr=lr, eps=eps, fused=True)

@@ -119,24 +119,51 @@ def test_joint_log_prob_with_gradient_equals_the_sum_over_pixels():
     torch.testing.assert_close(gradient, x - torch.sigmoid(output.detach()))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # by torch's own rules of forward differentiation
 @pytest.mark.parametrize("shapes", [((3, 8), (3, 8)), ((2, 3, 8), (3, 8)), ((8,), (3, 8)), ((3, 131), (131,))])
 def test_gradients_of_the_joint_log_prob(shapes):
-    """Of both orders, and in batches, for the logits and for grey values, against finite differences."""
+    """Of both orders, forwards and in batches, for the logits and for grey values, against finite differences."""
     logits, x = (f(shape, dtype=torch.float64) for f, shape in zip((torch.randn, torch.rand), shapes, strict=True))
 
     def log_prob(logits, x):
         return BernoulliLikelihood()(2 * logits).to_event(1).log_prob(x).exp()
 
     inputs = (logits.requires_grad_(), x.requires_grad_())
-    assert torch.autograd.gradcheck(log_prob, inputs, check_batched_grad=True)
+    assert torch.autograd.gradcheck(log_prob, inputs, check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(log_prob, inputs)
 
 
-def test_hessian_of_the_joint_log_prob_by_functorch():
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.parametrize("hessian", [lambda f: torch.func.jacrev(torch.func.jacrev(f)), torch.func.hessian])
+def test_hessian_of_the_joint_log_prob_by_functorch(hessian):
     logits, x = torch.randn(8, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
-    hessian = torch.func.jacrev(torch.func.jacrev(lambda v: BernoulliLikelihood()(v).to_event(1).log_prob(x)))(logits)
+    found = hessian(lambda v: BernoulliLikelihood()(v).to_event(1).log_prob(x))(logits)
     p = logits.sigmoid()
-    torch.testing.assert_close(hessian, torch.diag(-p * (1 - p)))
+    torch.testing.assert_close(found, torch.diag(-p * (1 - p)))
+
+
+def test_joint_log_prob_of_many_by_vmap():
+    logits, x = torch.randn(5, 3, 8), torch.rand(8)
+    found = torch.func.vmap(lambda v: BernoulliLikelihood()(v).to_event(1).log_prob(x))(logits)
+    torch.testing.assert_close(found, BernoulliLikelihood()(logits).log_prob(x).sum(-1))
+
+
+@pytest.mark.parametrize("scale", [1, 10, 1e3, 1e6])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_joint_log_prob_keeps_its_digits_where_the_decoder_is_saturated(scale, gradient):
+    """All pixels right, so that log p is small beside the logits."""
+    x = (torch.rand(4, 784) < 0.3).float()
+    logits = (2 * x - 1) * torch.rand(300, 4, 784) * scale  # larger than a block that is worked on at once
+    exact = BernoulliLikelihood()(logits.double()).log_prob(x.double()).sum(-1)
+    found = BernoulliLikelihood()(logits.requires_grad_(gradient)).to_event(1).log_prob(x)
+    torch.testing.assert_close(found.double(), exact, rtol=3e-6, atol=1e-6)
+    assert (found <= 0).all()
+
+
+def test_logits_that_are_broadcast_over_pixels():
+    logits, x = torch.randn(4, 1, 1), torch.rand(4, 8, 8)
+    found = BernoulliLikelihood()(logits).to_event(2).log_prob(x)
+    torch.testing.assert_close(found, BernoulliLikelihood()(logits).log_prob(x).sum((1, 2)))
 
 
 def test_joint_log_prob_still_checks_the_values():

@@ -1,6 +1,9 @@
 import copy
+import random
 import warnings
+from dataclasses import dataclass
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -241,6 +244,126 @@ def test_frozen_parameters_stay_and_thaw(traced):
     assert not equal(weights(first), kept)
 
 
+class Changing(Objective):
+    """A KL weight that changes in many ways."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(2)
+        self.how, self.inner = how, NegativeELBO(make_vae(EVENT))
+        self.register_buffer("weight", torch.ones(()))
+        self.bias = nn.Parameter(torch.zeros(EVENT))
+        self.settings, self.words = Settings(), {"kl": 1.0}
+        self.scale, self.calls = torch.ones(()), CALLS
+        self.extra = False
+
+    def forward(self, x):
+        weight = self.weight * self.settings.beta * self.words["kl"] * self.scale
+        if self.how == "rebound":
+            self.weight = (self.weight + 0.05).clamp(max=3.0)
+        elif self.how in OTHER_NOISE and OTHER_NOISE[self.how]() < 0.2:
+            weight = weight * 3
+        elif self.how == "counts-outside":
+            CALLS.append(1)
+            weight = weight * (1 + len(CALLS))
+        terms = self.inner(x)
+        loss = terms["reconstruction"] + weight * terms["kl"]
+        if self.extra:
+            loss = loss + ((self.bias - x) ** 2).sum((1, 2, 3)).mean()
+        return terms | {"loss": loss}
+
+    def after(self, record):
+        if record["epoch"] == 3:
+            match self.how:
+                case "object":
+                    self.settings.beta = 20.0
+                case "new-object":
+                    self.settings = None  # so that the new one may be put in its place in memory
+                    self.settings = Settings(5.0)
+                case "dict":
+                    self.words["kl"] = 20.0
+                case "tensor":
+                    self.scale.fill_(20.0)
+                case "late-parameter":
+                    self.extra = True
+
+
+@dataclass
+class Settings:
+    beta: float = 1.0
+
+
+CALLS: list[int] = []
+OTHER_NOISE = {"python-random": random.random, "numpy-random": np.random.rand}
+
+
+@pytest.mark.parametrize(
+    ("how", "warned"),
+    [
+        *((how, False) for how in ("rebound", "object", "new-object", "dict", "tensor", "late-parameter")),
+        *((how, True) for how in ("python-random", "numpy-random", "counts-outside")),
+    ],
+)
+def test_what_changes_is_never_a_wrong_number(how, warned, traced):
+    found = []
+    for compile in (False, True):
+        CALLS.clear()
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        objective = Changing(how).double()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", NotCompiledWarning)
+            history = fit(
+                objective, DATA64, epochs=9, batch_size=6, lr=1e-2, compile=compile, verbose=False, on_epoch=objective.after
+            )
+        assert len(caught) == (compile and warned)
+        found.append((history, objective.state_dict()))
+    if how == "counts-outside" or how.endswith("random"):  # tracing draws and counts, too
+        return
+    for a, b in zip(found[0][0], found[1][0], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-9)
+    for a, b in zip(found[0][1].values(), found[1][1].values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_a_step_that_turns_wrong_is_undone_back_to_the_last_copy(monkeypatch):
+    """Right at the first checks, wrong later: no wrong step is left when a check has failed."""
+    calls = []
+
+    def compiler(graph, inputs):
+        def call(*args):
+            calls.append(1)
+            before = [a.clone() for a in args]
+            values = graph(*args)
+            if len(calls) > 9:
+                for a, b in zip(args[:-3], before, strict=False):
+                    a.add_(a - b)
+            return values
+
+        return call
+
+    monkeypatch.setattr(pyro_vae.step, "_inductor", compiler)
+    vae = make_vae(EVENT)
+    eager, objective = NegativeELBO(copy.deepcopy(vae)), NegativeELBO(vae)
+    fit(eager, DATA, epochs=18, batch_size=23, compile=False, verbose=False, record_every=18)
+    with pytest.warns(NotCompiledWarning, match="compiled, its"):
+        fit(objective, DATA, epochs=18, batch_size=23, compile=True, verbose=False, record_every=18)
+    assert len(calls) == 17  # the 17th is checked
+    assert equal(weights(objective), weights(eager))
+
+
+def test_a_number_that_changes_at_every_record_is_not_compiled_every_time(traced):
+    said = []
+    objective = NegativeELBO(make_vae(EVENT))
+
+    def warm_up(record):
+        objective.beta = min(2.0, record["epoch"] / 2)
+        said.append("compile_seconds" in record)
+
+    fit(objective, DATA, epochs=8, batch_size=23, compile=True, verbose=False, on_epoch=warm_up)
+    assert said == [True, *4 * [False], True, False, False]  # the first value, and the last once it has stayed
+
+
 class Failing(Objective):
     """Finite until the weight, which falls by lr at each step, is below -0.45; then loss or gradient is not.
 
@@ -286,9 +409,9 @@ def test_no_step_is_made_where_loss_or_gradient_is_not_finite(how, every, traced
         torch.testing.assert_close(a, b)
 
 
-def test_a_look_every_200_steps_finds_what_no_loss_tells(traced, monkeypatch):
+def test_a_look_before_each_copy_finds_what_no_loss_tells(traced, monkeypatch):
     made = []
-    monkeypatch.setattr(pyro_vae.step, "_EVERY", 20)
+    monkeypatch.setattr(pyro_vae.step, "_KEEP_EVERY", 20)
     call = CompiledStep._step
     monkeypatch.setattr(CompiledStep, "_step", lambda self, index: made.append(1) or call(self, index))
     with pytest.raises(NonFiniteError, match="the gradient is not finite in epoch 1, step 18"):
