@@ -21,16 +21,6 @@ __all__ = ["ConvDecoder", "ConvEncoder", "MLPDecoder", "MLPEncoder"]
 _relu = partial(nn.ReLU, inplace=True)  # same values and gradients, one pass and one copy of the hidden layer fewer
 
 
-def _input_major(layer: nn.Module) -> None:
-    """Lay the weights of a linear layer in memory input by input; the layer stays the same.
-
-    Of a first layer, whose input needs no gradient, the two products of a training step, x W and x' g, then read all their
-    factors row by row, and take a tenth less time on a CPU.
-    """
-    weight = layer.get_parameter("weight")
-    weight.data = weight.data.t().contiguous().t()
-
-
 def _mlp(sizes: Sequence[int], activation: Callable[[], nn.Module]) -> nn.Sequential:
     """Linear layers of the given sizes, an activation after each."""
     return nn.Sequential(*(layer for n, m in pairwise(sizes) for layer in (nn.Linear(n, m), activation())))
@@ -81,8 +71,6 @@ class MLPEncoder(nn.Module):
         self.event_dim = len(event_shape)
         sizes = (torch.Size(event_shape).numel(), *hidden)
         self.body = _mlp(sizes, activation)
-        if hidden:
-            _input_major(self.body[0])
         if not last_activation:
             self.body = self.body[:-1]
         # Both heads in one layer: the same model as two layers of latent_dim, in half the matrix products.

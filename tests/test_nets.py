@@ -88,12 +88,3 @@ def test_code_is_the_flattened_image_and_heads_are_apart():
 def test_convolutions_that_do_not_fit_are_refused(make, match):
     with pytest.raises(ValueError, match=match):
         make()
-
-
-def test_first_layer_is_a_linear_one_laid_out_input_by_input():
-    torch.manual_seed(0)
-    weight = MLPEncoder((1, 4, 4), hidden=(5, 3), latent_dim=2).body[0].weight
-    torch.manual_seed(0)
-    assert torch.equal(weight, nn.Linear(16, 5).weight)
-    assert weight.stride() == (1, 5)
-    MLPEncoder((1, 4, 4), hidden=(), latent_dim=2)  # has none
