@@ -68,14 +68,19 @@ def build(train: Data, hidden: int) -> VAE:
 
 
 def our_steps(kind: type[EagerStep], objective: Objective, train: Data, batches: Iterator[Tensor], steps: int) -> Way:
-    """So many of fit's steps on the next batches."""
+    """So many of fit's steps on the next batches, begun once per epoch's worth of images, as fit begins its epochs."""
     step = kind(objective, train, torch.optim.Adam(objective.parameters(), lr=1e-3, fused=True))
+    left = 0  # images, of the epoch
 
     def run() -> None:
+        nonlocal left
         with pyro.validation_enabled(False):
-            step.begin()
             for index in itertools.islice(batches, steps):
+                if left < len(index):
+                    step.begin()
+                    left = len(train)
                 step(index)
+                left -= len(index)
             step.end()
 
     return run
