@@ -363,8 +363,11 @@ def profile(train: Data, repeats: int) -> list[Row]:
     pyro.clear_param_store()
     with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
         ways = ways_to_train(train, batch_size=128, draws=1, hidden=400, steps=steps, only=names)
-        seconds = measure(ways, repeats)
-    for name, way in ways.items():
+        measure(ways, 1)  # compiles
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    looks: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    for _, (name, way) in itertools.product(range(repeats), ways.items()):  # side by side, for machines drift
+        seconds[name] += measure({name: way}, 1)[name]
         with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as watched:
             way()
         kinds = dict.fromkeys(_KINDS, 0.0)
@@ -376,7 +379,10 @@ def profile(train: Data, repeats: int) -> list[Row]:
                 if whole and (plain in parts if exact else any(part in event.key for part in parts)):
                     kinds[kind] += event.self_cpu_time_total / steps
                     break
+        looks[name].append(kinds)
+    for name in ways:
         step = statistics.median(seconds[name]) / steps * 1e6
+        kinds = {kind: statistics.median(look[kind] for look in looks[name]) for kind in _KINDS}
         kinds["Python, Pyro, autograd, dispatch"] = step - sum(kinds.values())
         fields = {"case": "profile", "variant": name, "precision": "highest", "batch_size": 128, "microseconds": step}
         rows.append({**fields, "parts": {kind: round(value, 1) for kind, value in kinds.items()}})
