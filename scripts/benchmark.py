@@ -305,7 +305,7 @@ def training(train: Data, repeats: int) -> list[Row]:
     rows = []
     for draws in (1, 16):
         for batch_size in (128, 1024):
-            steps = max(2, 12_800 // (batch_size * draws))
+            steps = max(4, 12_800 // (batch_size * draws))
             pyro.clear_param_store()
             ways = ways_to_train(train, batch_size=batch_size, draws=draws, hidden=400, steps=steps, only=())
             for precision in ("highest", "medium"):
@@ -333,7 +333,7 @@ def scaling(train: Data, repeats: int) -> list[Row]:
             at = usual | {what: point}
             part = Data(train.x[: at["images"]])
             batch_size, draws, hidden = at["batch size"], at["latent draws"], at["hidden units"]
-            steps = max(2, 5_000_000 // (batch_size * draws * hidden))
+            steps = max(10, 5_000_000 // (batch_size * draws * hidden))  # enough that a check of the compiled one is rare
             pyro.clear_param_store()
             ways = ways_to_train(
                 part, batch_size=batch_size, draws=draws, hidden=hidden, steps=steps, only=(STOCK, EAGER, COMPILED)
@@ -366,7 +366,7 @@ def profile(train: Data, repeats: int) -> list[Row]:
         measure(ways, 1)  # compiles
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     looks: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
-    for _, (name, way) in itertools.product(range(repeats), ways.items()):  # side by side, for machines drift
+    for _, (name, way) in itertools.product(range(max(3, repeats // 3)), ways.items()):  # side by side, for machines drift
         seconds[name] += measure({name: way}, 1)[name]
         with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as watched:
             way()
