@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from pyro_vae.checks import whole_number
-from pyro_vae.importance import Accumulator, ImportanceEstimate, LogMarginal, evaluating
+from pyro_vae.importance import ImportanceEstimate, LogMarginal, evaluating
 from pyro_vae.vae import VAE
+from pyro_vae.weights import Accumulator
 
 __all__ = ["DirectLogMarginal", "direct_log_marginal", "direct_log_prob", "prior_search"]
 

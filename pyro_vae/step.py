@@ -7,7 +7,6 @@ same noise from the same generator as the eager step, and the two may take turns
 
 import copy
 import math
-import random
 import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
@@ -18,17 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.compiling import NotCompiledWarning, UntraceableError, inductor, reason_of, trace
 from pyro_vae.data import Data
 from pyro_vae.objectives import Objective
 
-__all__ = ["NOT_TERMS", "CompiledStep", "EagerStep", "NonFiniteStepError", "NotCompiledWarning"]
+__all__ = ["NOT_TERMS", "CompiledStep", "EagerStep", "NonFiniteStepError"]
 
 # What fit adds to an objective's terms in its records.
 NOT_TERMS = ("epoch", "step", "seconds", "images_per_second", "compile_seconds", "test")
-
-
-class NotCompiledWarning(UserWarning):
-    """An objective that cannot be compiled, and is trained eagerly."""
 
 
 class NonFiniteStepError(Exception):
@@ -238,7 +234,7 @@ class CompiledStep(EagerStep):
                     (values,) = graph.call(*copies, scalars, self.data.x, index)
             except Exception as error:  # whatever Python, Pyro, the tracer and the compiler raise
                 self._verify()
-                self._give_up(_reason(error))
+                self._give_up(reason_of(error))
                 return terms
         found = dict(zip(graph.names, values.tolist(), strict=True))
         number = len(self.parameters)
@@ -270,8 +266,6 @@ class CompiledStep(EagerStep):
         return torch.tensor([rows[n] for n in self._updates], dtype=self.parameters[0].dtype)
 
     def _compile(self, state: Sequence[Tensor], scalars: Tensor, index: Tensor) -> "_Graph":
-        from torch.fx.experimental.proxy_tensor import make_fx  # heavy, and only needed here
-
         start = time.perf_counter()
         names: list[str] = []
         number = len(self.parameters)
@@ -294,7 +288,7 @@ class CompiledStep(EagerStep):
             for name, old in zip(self._names[len(places) :], held[len(places) :], strict=True):
                 if (new := named[name]) is not old:  # a buffer that forward() has put another tensor in the place of
                     if (new.shape, new.dtype) != (old.shape, old.dtype):
-                        raise _UntraceableError(f"the buffer {name} changes its shape or type in forward()")
+                        raise UntraceableError(f"the buffer {name} changes its shape or type in forward()")
                     old.copy_(new.detach())
             gradients = torch.autograd.grad(terms["loss"], [leaves[place] for place in trained], allow_unused=True)
             names[:] = terms
@@ -309,14 +303,12 @@ class CompiledStep(EagerStep):
                     old.copy_(new)
             return (torch.stack([value.detach() for value in terms.values()]),)
 
-        held, noise = _held(self.objective), _noise_of_others()
+        held = _held(self.objective)
         inputs = (*(t.clone() for t in state), scalars, self.data.x, index)  # tracing runs the operations
-        graph = make_fx(function, decomposition_table={torch.ops.aten.addmm.default: _addmm})(*inputs)
+        graph = trace(function, inputs)
         if _held(self.objective) != held:
-            raise _UntraceableError("the objective changes its own Python attributes in forward()")
-        if _noise_of_others() != noise:
-            raise _UntraceableError("the objective draws from Python's or NumPy's random numbers; draw from torch's")
-        call = _inductor(graph, inputs)
+            raise UntraceableError("the objective changes its own Python attributes in forward()")
+        call = inductor(graph, inputs)
         seconds = time.perf_counter() - start
         self.compile_seconds += seconds
         if self._say is not None:
@@ -330,40 +322,6 @@ class _Graph:
     names: list[str]  # of the terms
     updates: list[int]  # the parameters that have a gradient
     steps: int = 0  # made of it
-
-
-def _inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    """The graph compiled, its noise drawn from torch's own generator."""
-    import torch._inductor
-
-    for node in graph.graph.nodes:
-        node.meta.pop("val", None)  # of the tracer's mode, which the C++ wrapper would mix with its own
-    options: dict[str, Any] = {"fallback_random": True, "cpp_wrapper": True, "pattern_matcher": False}  # see _addmm
-    with torch.no_grad():
-        call: Callable[..., Any] = torch._inductor.compile(graph, list(inputs), options=options)
-    return call
-
-
-def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """Product and bias apart: the bias joins the next elementwise loop, where one call would first copy it to every row."""
-    return beta * bias + alpha * (a @ b) if (beta, alpha) != (1, 1) else a @ b + bias
-
-
-class _UntraceableError(Exception):
-    """An objective that cannot be traced, and why."""
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, _UntraceableError):
-        return str(error)
-    lines = str(error).strip().splitlines() or ["no reason given"]
-    if "_local_scalar_dense" in lines[0] or "data-dependent" in lines[0].lower():
-        return "the objective is data-dependent: it takes the value of a tensor to Python (by if, float() or item())"
-    return f"{type(error).__name__}: {lines[0]}"
-
-
-def _noise_of_others() -> Any:
-    return random.getstate(), str(np.random.get_state())  # noqa: NPY002, it is the old generator that has a global state
 
 
 class _Same:

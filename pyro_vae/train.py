@@ -65,7 +65,7 @@ def fit(
         compile: trace each step once per batch size, Pyro's handlers included, and run it as one compiled graph: the same
             values, gradients and noise at two to four times the speed, after some seconds of compiling. None: on the CPU,
             for batch sizes of which there are at least 4,000 steps to make. What cannot be compiled is trained eagerly,
-            with a :class:`~pyro_vae.step.NotCompiledWarning`. Needs a C++ compiler.
+            with a :class:`~pyro_vae.compiling.NotCompiledWarning`. Needs a C++ compiler.
         precision: of matrix products in float32, for the time of training: ``"highest"``, or ``"high"`` or ``"medium"``, see
             :func:`torch.set_float32_matmul_precision`: faster where the hardware has units for it.
         seed: of data order and noise, a whole number >= 0; not of the initial weights, which are drawn

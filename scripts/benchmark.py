@@ -54,7 +54,9 @@ from pyro_vae import (
     load_preset,
     log_marginal,
 )
+from pyro_vae.importance import CompiledWeights
 from pyro_vae.step import CompiledStep, EagerStep
+from pyro_vae.weights import Accumulator
 
 SETTINGS = load_preset("bernoulli-z20")
 STOCK, PRODUCTS, EAGER, COMPILED = "stock Pyro", "matrix products alone", "pyro_vae eager", "pyro_vae compiled"
@@ -259,8 +261,18 @@ def importance(train: Data, repeats: int) -> list[Row]:
     def marginal() -> None:
         log_marginal(vae.generate, vae.infer, x, num_samples=500)
 
+    weigh = CompiledWeights(vae.generate, vae.infer, (500, 20))
+
+    def compiled() -> None:  # as log_marginal does it, but compiled once for all repeats
+        with torch.no_grad():
+            for images in x.split(20):
+                accumulator = Accumulator(500)
+                accumulator.add(weigh(images, 500))
+                accumulator.figures()
+
+    ways: dict[str, Way] = {PRODUCTS: products, "log_marginal": marginal, "log_marginal, compiled": compiled}
     fields = {"case": "log p(x) with 500 draws", "precision": "highest", "batch_size": 500}
-    return show(rows_of(measure({PRODUCTS: products, "log_marginal": marginal}, repeats), 500, **fields))
+    return show(rows_of(measure(ways, repeats), 500, **fields))
 
 
 def measure(ways: dict[str, Way], repeats: int, precision: str = "highest") -> dict[str, list[float]]:
@@ -542,6 +554,7 @@ def plot(rows: list[Row]) -> Figure:
             axes.barh(place, value, xerr=error, color=colors.get(row["variant"], "lightgray"), ecolor="gray")
             axes.text(500, place, f"{value:,.0f}", va="center", ha="left")
         axes.set_yticks(range(len(part)), [row["variant"] for row in part])
+        axes.locator_params(axis="x", nbins=5)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel("images per second")
         axes.set_title(f"784-400-20, batches of {batch_size:,}")

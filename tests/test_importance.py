@@ -11,8 +11,11 @@ import torch
 from conftest import LIKELIHOODS, make_vae
 from torch import nn
 
+import pyro_vae.importance
 from pyro_vae import evaluate, log_marginal
-from pyro_vae.importance import Accumulator, UnreliableEstimateWarning, pareto_k
+from pyro_vae.compiling import NotCompiledWarning
+from pyro_vae.importance import UnreliableEstimateWarning
+from pyro_vae.weights import Accumulator, pareto_k
 
 X = torch.randn(9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
@@ -554,3 +557,111 @@ def test_ties_at_the_threshold_are_no_heavy_tail():
     assert z_scores.abs().max() < 5
     assert 0.7 < z_scores.std() < 1.3
     assert estimate.unreliable.sum() <= 5
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """The traced graph itself in place of the compiled one, and how often it was traced."""
+    shapes = []
+
+    def inductor(graph, inputs):
+        shapes.append(tuple(inputs[0].shape))
+        return graph
+
+    monkeypatch.setattr(pyro_vae.importance, "inductor", inductor)
+    return shapes
+
+
+def twice(model, guide, x, **options):
+    """log_marginal run eagerly and compiled, from the same state of the noise, and numbers drawn after it."""
+    results = []
+    for compile in (False, True):
+        torch.manual_seed(3)
+        results.append((log_marginal(model, guide, x, compile=compile, **options), torch.randn(3)))
+    (eager, noise), (compiled, same_noise) = results
+    assert torch.equal(noise, same_noise)
+    return eager, compiled
+
+
+@pytest.mark.parametrize("chunk_size", [20, 24, 1000])  # of 10 draws: 2 images, the last alone; 24 is no multiple
+@pytest.mark.filterwarnings("ignore:log_marginal.*heavy")
+def test_compiled_weights_are_the_eager_ones(vae64, traced, chunk_size):
+    x = torch.rand(9, 1, 4, 4).double()
+    eager, compiled = twice(vae64.model, vae64.guide, x, num_samples=10, chunk_size=chunk_size)
+    for name in ("value", "standard_error", "ess"):
+        torch.testing.assert_close(getattr(compiled, name), getattr(eager, name), rtol=1e-9, atol=1e-12)
+    assert len(traced) == 1
+
+
+def test_compiled_weights_of_programs_that_are_no_modules(traced):
+    shift = torch.tensor(0.5).double()
+
+    def model(x):  # z ~ N(0, 1), x | z ~ N(z + shift, 1)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+            pyro.sample("x", dist.Normal(z + shift, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x - shift) / 2, 0.5**0.5))
+
+    x = torch.linspace(-3, 3, 7).double()
+    estimate = log_marginal(model, guide, x, num_samples=50, chunk_size=100, compile=True)
+    torch.testing.assert_close(estimate.value, dist.Normal(shift, 2**0.5).log_prob(x))
+    assert traced == [(2,)]
+
+
+@pytest.mark.filterwarnings("ignore:log_marginal.*heavy")
+def test_inductor_gives_the_eager_weights(vae):
+    eager, compiled = twice(vae.model, vae.guide, torch.rand(7, 1, 4, 4), num_samples=10, chunk_size=30)
+    torch.testing.assert_close(compiled.value, eager.value)
+
+
+def test_what_cannot_be_compiled_is_said_and_run_eagerly(traced, monkeypatch):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0 if x.sum() > 0 else 2.0))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.warns(NotCompiledWarning, match="log_marginal, run eagerly, not compiled: it is data-dependent") as caught:
+        eager, compiled = twice(model, guide, torch.ones(6), num_samples=10, chunk_size=20)
+    assert len(caught) == 1
+    assert torch.equal(eager.value, compiled.value)
+    wrong = lambda graph, inputs: lambda x: (graph(x)[0] + 0.1,)  # noqa: E731
+    monkeypatch.setattr(pyro_vae.importance, "inductor", wrong)
+    prior = lambda x: None  # noqa: E731
+    with pytest.warns(NotCompiledWarning, match="its log weights are not those of the eager call"):
+        eager, compiled = twice(model, prior, torch.ones(6), num_samples=10, chunk_size=20)
+    assert torch.equal(eager.value, compiled.value)
+
+
+def test_a_weight_that_is_not_finite_names_its_site_compiled_too(traced):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, (x / x).abs()), obs=x)
+
+    x = torch.ones(6)
+    x[-1] = 0.0  # not in the first chunk
+    with (
+        pyro.validation_enabled(False),
+        pytest.raises(ValueError, match="nan or .inf log weight, from site 'x', for 1 of the 2"),
+    ):
+        log_marginal(model, lambda x: None, x, num_samples=10, chunk_size=20, compile=True)
+    assert len(traced) == 1
+
+
+def test_compiling_is_by_default_for_many_chunks(vae, traced, monkeypatch):
+    x = torch.rand(6, 1, 4, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreliableEstimateWarning)
+        for chunks, compiled in ((7, 0), (6, 1)):
+            monkeypatch.setattr(pyro_vae.importance, "_PAYS", chunks)
+            log_marginal(vae.model, vae.guide, x, num_samples=10, chunk_size=10)
+            assert len(traced) == compiled
+    with pytest.raises(ValueError, match="compile: expected True, False or None, found 'yes'"):
+        log_marginal(vae.model, vae.guide, x, compile="yes")

@@ -405,7 +405,7 @@ def test_benchmark_on_digits(tmp_path):
 @pytest.mark.parametrize("draws", [1, 3])
 def test_benchmark_of_all_ways_to_train(draws, digits, monkeypatch):
     """Each way in the benchmark makes its steps, on the same data."""
-    monkeypatch.setattr(pyro_vae.step, "_inductor", lambda graph, inputs: graph)
+    monkeypatch.setattr(pyro_vae.step, "inductor", lambda graph, inputs: graph)
     benchmark = load_script("benchmark")
     ways = benchmark.ways_to_train(digits[0], batch_size=16, draws=draws, hidden=8, steps=2, only=())
     rows = benchmark.rows_of(benchmark.measure(ways, 1), 32, case="training", precision="highest", batch_size=16)
@@ -417,7 +417,7 @@ def test_benchmark_of_all_ways_to_train(draws, digits, monkeypatch):
 
 def test_iwae_in_stages(digits, tmp_path, monkeypatch, capsys):
     """Two stages, then a third after them: the same as three at once; and what cannot go on is refused."""
-    monkeypatch.setattr(pyro_vae.step, "_inductor", lambda graph, inputs: graph)
+    monkeypatch.setattr(pyro_vae.step, "inductor", lambda graph, inputs: graph)
     iwae = load_script("iwae_mnist")
     few = ["--dataset", "digits", "--images", "20", "--importance-samples", "25"]
 

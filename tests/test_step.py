@@ -28,7 +28,8 @@ from pyro_vae import (
     ReconstructionError,
     fit,
 )
-from pyro_vae.step import CompiledStep, EagerStep, NotCompiledWarning
+from pyro_vae.compiling import NotCompiledWarning
+from pyro_vae.step import CompiledStep, EagerStep
 from pyro_vae.train import _worth_compiling
 
 EVENT = (1, 16, 16)
@@ -80,7 +81,7 @@ def make_objective(objective, likelihood, net):
 @pytest.fixture
 def traced(monkeypatch):
     """The traced graph itself, without the minutes that Inductor would take for all of these."""
-    monkeypatch.setattr(pyro_vae.step, "_inductor", lambda graph, inputs: graph)
+    monkeypatch.setattr(pyro_vae.step, "inductor", lambda graph, inputs: graph)
 
 
 def steps(kind, objective, data, batches, **arguments):
@@ -206,7 +207,7 @@ def test_a_compiler_that_fails_or_errs_is_noticed(monkeypatch):
     eager = NegativeELBO(copy.deepcopy(vae))
     fit(eager, DATA, epochs=2, batch_size=10, compile=False, verbose=False)
     for compiler, reason in ((missing, "no C"), (wrong_loss, "compiled, its loss is"), (wrong_gradient, "its gradient")):
-        monkeypatch.setattr(pyro_vae.step, "_inductor", compiler)
+        monkeypatch.setattr(pyro_vae.step, "inductor", compiler)
         objective = NegativeELBO(copy.deepcopy(vae))
         with pytest.warns(NotCompiledWarning, match=reason):
             fit(objective, DATA, epochs=2, batch_size=10, compile=True, verbose=False)
@@ -342,7 +343,7 @@ def test_a_step_that_turns_wrong_is_undone_back_to_the_last_copy(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(pyro_vae.step, "_inductor", compiler)
+    monkeypatch.setattr(pyro_vae.step, "inductor", compiler)
     vae = make_vae(EVENT)
     eager, objective = NegativeELBO(copy.deepcopy(vae)), NegativeELBO(vae)
     fit(eager, DATA, epochs=18, batch_size=23, compile=False, verbose=False, record_every=18)
@@ -452,7 +453,7 @@ def test_by_default_it_is_compiled_where_it_pays(observations, batch_size, steps
 
 
 def test_short_runs_are_eager_by_default(monkeypatch):
-    monkeypatch.setattr(pyro_vae.step, "_inductor", None)  # calling it would fail, with a warning, which is an error here
+    monkeypatch.setattr(pyro_vae.step, "inductor", None)  # calling it would fail, with a warning, which is an error here
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(NegativeELBO(make_vae(EVENT)), DATA, epochs=1, verbose=False)
