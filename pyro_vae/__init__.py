@@ -1,7 +1,7 @@
 """Variational autoencoders as Pyro model and guide functions, measured honestly. All figures are nats per observation."""
 
 from pyro_vae.autoencoder import Autoencoder
-from pyro_vae.checkpoint import CheckpointError, load_run
+from pyro_vae.checkpoint import CheckpointError, Checkpoints
 from pyro_vae.data import Data, DataError, load_data
 from pyro_vae.direct import direct_log_marginal, prior_search
 from pyro_vae.evaluate import evaluate
@@ -17,6 +17,8 @@ from pyro_vae.objectives import (
     scale_latents,
 )
 from pyro_vae.presets import PRESETS, load_preset
+from pyro_vae.progress import TrainingStoppedError
+from pyro_vae.run import load_run
 from pyro_vae.train import NonFiniteError, fit
 from pyro_vae.vae import VAE
 
@@ -28,6 +30,7 @@ __all__ = [
     "Autoencoder",
     "BernoulliLikelihood",
     "CheckpointError",
+    "Checkpoints",
     "ConvDecoder",
     "ConvEncoder",
     "Data",
@@ -43,6 +46,7 @@ __all__ = [
     "NormalLikelihood",
     "Objective",
     "ReconstructionError",
+    "TrainingStoppedError",
     "direct_log_marginal",
     "evaluate",
     "fit",

@@ -1,175 +1,183 @@
-"""A run is a folder: config.json, metrics.jsonl (a line per epoch), metrics.json, checkpoints/, figures/.
+"""Checkpoints: the whole state of a training run in a file, written whole or not at all, verified when it is read.
 
-JSON files and weights are written whole or not at all.
+A file is a zip as ``torch.save`` writes it, of tensors and plain values alone. It is written under another name in the same
+folder, flushed to the disk, renamed, and the folder flushed. When it is read, the CRC-32 of every member is verified, which
+torch does not do, and no code in it is run (``weights_only=True``).
 """
 
-import json
 import os
-import shutil
-from dataclasses import MISSING, asdict, fields
-from datetime import datetime
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from pyro_vae.autoencoder import Autoencoder
-from pyro_vae.checks import shape, usable_device
-from pyro_vae.presets import Settings
-from pyro_vae.vae import VAE
+__all__ = ["CheckpointError", "Checkpoints", "DamagedCheckpointWarning", "read_tensors", "whole_file", "write_tensors"]
 
-__all__ = [
-    "CheckpointError",
-    "append_jsonl",
-    "load_run",
-    "load_weights",
-    "new_run",
-    "save_weights",
-    "write_config",
-    "write_json",
-]
-
-_FORMAT = 1
-_CONFIG = "config.json"
-_WEIGHTS = Path("checkpoints", "weights.pt")
-_PARTS = (_CONFIG, "metrics.jsonl", "metrics.json", "checkpoints", "figures")
+FORMAT = 1
+_KEPT = 2
+_NAME = re.compile(r"step-(\d+)\.pt")
 
 
 class CheckpointError(ValueError):
-    """A run folder that cannot be written or read; the message names the file and what to do."""
+    """A file or folder of a run that cannot be written or read; the message names it and what to do."""
 
 
-def new_run(folder: str | Path | None, *, name: str, overwrite: bool = False) -> Path:
-    """Make the folder of a new run.
+class _NewerFormatError(CheckpointError):
+    """A checkpoint of a later version of this package, which is no reason to go back to an earlier one."""
+
+
+class DamagedCheckpointWarning(UserWarning):
+    """A damaged checkpoint, in whose place an earlier one is used."""
+
+
+@contextmanager
+def whole_file(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes the place of ``path`` when all of it is written, and is gone where that fails.
 
     Args:
-        folder: where; default: ``runs/<name>-<date>-<time>`` under the working directory, never one that exists.
-        name: of the run.
-        overwrite: empty a folder that holds an earlier run; anything else in it stays.
+        path: of the file.
+        durable: wait until it is on the disk, safe from a loss of power: some 20 ms.
 
     Raises:
-        CheckpointError: the folder is not empty, or cannot be written.
+        CheckpointError: it cannot be written; what stood at ``path`` still does.
     """
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        if folder is None:
-            stem = Path("runs", f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
-            path, count = stem, 1
-            while True:
-                try:
-                    path.mkdir(parents=True)
-                    break
-                except FileExistsError:
-                    count += 1
-                    path = stem.with_name(f"{stem.name}-{count}")
-        else:
-            path = Path(folder)
-            path.mkdir(parents=True, exist_ok=True)
-            if any(path.iterdir()):
-                _clear(path, overwrite)
-        for part in ("checkpoints", "figures"):
-            (path / part).mkdir()
-    except OSError as error:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            if durable:
+                os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        if durable and os.name == "posix":  # elsewhere a folder cannot be opened
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's, for an error of the stream it writes to
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise CheckpointError(
-            f"{error.filename}: the run's folder cannot be made ({error.strerror}). Name another."
+            f"{path}: cannot be written ({reason}). What stood there before still does. "
+            "Make room, or mend the folder's rights."
         ) from error
-    return path
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def _clear(path: Path, overwrite: bool) -> None:
-    if not overwrite:
-        raise CheckpointError(f"{path}: not empty. Name a new folder, or pass --overwrite to replace the run it holds.")
-    if not (path / _CONFIG).is_file():
-        raise CheckpointError(f"{path}: not empty, and no earlier run (no {_CONFIG}), so it is left alone. Name another.")
-    for part in _PARTS:
-        if (path / part).is_dir():
-            shutil.rmtree(path / part)
+def write_tensors(path: Path, content: dict[str, Any], *, durable: bool = True) -> None:
+    """Write a dict of tensors and plain values by :func:`torch.save`, as a :func:`whole_file`."""
+    with whole_file(path, durable=durable) as stream:
+        torch.save(content, stream)
+
+
+def read_tensors(path: Path, *, remedy: str = "") -> Any:
+    """What :func:`write_tensors` has written, on the CPU.
+
+    Raises:
+        CheckpointError: missing, or damaged in whatever way; the message ends with the remedy.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"{path}: damaged (the CRC of {damaged} is wrong). {remedy}".strip())
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile and torch.load answer damage with a dozen types of error
+        if isinstance(error, OSError) and error.strerror:
+            reason = f"cannot be read ({error.strerror})"
+        elif isinstance(error, pickle.UnpicklingError):
+            reason = "holds more than tensors and plain values, and code in a file is not run"
         else:
-            (path / part).unlink(missing_ok=True)
+            reason = f"damaged, or no file of torch.save ({type(error).__name__})"
+        raise CheckpointError(f"{path}: {reason}. {remedy}".strip()) from error
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+class Checkpoints:
+    """The checkpoints of a run in a folder: the last two, ``step-<number>.pt``, and ``best.pt``.
 
-
-def append_jsonl(path: Path, record: Any) -> None:
-    """Add one line to a file of JSON lines."""
-    with path.open("a") as stream:
-        stream.write(json.dumps(record) + "\n")
-
-
-def write_config(run: Path, settings: Settings, *, event_shape: tuple[int, ...], **provenance: Any) -> None:
-    """Write ``config.json``: what :func:`load_run` needs to build the model again, and where it comes from."""
-    config = {"format": _FORMAT, **asdict(settings), "event_shape": list(event_shape), **provenance}
-    write_json(run / _CONFIG, config)
-
-
-def save_weights(run: Path, model: VAE | Autoencoder, name: str = "weights") -> None:
-    """Write the weights, in place of those of the same name: by default those that :func:`load_run` reads."""
-    path = run / _WEIGHTS.with_stem(name)
-    temporary = path.with_suffix(".tmp")
-    torch.save(model.state_dict(), temporary)
-    os.replace(temporary, path)
-
-
-def load_weights(model: VAE | Autoencoder, path: Path, *, remedy: str = "Train again.") -> None:
-    """Load weights that :func:`save_weights` has written into their model.
-
-    Raises:
-        CheckpointError: the file is damaged, or of another model; the message ends a damaged file's with the remedy.
+    Args:
+        folder: made if it is not there.
     """
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load answers damage with half a dozen types of error
-        raise CheckpointError(f"{path}: cannot be read as weights ({type(error).__name__}). {remedy}") from error
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: not the weights of the model in {_CONFIG}: {reason}") from error
 
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
 
-def load_run(folder: str | Path, *, device: torch.device | str = "cpu") -> VAE | Autoencoder:
-    """The VAE, or the autoencoder, of a run folder, with the weights of its last finished epoch, in evaluation mode.
+    def paths(self) -> list[Path]:
+        """Of the last ones, the newest first."""
+        found = [(int(match[1]), path) for path in self.folder.glob("step-*.pt") if (match := _NAME.fullmatch(path.name))]
+        return [path for _, path in sorted(found, reverse=True)]
 
-    Raises:
-        CheckpointError: no run there, or a file of it that is damaged or does not fit the others.
+    def save(self, step: int, content: dict[str, Any]) -> None:
+        """Write the checkpoint of that step, and remove what is older than the last two, or of a later step (given up).
 
-    Example:
-        >>> from pyro.infer import Predictive
-        >>> vae = load_run("runs/demo")  # doctest: +SKIP
-        >>> images = Predictive(vae.model, num_samples=16)(size=1)["x"]  # doctest: +SKIP
-    """
-    settings, event_shape = _read_config(Path(folder) / _CONFIG)
-    path = Path(folder) / _WEIGHTS
-    device = usable_device(device)
-    with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten: leave the caller's stream alone
+        Raises:
+            CheckpointError: it cannot be written; earlier ones are still there.
+        """
+        path = self.folder / f"step-{step:09d}.pt"
+        self._write(path, content)
+        later = [other for other in self.paths() if other > path]
+        for old in (*later, *[other for other in self.paths() if other < path][_KEPT - 1 :]):
+            old.unlink(missing_ok=True)
+
+    def save_best(self, content: dict[str, Any]) -> None:
+        """Write ``best.pt``."""
+        self._write(self.folder / "best.pt", content)
+
+    def _write(self, path: Path, content: dict[str, Any]) -> None:
         try:
-            model = settings.build_model(event_shape)
-        except (RuntimeError, ValueError) as error:  # RuntimeError: torch's answer to a model larger than the memory
-            raise CheckpointError(f"{Path(folder) / _CONFIG}: the model cannot be built ({error}).") from error
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing: this run stopped before its first epoch ended. Train it again.")
-    load_weights(model, path)
-    return model.to(device).eval()
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}: cannot be made ({error.strerror}). Name another folder.") from error
+        write_tensors(path, {"format": FORMAT, **content})
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest checkpoint that is whole; None if the folder holds none.
+
+        Raises:
+            CheckpointError: there are some, none of which can be read; or the newest is of a newer format.
+
+        Warns:
+            DamagedCheckpointWarning: the newest is damaged, and the one before it is used.
+        """
+        problems = []
+        for path in self.paths():
+            try:
+                content = _content(path)
+            except _NewerFormatError:
+                raise
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            if problems:
+                warnings.warn(
+                    f"{' '.join(problems)} Going on from the one before it, {path}, instead.",
+                    DamagedCheckpointWarning,
+                    stacklevel=2,
+                )
+            return content
+        if problems:
+            raise CheckpointError(
+                f"{' '.join(problems)} No checkpoint in {self.folder} can be read: train again from the start."
+            )
+        return None
 
 
-def _read_config(path: Path) -> tuple[Settings, tuple[int, ...]]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing. A run folder is what scripts/svi_mnist.py leaves behind.")
-    try:
-        config = json.loads(path.read_text())
-        if not isinstance(config, dict):
-            raise ValueError(f"expected an object, found {type(config).__name__}")
-        if config.get("format") != _FORMAT:
-            raise ValueError(f"expected format {_FORMAT}, found {config.get('format')!r}")
-        names = [field.name for field in fields(Settings) if field.name in config]
-        needed = [field.name for field in fields(Settings) if field.default is MISSING]
-        missing = [name for name in (*needed, "event_shape") if name not in config]
-        if missing:
-            raise ValueError(f"no entry {', '.join(missing)}")
-        return Settings(**{name: config[name] for name in names}), shape("event_shape", config["event_shape"])
-    except (OSError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise CheckpointError(f"{path}: not the config of a run: {error}") from error
+def _content(path: Path) -> dict[str, Any]:
+    content = read_tensors(path)
+    version = content.get("format") if isinstance(content, dict) else None
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{path}: no checkpoint of pyro_vae (it has no format).")
+    if version > FORMAT:
+        raise _NewerFormatError(
+            f"{path}: written by a newer pyro_vae (format {version}; this one reads up to {FORMAT}). Install that version."
+        )
+    return content

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_vae import processes
 from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.checks import whole_number
 from pyro_vae.data import Data, as_data
@@ -68,8 +69,8 @@ def evaluate(
     means, variances, kls, observations = [], [], [], []
     random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with torch.no_grad(), random_state, evaluating(vae):
-        torch.manual_seed(seed)
-        for index in torch.arange(len(data), device=device).split(batch_size):
+        torch.manual_seed(seed + processes.rank())
+        for index in processes.share(torch.arange(len(data), device=device)).split(batch_size):
             x = data.batch(index)
             vae.check_batch(x)
             q = vae.encode(x)
@@ -80,11 +81,13 @@ def evaluate(
             if importance_samples:
                 observations.append(x)
         if importance_samples:  # in one call, whose draws are independent from image to image
-            log_p = log_marginal(vae.generate, vae.infer, torch.cat(observations), num_samples=importance_samples)
+            everything = processes.gather(torch.cat(observations))
+            log_p = log_marginal(vae.generate, vae.infer, everything, num_samples=importance_samples)
     # Averaged in float64: one float32 sum over a data set would cost digits.
-    reconstruction = torch.cat(means).double().mean().cpu()
-    kl = torch.cat(kls).double().mean().item()
-    error = (torch.cat(variances).double().sum() / num_samples).sqrt().item() / len(data)
+    mean, variance, kl_of_each = (processes.gather(torch.cat(c).double()) for c in (means, variances, kls))
+    reconstruction = mean.mean().cpu()
+    kl = kl_of_each.mean().item()
+    error = (variance.sum() / num_samples).sqrt().item() / len(data)
     figures = {
         "neg_elbo": Estimate(reconstruction.item() + kl, error, num_samples),
         "reconstruction": Estimate(reconstruction.item(), error, num_samples),
@@ -107,11 +110,11 @@ def _squared_error(
     data = as_data(data).to(like.device, like.dtype)
     total = 0.0
     with torch.no_grad(), torch.random.fork_rng(devices=[like.device] if like.is_cuda else []), evaluating(model):
-        torch.manual_seed(seed)  # for dynamic binarisation
-        for index in torch.arange(len(data), device=like.device).split(batch_size):
+        torch.manual_seed(seed + processes.rank())  # for dynamic binarisation
+        for index in processes.share(torch.arange(len(data), device=like.device)).split(batch_size):
             x = data.batch(index)
             total += (model(x) - x).square().sum(dtype=torch.float64).item()
-    per_observation = total / len(data)
+    per_observation = sum(processes.gather_objects(total)) / len(data)
     return {
         "squared_error": Estimate(per_observation, 0.0, 0),
         "mean_squared_error": Estimate(per_observation / data.event_shape.numel(), 0.0, 0),

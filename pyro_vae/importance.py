@@ -20,6 +20,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
+from pyro_vae import processes
 from pyro_vae.checks import whole_number
 from pyro_vae.compiling import NotCompiledWarning, UntraceableError, inductor, reason_of, trace
 from pyro_vae.weights import Accumulator
@@ -184,18 +185,21 @@ def log_marginal(
         raise ValueError(f"compile: expected True, False or None, found {compile!r}.")
     if compile and x.device.type != "cpu":
         raise ValueError(f"compile: expected observations on the cpu, found {x.device}. Leave compile out.")
-    pays = x.device.type == "cpu" and (len(x) // images_at_once) * (num_samples // draws) >= _PAYS
+    mine = processes.share(x)
+    pays = x.device.type == "cpu" and (len(mine) // images_at_once) * (num_samples // draws) >= _PAYS
     weigh: Callable[[Tensor, int], Tensor] = functools.partial(log_weights, model, guide)
     if compile or (compile is None and pays):
-        weigh = CompiledWeights(model, guide, (draws, min(images_at_once, len(x))))
+        weigh = CompiledWeights(model, guide, (draws, min(images_at_once, len(mine))))
     parts = []
     with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), evaluating(model, guide):
-        for images in x.split(images_at_once):
+        if processes.count() > 1:  # other noise on each of them
+            torch.manual_seed(int(torch.randint(2**62, ())) + processes.rank())
+        for images in mine.split(images_at_once):
             accumulator = Accumulator(num_samples)
             for k in chunks:
                 accumulator.add(weigh(images, k))
             parts.append(accumulator.figures())
-    value, error, ess, tail = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    value, error, ess, tail = (processes.gather(torch.cat(columns)) for columns in zip(*parts, strict=True))
     result = LogMarginal(value, error, ess, tail, num_samples)
     if bad := int(result.unreliable.sum()):
         warnings.warn(

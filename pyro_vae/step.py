@@ -47,17 +47,31 @@ class EagerStep:
     Args:
         objective: see :class:`~pyro_vae.objectives.Objective`.
         data: observations, on the device of the parameters.
-        optimizer: Adam, one group.
+        optimizer: Adam, one group; after steps made before, its state is theirs.
+        clip_grad_norm: the gradient is scaled down to this norm, over all parameters, where it is longer. None: it is not.
+        done: steps made before.
+
+    Attributes:
+        not_compiled: why an objective that was to be compiled is trained eagerly, if it is.
 
     Raises:
         NonFiniteStepError: by a step, or by :meth:`end`.
     """
 
-    def __init__(self, objective: Objective, data: Data, optimizer: torch.optim.Adam) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        data: Data,
+        optimizer: torch.optim.Adam,
+        *,
+        clip_grad_norm: float | None = None,
+        done: int = 0,
+    ) -> None:
         self.objective, self.data, self.optimizer = objective, data, optimizer
         self.parameters: list[nn.Parameter] = optimizer.param_groups[0]["params"]
-        self.count = 0
+        self.clip_grad_norm, self.count = clip_grad_norm, done
         self.compile_seconds = 0.0
+        self.not_compiled = ""
 
     def begin(self) -> None:
         """Before steps in which nothing but the parameters, buffers and learning rate changes."""
@@ -73,19 +87,26 @@ class EagerStep:
         return terms
 
     def _eager(self, index: Tensor) -> dict[str, float]:
-        terms = self.objective(self.data.batch(index))
-        if self.count == 1:
-            _check_terms(self.objective, terms)
         self.optimizer.zero_grad(set_to_none=True)
-        terms["loss"].backward()
+        terms = self._backward(index)
         # NaN and infinity survive a sum, so one number tells, and one read brings everything here.
         total = torch.stack([terms["loss"], *(p.grad.sum() for p in self.parameters if p.grad is not None)]).sum()
         *numbers, total = torch.stack([*terms.values(), total]).detach().tolist()
         values = dict(zip(terms, numbers, strict=True))
         if not math.isfinite(total):
             raise NonFiniteStepError(index, values["loss"])
+        if self.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_grad_norm)
         self.optimizer.step()
         return values
+
+    def _backward(self, index: Tensor) -> dict[str, Tensor]:
+        """The objective's terms on a batch; the gradient of its loss goes into the parameters."""
+        terms = self.objective(self.data.batch(index))
+        if self.count == 1:
+            _check_terms(self.objective, terms)
+        terms["loss"].backward()
+        return terms
 
 
 class CompiledStep(EagerStep):
@@ -96,14 +117,15 @@ class CompiledStep(EagerStep):
     ``begin`` to the next; then they are traced anew. An objective that cannot be traced, because it decides by the value of
     a tensor or changes Python's state as it goes, is trained eagerly, with one :class:`NotCompiledWarning`. So is one
     whose compiled step does not equal the eager one for the same noise, which is checked at steps 1, 2, 4, 8 and so on, at
-    the first after ``begin``, and every 1,000 steps; what counts in these steps is the eager one.
+    the first after ``begin``, and every 1,000 steps. What counts in these steps is the compiled one, so that the weights do
+    not depend on when there was a check.
 
     A copy is kept at ``begin`` and every 1,000 steps, and where a check fails, the steps since then are made again, eagerly.
     So they are where a loss is not finite, or Adam's first moments are not, which keep every NaN and infinity of a
     gradient, so that a look at them before each copy tells of all steps since the last.
 
     Args:
-        objective, data, optimizer: as for :class:`EagerStep`.
+        objective, data, optimizer, clip_grad_norm, done: as for :class:`EagerStep`.
         sizes: batch sizes to compile; the others are stepped eagerly. None: all.
         say: called with a line for people when something has been compiled.
 
@@ -117,15 +139,17 @@ class CompiledStep(EagerStep):
         data: Data,
         optimizer: torch.optim.Adam,
         *,
+        clip_grad_norm: float | None = None,
+        done: int = 0,
         sizes: Collection[int] | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
-        super().__init__(objective, data, optimizer)
+        super().__init__(objective, data, optimizer, clip_grad_norm=clip_grad_norm, done=done)
         self._sizes, self._say = sizes, say
-        self._given_up = False
         self._all_graphs: dict[Any, dict[int, _Graph]] = {}  # by what the modules hold, then by batch size
         self._last_held: Any = None  # by the modules, at the last begin()
-        self._updates = [0 for _ in self.parameters]  # made by the optimiser
+        # Made by the optimiser.
+        self._updates = [int(state["step"]) if (state := optimizer.state.get(p)) else 0 for p in self.parameters]
         self._names = [name for name, _ in (*objective.named_parameters(), *objective.named_buffers())]
         # These stand for Adam's moments until it makes them.
         self._zeros = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters}
@@ -143,7 +167,7 @@ class CompiledStep(EagerStep):
         self._count_updates()
 
     def __call__(self, index: Tensor) -> dict[str, float]:
-        if self._given_up:
+        if self.not_compiled:
             return super().__call__(index)
         self.count += 1
         self._since.append((index, torch.get_rng_state()))
@@ -199,7 +223,7 @@ class CompiledStep(EagerStep):
 
     def _verify(self) -> None:
         firsts = self._arguments[-2 * len(self.parameters) : -len(self.parameters)]
-        if not self._given_up and not torch.stack([first.sum() for first in firsts]).sum().isfinite():
+        if not self.not_compiled and not torch.stack([first.sum() for first in firsts]).sum().isfinite():
             self._again()
 
     def _again(self) -> dict[str, float]:
@@ -218,35 +242,39 @@ class CompiledStep(EagerStep):
         return terms
 
     def _check(self, size: int, index: Tensor) -> dict[str, float]:
-        """The eager step, and after it the compiled one from where it began, on copies and with the same noise."""
+        """The eager step, and the compiled one from where it began with the same noise, which is the one that counts."""
         copies = [t.clone() for t in self._arguments]
         scalars, noise = self._scalars(), torch.get_rng_state()
         terms = self._eager(index)
-        with torch.random.fork_rng(devices=[]):
-            try:
-                if size not in self._graphs:
-                    torch.set_rng_state(noise)
-                    self._graphs[size] = self._compile(copies, scalars, index)
-                graph = self._graphs[size]
-                graph.steps += 1
+        after = torch.get_rng_state()
+        try:
+            if size not in self._graphs:
                 torch.set_rng_state(noise)
-                with torch.no_grad():
-                    (values,) = graph.call(*copies, scalars, self.data.x, index)
-            except Exception as error:  # whatever Python, Pyro, the tracer and the compiler raise
-                self._verify()
-                self._give_up(reason_of(error))
-                return terms
+                self._graphs[size] = self._compile(copies, scalars, index)
+            graph = self._graphs[size]
+            graph.steps += 1
+            torch.set_rng_state(noise)
+            with torch.no_grad():
+                (values,) = graph.call(*copies, scalars, self.data.x, index)
+        except Exception as error:  # whatever Python, Pyro, the tracer and the compiler raise
+            torch.set_rng_state(after)
+            self._verify()
+            self._give_up(reason_of(error))
+            return terms
         found = dict(zip(graph.names, values.tolist(), strict=True))
         number = len(self.parameters)
         buffers, firsts = slice(-2 * number - len(list(self.objective.buffers())), -2 * number), slice(-2 * number, -number)
         problem = _difference(found, terms, copies[firsts], self._arguments[firsts])
         if problem := problem or _other_buffers(copies[buffers], self._arguments[buffers]):
+            torch.set_rng_state(after)
             self._give_up(f"compiled, {problem}")
             return self._again()
-        return terms
+        for tensor, compiled in zip(self._arguments, copies, strict=True):
+            tensor.copy_(compiled)
+        return found
 
     def _give_up(self, reason: str) -> None:
-        self._given_up = True
+        self.not_compiled = reason
         warnings.warn(f"trained eagerly, not compiled: {reason}", NotCompiledWarning, stacklevel=6)
 
     def _state(self) -> list[Tensor]:
@@ -293,6 +321,10 @@ class CompiledStep(EagerStep):
             gradients = torch.autograd.grad(terms["loss"], [leaves[place] for place in trained], allow_unused=True)
             names[:] = terms
             updates[:] = [place for place, g in enumerate(gradients) if g is not None]
+            if self.clip_grad_norm is not None:  # as torch's clip_grad_norm_ does it
+                norm = torch.stack([g.norm() for g in gradients if g is not None]).norm()
+                scale = (self.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+                gradients = tuple(None if g is None else g * scale for g in gradients)
             for place, g, first, second, (rate, root) in zip(trained, gradients, firsts, seconds, scalars, strict=True):
                 if g is None:
                     continue

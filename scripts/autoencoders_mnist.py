@@ -36,8 +36,8 @@ from pyro_vae import (
     load_run,
     plots,
 )
-from pyro_vae.checkpoint import append_jsonl, new_run, save_weights, write_config, write_json
 from pyro_vae.presets import Settings
+from pyro_vae.run import append_jsonl, new_run, save_weights, write_config, write_json
 
 # Folder of a run -> its preset, and what is changed in it. In the pictures: its name.
 RUNS: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -37,8 +37,8 @@ from pyro_vae import (
     plots,
     prior_search,
 )
-from pyro_vae.checkpoint import append_jsonl, new_run, save_weights, write_config, write_json
 from pyro_vae.importance import UnreliableEstimateWarning, log_weights
+from pyro_vae.run import append_jsonl, new_run, save_weights, write_config, write_json
 
 SETTINGS = load_preset("bernoulli-z20")
 

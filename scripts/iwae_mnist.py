@@ -6,11 +6,12 @@ as Bernoulli(grey) each time an image is seen; batch 20; 8 stages of 3^(i-1) epo
 1e-3 * 10^(-(i-1)/7); Adam with eps 1e-4. VAE and IWAE with k draws per image; then log p(test) by importance sampling with
 5,000 draws and the number of active latent units.
 
---stages cuts the schedule short. Each stage is kept: the same command goes on after the last finished one.
+--stages cuts the schedule short. A run that was stopped or killed goes on where it was: give the same command again.
 """
 
 import argparse
 import json
+import shutil
 import sys
 import time
 import warnings
@@ -27,17 +28,29 @@ import pyro_vae
 from pyro_vae import (
     VAE,
     CheckpointError,
+    Checkpoints,
     Data,
     DataError,
     NonFiniteError,
+    TrainingStoppedError,
     evaluate,
     fit,
     latent,
     load_data,
     load_preset,
 )
-from pyro_vae.checkpoint import append_jsonl, load_weights, new_run, save_weights, write_config, write_json
 from pyro_vae.importance import UnreliableEstimateWarning
+from pyro_vae.run import (
+    append_jsonl,
+    load_weights,
+    lock_run,
+    new_run,
+    save_weights,
+    write_config,
+    write_json,
+    write_jsonl,
+)
+from pyro_vae.signals import Signals
 from pyro_vae.train import PRECISIONS, format_epoch
 
 SETTINGS = load_preset("bernoulli-z50")
@@ -94,7 +107,7 @@ def stage_path(run: Path, stage: int) -> Path:
     return run / "checkpoints" / f"stage-{stage}.pt"
 
 
-def train_stages(args: argparse.Namespace, name: str, train: Data) -> tuple[VAE, Path, float]:
+def train_stages(args: argparse.Namespace, name: str, train: Data, signals: Signals) -> tuple[VAE, Path, float]:
     """All stages that are asked for and not done yet; the model after the last one, its folder, seconds in all stages."""
     model, k = name.split("-")
     torch.manual_seed(args.seed)
@@ -104,6 +117,7 @@ def train_stages(args: argparse.Namespace, name: str, train: Data) -> tuple[VAE,
     settings = load_preset("bernoulli-z50", objective=objective, particles=int(k))
     asked = {"script": "iwae_mnist", "dataset": train.name, "seed": args.seed, "precision": args.precision}
     if (run / "config.json").is_file():
+        lock_run(run)
         try:
             kept = json.loads((run / "config.json").read_text())
         except ValueError as error:
@@ -122,15 +136,25 @@ def train_stages(args: argparse.Namespace, name: str, train: Data) -> tuple[VAE,
         )
     done = max((stage for stage in range(1, args.stages + 1) if stage_path(run, stage).is_file()), default=0)
     log = run / "metrics.jsonl"
-    records = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    records = [record for record in records if record["stage"] <= done]
+    try:
+        records = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+        records = [record for record in records if record["stage"] <= done]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{log}: not the records of this run ({error}). Put it back, or name another --out."
+        ) from error
     if done:
         load_weights(vae, stage_path(run, done), remedy="Remove it to train this stage again.")
         print(f"{name}: stages 1 to {done} of {args.stages} are in {run}", flush=True)
-    if done < args.stages:  # drop what an interrupted stage has left
-        log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    for stage in range(1, done + 1):  # of a process that was killed just after it
+        shutil.rmtree(stage_path(run, stage).with_suffix(""), ignore_errors=True)
     for stage in range(done + 1, args.stages + 1):
         epochs = 3 ** (stage - 1)
+        checkpoints = Checkpoints(stage_path(run, stage).with_suffix(""))
+        if state := checkpoints.load():
+            records.extend({"stage": stage, **record} for record in state["progress"]["history"])
+            print(f"{name} stage {stage}: going on after step {state['progress']['step']:,}", flush=True)
+        write_jsonl(log, records)  # without what a killed process has added after its last checkpoint
 
         def on_epoch(record: dict[str, Any], stage: int = stage, epochs: int = epochs) -> None:
             records.append({"stage": stage, **record})
@@ -138,21 +162,26 @@ def train_stages(args: argparse.Namespace, name: str, train: Data) -> tuple[VAE,
             if record["epoch"] % max(1, epochs // 9) == 0:
                 print(f"{name} stage {stage}  {format_epoch(record)}  {record['seconds']:.1f} s", flush=True)
 
-        fit(
-            settings.build_objective(vae),
-            train,
-            epochs=epochs,
-            batch_size=SETTINGS.batch_size,
-            lr=1e-3 * 10 ** (-(stage - 1) / 7),
-            eps=1e-4,
-            seed=STAGES * args.seed + stage,  # another order and other noise than in the stages before
-            compile=True,
-            precision=args.precision,
-            on_epoch=on_epoch,
-            verbose=False,
-        )
+        with signals.awaited():
+            fit(
+                settings.build_objective(vae),
+                train,
+                epochs=epochs,
+                batch_size=SETTINGS.batch_size,
+                lr=1e-3 * 10 ** (-(stage - 1) / 7),
+                eps=1e-4,
+                seed=STAGES * args.seed + stage,  # another order and other noise than in the stages before
+                compile=True,
+                precision=args.precision,
+                on_epoch=on_epoch,
+                checkpoints=checkpoints,
+                resume=state,
+                stop=signals.came,
+                verbose=False,
+            )
         save_weights(run, vae, name=f"stage-{stage}")
         save_weights(run, vae)
+        shutil.rmtree(checkpoints.folder)  # the stage is kept
     return vae.eval(), run, sum(record["seconds"] + record.get("compile_seconds", 0) for record in records)
 
 
@@ -212,7 +241,7 @@ def write_table(out: Path) -> str:
     return text
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, signals: Signals) -> None:
     train, test = load_data(args.dataset, data_dir=args.data_dir, binarization="dynamic")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -220,21 +249,22 @@ def run(args: argparse.Namespace) -> None:
         raise CheckpointError(f"{args.out}: cannot be made ({error.strerror}). Name another --out.") from error
     models = [name for name in args.models if name != "iwae-1" or "vae-1" not in args.models]
     for name in models:
-        measure(args, *train_stages(args, name, train), train, test)
+        measure(args, *train_stages(args, name, train, signals), train, test)
         table = write_table(args.out)
     print(f"\n{table}\nin {args.out / 'table.md'} and {args.out / 'table.json'}")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    try:
-        run(args)
-    except (CheckpointError, DataError, NonFiniteError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the last finished stage", file=sys.stderr)
-        return 130
+    with Signals() as signals:
+        try:
+            run(args, signals)
+        except (CheckpointError, DataError, NonFiniteError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except (KeyboardInterrupt, TrainingStoppedError) as stopped:
+            print(f"{signals.name}: {stopped or 'stopped'}; the same command goes on there", file=sys.stderr)
+            return 128 + (signals.number or 2)
     return 0
 
 

@@ -29,7 +29,7 @@ import torch
 
 import pyro_vae
 from pyro_vae import DataError, load_data
-from pyro_vae.checkpoint import write_json
+from pyro_vae.run import write_json
 
 
 @dataclass(frozen=True)

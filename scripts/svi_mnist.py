@@ -3,15 +3,18 @@
 
 The folder holds config.json, metrics.jsonl (a line per epoch), metrics.json (final figures and where they come from),
 checkpoints/ and figures/. Load the model again with pyro_vae.load_run(FOLDER).
+
+A run that was stopped (SIGINT, SIGTERM) or killed goes on with --resume FOLDER, as if nothing had happened. Several
+processes share the work under torchrun --standalone --nproc-per-node N scripts/svi_mnist.py ...
 """
 
 import argparse
+import os
 import platform
 import sys
-import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +27,41 @@ import pyro_vae
 from pyro_vae import (
     PRESETS,
     CheckpointError,
+    Checkpoints,
     Data,
     DataError,
     NonFiniteError,
+    TrainingStoppedError,
     evaluate,
     fit,
     latent,
     load_data,
     load_preset,
     plots,
+    processes,
 )
-from pyro_vae.checkpoint import append_jsonl, new_run, save_weights, write_config, write_json
+from pyro_vae.checks import number, whole_number
 from pyro_vae.data import BINARIZATIONS, DATASETS, DatasetFallbackWarning
-from pyro_vae.importance import UnreliableEstimateWarning
 from pyro_vae.presets import OBJECTIVES, Settings
+from pyro_vae.run import (
+    append_jsonl,
+    check_new_run,
+    lock_run,
+    new_run,
+    read_config,
+    save_weights,
+    write_config,
+    write_json,
+    write_jsonl,
+)
+from pyro_vae.signals import Signals
 from pyro_vae.step import NOT_TERMS
 from pyro_vae.train import PRECISIONS
 
 COMPILE = {"auto": None, "always": True, "never": False}
 VAES = {name: settings for name, settings in PRESETS.items() if settings.likelihood != "none"}
+# Options that are no settings of the preset and define the run nevertheless: a resumed run keeps them.
+KEPT: dict[str, Any] = {"dataset": "auto", "compile": "auto", "precision": "highest", "seed": 0, "clip_grad_norm": None}
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, Settings]:
@@ -61,8 +80,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--preset", choices=list(VAES), default="bernoulli-z20", help="reference system (default: %(default)s)")
-    add("--dataset", choices=DATASETS, default="auto", help="auto: mnist if it can be had, else digits (default: auto)")
+    add("--preset", choices=list(VAES), help="reference system (default: bernoulli-z20)")
+    add("--dataset", choices=DATASETS, help="auto: mnist if it can be had, else digits (default: auto)")
     add("--data-dir", help="folder that holds MNIST/raw (default: $PYRO_VAE_DATA, else ~/.cache/pyro_vae)")
     add("--epochs", type=int, help=f"passes over the training set ({of_preset('epochs')})")
     add("--steps", type=int, help=f"steps of the optimiser, in place of epochs ({of_preset('steps')})")
@@ -87,12 +106,18 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     binarize = "none: grey pixels; threshold: 1 above 0.5; dynamic: drawn as Bernoulli(grey) each time an image is seen"
     add("--binarize", dest="binarization", choices=BINARIZATIONS, help=f"{binarize} ({of_preset('binarization')})")
     compiled = "the step traced and compiled; auto: where the run is long enough to pay for it"
-    add("--compile", choices=list(COMPILE), default="auto", help=f"{compiled} (default: auto)")
-    add("--precision", choices=PRECISIONS, default="highest", help="of matrix products in training (default: highest)")
-    add("--seed", type=int, default=0, help="of weights, data order and noise (default: %(default)s)")
+    add("--compile", choices=list(COMPILE), help=f"{compiled} (default: auto)")
+    add("--precision", choices=PRECISIONS, help="of matrix products in training (default: highest)")
+    clip = "scale the gradient down to this norm, over all parameters together, where it is longer"
+    add("--clip-grad-norm", type=float, help=f"{clip} (default: never)")
+    add("--seed", type=int, help="of weights, data order and noise (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one (default: auto)")
     add("--out", type=Path, help="run folder (default: a new one, runs/PRESET-DATASET-DATE-TIME)")
     add("--overwrite", action="store_true", help="replace the earlier run that --out holds (default: refuse)")
+    resume = "go on with this run, with its settings, of which --epochs or --steps may grow (default: a new run)"
+    add("--resume", type=Path, metavar="FOLDER", help=resume)
+    every = "steps from checkpoint to checkpoint (default: about every 10 seconds, for no more than 2 %% of the time)"
+    add("--checkpoint-every", type=int, metavar="STEPS", help=every)
     add(
         "--importance-samples",
         type=int,
@@ -101,39 +126,76 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     )
     add("--no-figures", action="store_true", help="skip the pictures (default: make them)")
     args = parser.parse_args(argv)
-    names = (
-        "epochs",
-        "steps",
-        "record_every",
-        "batch_size",
-        "lr",
-        "latent_dim",
-        "hidden",
-        "beta",
-        "particles",
-        "objective",
-        "binarization",
-    )
-    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if "hidden" in changes:
-        changes["hidden"] = tuple(changes["hidden"])
     if args.importance_samples < 0 or args.importance_samples == 1:
         parser.error(f"--importance-samples: expected 0 or at least 2, found {args.importance_samples}")
     if args.overwrite and args.out is None:
         parser.error("--overwrite needs --out: a default folder is always new")
-    if not 0 <= args.seed < 2**63:
+    if args.resume is not None and args.out is not None:
+        parser.error("--resume names the folder of the run: leave --out away")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
         parser.error(f"--seed: expected a whole number from 0 to 2^63 - 1, found {args.seed}")
+    for name in ("clip_grad_norm", "checkpoint_every"):
+        if (value := getattr(args, name)) is not None and not 0 < value < float("inf"):
+            parser.error(f"--{name.replace('_', '-')}: expected a number above 0, found {value}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here; use --device cpu, or install torch with CUDA")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.compile == "always" and args.device != "cpu":
-        parser.error("--compile always: only on the CPU; use --device cpu, or --compile auto")
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # of torchrun
+    if restarts and args.resume is None:
+        if args.out is None:
+            parser.error("torchrun --max-restarts needs --out or --resume: the folder to go on in")
+        if (args.out / "config.json").is_file():
+            args.resume, args.out, args.overwrite = args.out, None, False
+    names = [field.name for field in fields(Settings) if field.name in vars(args)]
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if "hidden" in changes:
+        changes["hidden"] = tuple(changes["hidden"])
     try:
-        return args, load_preset(args.preset, **changes)
+        if args.resume is not None:
+            return args, resumed(args, changes)
+        for name, default in KEPT.items():
+            if getattr(args, name) is None:
+                setattr(args, name, default)
+        args.requested_dataset = args.dataset
+        return args, load_preset(changes.pop("preset", "bernoulli-z20"), **changes)
+    except CheckpointError as error:
+        parser.exit(2, f"error: {error}\n")
     except ValueError as error:
         name, _, message = str(error).partition(":")
         parser.error(f"--{name.replace('binarization', 'binarize').replace('_', '-')}:{message}")
+
+
+def resumed(args: argparse.Namespace, changes: dict[str, Any]) -> Settings:
+    """The settings of the run to go on with, and into args what else defines it; only its length may have changed."""
+    settings, _, config = read_config(args.resume)
+    differ = []
+    for name in (*changes, *KEPT):
+        asked = changes[name] if name in changes else getattr(args, name)
+        saved = getattr(settings, name) if name in changes else config.get(name)
+        if asked is None or asked == saved or (name == "dataset" and asked == config.get("requested_dataset")):
+            continue
+        if name in ("epochs", "steps") and saved is not None and asked > saved:
+            continue
+        differ.append(f"{name}: {saved} -> {asked}")
+    if differ:
+        raise CheckpointError(
+            f"{args.resume}: this run has other settings (saved -> asked): {'; '.join(differ)}. Leave these options away "
+            "(--epochs or --steps may grow), or start a new run in another folder."
+        )
+    try:
+        for name, choices in (("dataset", DATASETS), ("compile", tuple(COMPILE)), ("precision", PRECISIONS)):
+            if config.get(name) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {config.get(name)!r}.")
+        whole_number("seed", config.get("seed"), minimum=0)
+        if config.get("clip_grad_norm") is not None:
+            number("clip_grad_norm", config["clip_grad_norm"])
+    except ValueError as error:
+        raise CheckpointError(f"{args.resume / 'config.json'}: not the config of a run: {error}") from error
+    for name in KEPT:
+        setattr(args, name, config.get(name))
+    args.requested_dataset = config.get("requested_dataset")
+    return replace(settings, **{name: changes[name] for name in ("epochs", "steps") if name in changes})
 
 
 def load(args: argparse.Namespace, settings: Settings) -> tuple[Data, Data, str]:
@@ -153,9 +215,11 @@ def warn_loudly(message: str) -> None:
         print(f"{line}\n{message}\n{line}", file=sys.stderr, flush=True)
 
 
-def make_figures(vae: pyro_vae.VAE, train: Data, test: Data, history: list[dict[str, Any]], args: Any) -> Iterator[Any]:
+def make_figures(
+    vae: pyro_vae.VAE, train: Data, test: Data, history: list[dict[str, Any]], settings: Settings
+) -> Iterator[Any]:
     """Yields (name, figure). Shapes: images (n, *event_shape)."""
-    title = f"{args.preset} on {train.name}"
+    title = f"{settings.preset} on {train.name}"
     train_labels, test_labels = train.labels, test.labels
     if train_labels is None or test_labels is None:
         raise DataError(f"{train.name}: the pictures need labels; pass --no-figures.")
@@ -199,7 +263,7 @@ def make_figures(vae: pyro_vae.VAE, train: Data, test: Data, history: list[dict[
         caption = f"{title}: latent means (training set), {which}"
         yield "latent_pairs", plots.latent_pairs(means.cpu(), train_labels.cpu(), axes=axes, title=caption)
 
-    if args.preset == "bernoulli-z10":  # each as its reference does it
+    if settings.preset == "bernoulli-z10":  # each as its reference does it
         index, what = torch.randperm(len(train))[:1000], "1,000 random training images"
         means, labels = means[index], train_labels[index]
     else:
@@ -213,9 +277,17 @@ def cpu(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: images.cpu() for name, images in rows.items()}
 
 
-def run(args: argparse.Namespace, settings: Settings) -> None:
+def run(args: argparse.Namespace, settings: Settings, signals: Signals) -> None:
+    if args.compile == "always" and (args.device != "cpu" or processes.count() > 1):
+        raise DataError("--compile always: only for one process on the CPU. Use --compile auto.")
+    if args.resume is None:
+        processes.first(lambda: check_new_run(args.out, overwrite=args.overwrite))
+    else:
+        processes.first(lambda: lock_run(args.resume))
     train, test, warning = load(args, settings)
-    warn_loudly(warning)
+    main_process = processes.rank() == 0
+    if main_process:
+        warn_loudly(warning)
     if train.name == "digits":
         torch.set_num_threads(1)  # its matrices are too small for more: threads would only wait for one another
     torch.manual_seed(args.seed)
@@ -227,15 +299,20 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         ) from error
     except ValueError as error:
         raise DataError(f"the model cannot be built: {error}") from error
-    out = new_run(args.out, name=f"{settings.preset}-{train.name}", overwrite=args.overwrite)
+    name = f"{settings.preset}-{train.name}"
+    out = args.resume or processes.first(lambda: new_run(args.out, name=name, overwrite=args.overwrite))
+    checkpoints = Checkpoints(out / "checkpoints")
+    state = checkpoints.load() if args.resume else None
     provenance = {
         "dataset": train.name,
-        "requested_dataset": args.dataset,
+        "requested_dataset": args.requested_dataset,
         "seed": args.seed,
         "device": args.device,
         "compile": args.compile,
         "precision": args.precision,
+        "clip_grad_norm": args.clip_grad_norm,
         "threads": torch.get_num_threads(),
+        "processes": processes.count(),
         "versions": {
             "pyro_vae": pyro_vae.__version__,
             "pyro-ppl": pyro.__version__,
@@ -243,40 +320,58 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
             "python": platform.python_version(),
         },
     }
-    write_config(out, settings, event_shape=tuple(train.event_shape), **provenance)
-    size = sum(p.numel() for p in vae.parameters())
-    print(f"{settings.preset} on {train.name}: {len(train):,} training and {len(test):,} test images", end=" ")
-    print(f"of shape {tuple(train.event_shape)}, binarization {settings.binarization}", end="; ")
-    print(f"{size:,} parameters; {args.device}, {torch.get_num_threads()} threads")
-    if isinstance(vae.likelihood, pyro_vae.NormalLikelihood):
-        constant = vae.likelihood.constant(train.event_shape)
-        print(f"rec and -ELBO include the normal density's constant {constant:.2f}; squared error + kl leaves it out")
-    print(f"run folder: {out}", flush=True)
+    if main_process:
+        write_config(out, settings, event_shape=tuple(train.event_shape), **provenance)
+        write_jsonl(out / "metrics.jsonl", state["progress"]["history"] if state else [])
+        size = sum(p.numel() for p in vae.parameters())
+        print(f"{settings.preset} on {train.name}: {len(train):,} training and {len(test):,} test images", end=" ")
+        print(f"of shape {tuple(train.event_shape)}, binarization {settings.binarization}", end="; ")
+        print(f"{size:,} parameters; {args.device}, {torch.get_num_threads()} threads", end="")
+        print(f" in each of {processes.count()} processes" if processes.count() > 1 else "")
+        if isinstance(vae.likelihood, pyro_vae.NormalLikelihood):
+            constant = vae.likelihood.constant(train.event_shape)
+            print(f"rec and -ELBO include the normal density's constant {constant:.2f}; squared error + kl leaves it out")
+        print(f"run folder: {out}", end="")
+        if args.resume:
+            print(f", going on after step {state['progress']['step']:,}" if state else ", without a checkpoint yet", end="")
+        print(flush=True)
 
     def on_epoch(record: dict[str, Any]) -> None:
-        append_jsonl(out / "metrics.jsonl", record)
-        save_weights(out, vae)
+        if main_process:
+            append_jsonl(out / "metrics.jsonl", record)
+            save_weights(out, vae, durable=False)
 
-    start = time.perf_counter()
     try:
-        history = fit(
-            settings.build_objective(vae),
-            train,
-            seed=args.seed,
-            test=test,
-            on_epoch=on_epoch,
-            compile=COMPILE[args.compile],
-            precision=args.precision,
-            **settings.training(),
-        )
+        with signals.awaited():
+            history = fit(
+                settings.build_objective(vae),
+                train,
+                seed=args.seed,
+                test=test,
+                on_epoch=on_epoch,
+                compile=COMPILE[args.compile],
+                precision=args.precision,
+                clip_grad_norm=args.clip_grad_norm,
+                checkpoints=checkpoints,
+                checkpoint_every=args.checkpoint_every,
+                resume=state,
+                stop=signals.came,
+                **settings.training(),
+            )
     except NonFiniteError:
-        save_weights(out, vae)
+        if main_process:
+            save_weights(out, vae)
         raise
-    seconds = time.perf_counter() - start
+    except TrainingStoppedError as stopped:
+        raise KeyboardInterrupt(f"{stopped}; go on with: {Path(sys.argv[0])} --resume {out}") from None
+    if signals.came():
+        raise KeyboardInterrupt(f"stopped after the last step; go on with: {Path(sys.argv[0])} --resume {out}")
+    seconds = sum(record["seconds"] + record.get("compile_seconds", 0) for record in history)
     vae.eval()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UnreliableEstimateWarning)
-        figures = evaluate(vae, test, importance_samples=args.importance_samples, seed=args.seed)
+    figures = evaluate(vae, test, importance_samples=args.importance_samples, seed=args.seed)
+    if not main_process:
+        return
+    save_weights(out, vae)
     metrics = {
         "preset": settings.preset,
         "binarization": settings.binarization,
@@ -287,14 +382,12 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         "test": {name: asdict(estimate) for name, estimate in figures.items()},
     }
     write_json(out / "metrics.json", metrics)
-    for unreliable in caught:
-        print(f"warning: {unreliable.message}", file=sys.stderr)
     for name, estimate in figures.items():
         print(f"test {name:15s} {estimate.value:9.3f} ± {estimate.standard_error:.3f} nats")
     if not args.no_figures:
         torch.manual_seed(args.seed)
         with torch.no_grad():
-            for name, figure in make_figures(vae, train.to(args.device), test.to(args.device), history, args):
+            for name, figure in make_figures(vae, train.to(args.device), test.to(args.device), history, settings):
                 figure.savefig(out / "figures" / f"{name}.png")
     warn_loudly(warning)
     print(f"trained in {seconds:.0f} s; everything is in {out}")
@@ -302,14 +395,19 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args, settings = parse_arguments(argv)
-    try:
-        run(args, settings)
-    except (DataError, CheckpointError, NonFiniteError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; what was computed before is in the run folder", file=sys.stderr)
-        return 130
+    with Signals() as signals, warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)  # as all of ours are
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        try:
+            with processes.group(args.device) as args.device:
+                run(args, settings, signals)
+        except (DataError, CheckpointError, NonFiniteError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as stopped:
+            reason = str(stopped) or "what was computed before is in the run folder; go on with --resume"
+            print(f"{signals.name}: {reason}", file=sys.stderr)
+            return 128 + (signals.number or 2)
     return 0
 
 

@@ -1,6 +1,8 @@
 """Every test starts from the same seed and an empty Pyro param store; real MNIST comes from PYRO_VAE_DATA."""
 
+import importlib.util
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start too: two tests run side by side
 
@@ -8,6 +10,7 @@ import pyro
 import pytest
 import torch
 
+import pyro_vae.step
 from pyro_vae import VAE, BernoulliLikelihood, MLPDecoder, MLPEncoder, NormalLikelihood, load_data
 
 LIKELIHOODS = {
@@ -40,6 +43,14 @@ def equal(a, b) -> bool:
     return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
+def load_script(name):
+    """A script as a module, in this process, which spares the imports."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def vae() -> VAE:
     return make_vae()
@@ -48,6 +59,12 @@ def vae() -> VAE:
 @pytest.fixture
 def vae64() -> VAE:
     return make_vae().double()
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """The traced graph itself, without the minutes that Inductor would take for all of these."""
+    monkeypatch.setattr(pyro_vae.step, "inductor", lambda graph, inputs: graph)
 
 
 @pytest.fixture(scope="session")

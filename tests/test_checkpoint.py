@@ -1,168 +1,169 @@
-import json
+"""Checkpoint files: whole or not there, verified when read, and never code that runs."""
+
+import errno
+import os
 import pickle
+import zipfile
+from contextlib import suppress
 
 import pytest
 import torch
-from pyro.infer import Predictive
 
-from pyro_vae import CheckpointError, load_preset, load_run
-from pyro_vae.checkpoint import append_jsonl, new_run, save_weights, write_config, write_json
+from pyro_vae import CheckpointError, Checkpoints
+from pyro_vae.checkpoint import FORMAT, DamagedCheckpointWarning, read_tensors, whole_file, write_tensors
 
-SETTINGS = load_preset("gaussian-z4", hidden=(6, 5))
+
+def content(step=1):
+    return {"step": step, "weights": torch.arange(1000.0) + step, "words": ["a", None, 0.1]}
+
+
+def same(a, b):
+    return a["step"] == b["step"] and torch.equal(a["weights"], b["weights"]) and a["words"] == b["words"]
 
 
 @pytest.fixture
-def run(tmp_path):
-    folder = new_run(tmp_path / "run", name="test")
-    vae = SETTINGS.build_vae((1, 4, 4))
-    write_config(folder, SETTINGS, event_shape=(1, 4, 4), dataset="digits", seed=0)
-    save_weights(folder, vae)
-    return folder, vae
+def three(tmp_path):
+    """Checkpoints of which three were saved."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    for step in (10, 20, 30):
+        checkpoints.save(step, content(step))
+    return checkpoints
 
 
-def test_round_trip(run):
-    folder, vae = run
-    state = torch.random.get_rng_state()
-    loaded = load_run(folder)
-    assert torch.equal(state, torch.random.get_rng_state())
-    assert not loaded.training
-    assert loaded.likelihood == vae.likelihood
-    x = torch.rand(3, 1, 4, 4)
-    assert torch.equal(loaded.encode(x).mean, vae.encode(x).mean)
-    assert torch.equal(loaded.decode(torch.ones(4)).mean, vae.decode(torch.ones(4)).mean)
-    assert Predictive(loaded.model, num_samples=2)(size=3)["x"].shape == (2, 3, 1, 4, 4)
+def test_what_is_saved_is_loaded(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "a" / "b")
+    assert checkpoints.load() is None
+    checkpoints.save(7, content(7))
+    assert same(checkpoints.load(), content(7))
 
 
-@pytest.mark.parametrize("preset", ["autoencoder-z2", "conv-gaussian", "conv-autoencoder"])
-def test_round_trip_of_other_models(tmp_path, preset):
-    settings = load_preset(preset)
-    model = settings.build_model((1, 32, 32))
-    model(torch.rand(4, 1, 32, 32)) if preset != "conv-gaussian" else model.encode(
-        torch.rand(4, 1, 32, 32)
-    )  # moves batch norm
-    folder = new_run(tmp_path / "run", name="test")
-    write_config(folder, settings, event_shape=(1, 32, 32))
-    save_weights(folder, model)
-    loaded = load_run(folder)
-    assert type(loaded) is type(model)
-    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+def test_the_last_two_and_the_best_are_kept(three):
+    three.save_best(content(10))
+    three.save(1_000_000_000, content(40))  # longer than the padding of the name
+    names = {path.name for path in three.folder.iterdir()}
+    assert names == {"step-000000030.pt", "step-1000000000.pt", "best.pt"}
+    assert same(three.load(), content(40))
 
 
-def test_config_of_an_earlier_version_without_the_newer_settings(run):
-    folder, vae = run
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    for name in ("steps", "record_every", "net", "image_size"):
-        del config[name]
-    path.write_text(json.dumps(config))
-    assert torch.equal(load_run(folder).decode(torch.ones(4)).mean, vae.decode(torch.ones(4)).mean)
+def test_going_on_from_an_earlier_one_removes_the_later(three):
+    three.save(25, content(25))
+    assert [path.name for path in three.paths()] == ["step-000000025.pt", "step-000000020.pt"]
 
 
-def test_default_folders_are_new_each_time(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    a, b, c = (new_run(None, name="vae-digits") for _ in range(3))
-    assert len({a, b, c}) == 3
-    assert all(path.name.startswith("vae-digits-") and path.parent.name == "runs" for path in (a, b, c))
+@pytest.mark.parametrize("when", ["write", "flush", "rename"])
+def test_a_full_disk_leaves_what_was_there(three, monkeypatch, when):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = {path.name: path.read_bytes() for path in three.folder.iterdir()}
+    if when == "write":
+        monkeypatch.setattr(torch, "save", full)
+    else:
+        monkeypatch.setattr(os, {"flush": "fsync", "rename": "replace"}[when], full)
+    with pytest.raises(CheckpointError, match=r"step-000000040.pt: cannot be written \(No space left on device\)"):
+        three.save(40, content(40))
+    assert {path.name: path.read_bytes() for path in three.folder.iterdir()} == before
 
 
-def test_a_folder_that_is_not_empty_is_refused(run, tmp_path):
-    folder, _ = run
-    with pytest.raises(CheckpointError, match="not empty.*--overwrite"):
-        new_run(folder, name="x")
-    assert load_run(folder)
-    (tmp_path / "empty").mkdir()
-    assert new_run(tmp_path / "empty", name="x")
+def test_a_write_that_is_killed_leaves_what_was_there(tmp_path):
+    path = tmp_path / "file.pt"
+    write_tensors(path, content(1))
+    with suppress(KeyboardInterrupt), whole_file(path) as stream:
+        stream.write(b"half of it")
+        raise KeyboardInterrupt
+    assert same(read_tensors(path), content(1))
+    (tmp_path / ".file.pt.tmp").write_bytes(b"left by a process that was killed")
+    write_tensors(path, content(2))
+    assert same(read_tensors(path), content(2))
+    assert [p.name for p in tmp_path.iterdir()] == ["file.pt"]
 
 
-def test_overwrite_replaces_a_run_and_nothing_else(run, tmp_path):
-    folder, _ = run
-    append_jsonl(folder / "metrics.jsonl", {"epoch": 1})
-    (folder / "figures" / "old.png").write_text("old")
-    (folder / "notes.txt").write_text("mine")
-    new_run(folder, name="x", overwrite=True)
-    assert sorted(p.name for p in folder.rglob("*")) == ["checkpoints", "figures", "notes.txt"]
-    mine = tmp_path / "thesis"
-    (mine / "figures").mkdir(parents=True)
-    (mine / "figures" / "important.png").write_text("mine")
-    with pytest.raises(CheckpointError, match="no earlier run"):
-        new_run(mine, name="x", overwrite=True)
-    assert (mine / "figures" / "important.png").exists()
+def test_no_flipped_bit_changes_what_is_loaded(tmp_path):
+    path = tmp_path / "file.pt"
+    write_tensors(path, content())
+    whole = path.read_bytes()
+    found = 0
+    for place in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+        try:
+            loaded = read_tensors(path)
+        except CheckpointError:
+            found += 1
+        else:  # a bit that nobody reads, of a date or of padding
+            assert same(loaded, content()), place
+    assert found > len(whole) / 7 / 2
 
 
-def test_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot be made"):
-        new_run(tmp_path / "file" / "run", name="x")
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_told(three, share):
+    newest = three.paths()[0]
+    newest.write_bytes(newest.read_bytes()[: int(newest.stat().st_size * share)])
+    with pytest.warns(DamagedCheckpointWarning, match=rf"{newest.name}: damaged.* Going on from .*step-000000020.pt"):
+        assert same(three.load(), content(20))
 
 
-def edit(**changes):
-    def change(folder):
-        config = json.loads((folder / "config.json").read_text())
-        config.update(changes)
-        (folder / "config.json").write_text(json.dumps(config))
-
-    return change
-
-
-def drop(name):
-    def change(folder):
-        config = json.loads((folder / "config.json").read_text())
-        del config[name]
-        (folder / "config.json").write_text(json.dumps(config))
-
-    return change
-
-
-def write(name, content):
-    return lambda folder: (folder / name).write_bytes(content)
+def test_nothing_whole_is_an_error_that_names_all(three):
+    for path in three.paths():
+        path.write_bytes(b"no zip")
+    with pytest.raises(CheckpointError, match=r"step-000000030.pt: damaged.*step-000000020.pt: damaged.*train again"):
+        three.load()
 
 
 class Malicious:
     def __reduce__(self):
-        return (exec, ("import pathlib; pathlib.Path('pwned').write_text('')",))
+        return os.mkdir, (os.environ["MALICIOUS"],)
 
 
-def truncate_weights(folder):
-    path = folder / "checkpoints" / "weights.pt"
-    path.write_bytes(path.read_bytes()[:-200])
+def test_code_in_a_file_does_not_run(three, tmp_path, monkeypatch):
+    monkeypatch.setenv("MALICIOUS", str(tmp_path / "ran"))
+    newest = three.paths()[0]
+    torch.save({"format": FORMAT, "weights": Malicious()}, newest)
+    with pytest.warns(DamagedCheckpointWarning, match="code in a file is not run"):
+        assert same(three.load(), content(20))
+    newest.write_bytes(pickle.dumps(Malicious()))  # without the zip around it
+    with pytest.warns(DamagedCheckpointWarning, match="damaged"):
+        three.load()
+    assert not (tmp_path / "ran").exists()
 
 
-DAMAGE = {
-    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: missing"),
-    "not json": (write("config.json", b"{"), "not the config of a run"),
-    "binary config": (write("config.json", b"\xff\xfe\x00"), "not the config of a run"),
-    "a list": (write("config.json", b"[1]"), "expected an object, found list"),
-    "newer format": (edit(format=2), "expected format 1, found 2"),
-    "missing entry": (drop("latent_dim"), "no entry latent_dim"),
-    "edited value": (edit(latent_dim=-1), "latent_dim: expected a whole number"),
-    "edited hidden": (edit(hidden="400"), "hidden: expected whole numbers"),
-    "edited shape": (edit(event_shape=[1, "a"]), "event_shape: expected whole numbers"),
-    "other model": (edit(latent_dim=5), "not the weights of the model"),
-    "no weights": (lambda folder: (folder / "checkpoints" / "weights.pt").unlink(), "weights.pt: missing"),
-    "truncated weights": (truncate_weights, "cannot be read as weights"),
-    "empty weights": (write("checkpoints/weights.pt", b""), "cannot be read as weights"),
-    "malicious weights": (write("checkpoints/weights.pt", pickle.dumps(Malicious())), "cannot be read as weights"),
-}
+def test_a_newer_format_is_told_and_no_reason_to_go_back(three):
+    torch.save({**content(40), "format": FORMAT + 1}, three.folder / "step-000000040.pt")
+    with pytest.raises(CheckpointError, match=f"newer pyro_vae .format {FORMAT + 1}; this one reads up to {FORMAT}"):
+        three.load()
 
 
-@pytest.mark.parametrize(("harm", "match"), DAMAGE.values(), ids=DAMAGE)
-def test_damaged_runs(run, harm, match, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder, _ = run
-    harm(folder)
-    with pytest.raises(CheckpointError, match=match):
-        load_run(folder)
-    assert not (tmp_path / "pwned").exists()
+@pytest.mark.parametrize("other", [{"weights": torch.zeros(2)}, [1, 2], {"format": "1"}, {"format": True}])
+def test_another_file_of_torch_save_is_no_checkpoint(tmp_path, other):
+    torch.save(other, tmp_path / "step-000000001.pt")
+    with pytest.raises(CheckpointError, match="no checkpoint of pyro_vae"):
+        Checkpoints(tmp_path).load()
 
 
-def test_no_such_folder(tmp_path):
-    with pytest.raises(CheckpointError, match="missing. A run folder is what"):
-        load_run(tmp_path / "nothing")
+def test_a_member_that_torch_would_load_damaged(tmp_path):
+    """The reason for the CRC: torch loads flipped bits of a tensor without a word."""
+    path = tmp_path / "file.pt"
+    write_tensors(path, {"weights": torch.ones(1000)})
+    whole = bytearray(path.read_bytes())
+    place = whole.find(torch.ones(8).numpy().tobytes())
+    whole[place + 2] ^= 0x40
+    path.write_bytes(whole)
+    assert not torch.equal(torch.load(path, weights_only=True)["weights"], torch.ones(1000))
+    with pytest.raises(CheckpointError, match="the CRC of .* is wrong"):
+        read_tensors(path)
 
 
-def test_a_failed_write_leaves_the_old_file(run):
-    folder, _ = run
-    before = (folder / "config.json").read_text()
-    with pytest.raises(TypeError):
-        write_json(folder / "config.json", {"x": object()})
-    assert (folder / "config.json").read_text() == before
+def test_a_zip_that_is_no_file_of_torch_save(tmp_path):
+    with zipfile.ZipFile(tmp_path / "file.pt", "w") as archive:
+        archive.writestr("a", "b")
+    with pytest.raises(CheckpointError, match="no file of torch.save"):
+        read_tensors(tmp_path / "file.pt")
+
+
+def test_a_file_that_cannot_be_read_says_why(tmp_path):
+    with pytest.raises(CheckpointError, match=r"cannot be read \(No such file or directory\). Train again."):
+        read_tensors(tmp_path / "none.pt", remedy="Train again.")
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot be read \(Is a directory\)"):
+        read_tensors(tmp_path / "folder.pt")

@@ -1,17 +1,20 @@
 """The scripts as a user runs them: in a process of their own, from another folder."""
 
-import importlib.util
+import errno
+import itertools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import equal, load_script, weights
 from pyro.infer import Predictive
 from torch import nn
 
@@ -41,14 +44,6 @@ def script(name, *arguments, cwd, **environment):
 
 def svi_mnist(*arguments, cwd, **environment):
     return script("svi_mnist.py", *arguments, cwd=cwd, **environment)
-
-
-def load_script(name):
-    """A script as a module, in this process, which spares the imports."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -89,6 +84,7 @@ def test_lines_on_stdout(run):
 def test_run_folder(run):
     folder, _ = run
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
         "checkpoints",
         "config.json",
         "figures",
@@ -127,9 +123,9 @@ def test_load_run_and_predict(run):
     assert Predictive(vae.model, num_samples=3)(size=2)["x"].shape == (3, 2, 1, 8, 8)
 
 
-def test_same_seed_same_weights(run, tmp_path):
+def test_same_seed_same_weights(run, tmp_path, svi_mnist_here):
     folder, _ = run
-    svi_mnist("--dataset", "digits", "--epochs", 2, "--out", "run", "--seed", 5, "--no-figures", cwd=tmp_path)
+    svi_mnist_here("--dataset", "digits", "--epochs", 2, "--out", "run", "--seed", 5, "--no-figures")
     a, b = load_run(folder), load_run(tmp_path / "run")
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     assert not list((tmp_path / "run" / "figures").iterdir())
@@ -146,10 +142,10 @@ def test_folder_in_use_is_refused_unless_told(run):
     assert (folder / "metrics.json").read_text() == before
 
 
-def test_overwrite(tmp_path):
+def test_overwrite(tmp_path, svi_mnist_here):
     arguments = ("--dataset", "digits", "--epochs", 1, "--out", "run", "--no-figures")
-    assert svi_mnist(*arguments, cwd=tmp_path).returncode == 0
-    assert svi_mnist(*arguments, "--overwrite", cwd=tmp_path).returncode == 0
+    assert svi_mnist_here(*arguments)[0] == 0
+    assert svi_mnist_here(*arguments, "--overwrite")[0] == 0
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
 
 
@@ -201,7 +197,7 @@ ERRORS = {
     "seed": (["--seed", "-1"], "--seed: expected a whole number from 0"),
     "one draw": (["--importance-samples", "1"], "--importance-samples: expected 0 or at least 2, found 1"),
     "overwrite": (["--overwrite"], "--overwrite needs --out"),
-    "not a folder": (["--dataset", "digits", "--out", "/dev/null/run"], "cannot be made"),
+    "not a folder": (["--dataset", "digits", "--out", "/dev/null/run"], "cannot be written"),
     "explodes": (["--dataset", "digits", "--lr", "1e30", "--out", "boom"], "not finite in epoch .*largest log-scale"),
 }
 
@@ -218,28 +214,112 @@ def test_errors_are_one_clear_line_and_exit_code_2(tmp_path, svi_mnist_here, mon
         assert all(p.isfinite().all() for p in vae.parameters())
 
 
-def test_interrupt_keeps_the_epochs_done(tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / "svi_mnist.py"),
-        "--dataset",
-        "digits",
-        "--epochs",
-        "100000",
-        "--out",
-        "run",
-    ]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("epoch  3"):
-                process.send_signal(signal.SIGINT)
-                break
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted" in err
+def started(*arguments, cwd):
+    command = [sys.executable, str(ROOT / "scripts" / "svi_mnist.py"), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def signalled(process, line_start, *signals):
+    """The process's exit code and standard error, after these signals when it has printed a line that starts so."""
+    for line in process.stdout:
+        if line.startswith(line_start):
+            break
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.05)
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err
+
+
+LONG = ("--dataset", "digits", "--no-figures", "--importance-samples", 0, "--compile", "never")
+
+
+def test_a_signal_stops_after_a_step_and_resume_goes_on_bit_for_bit(tmp_path, svi_mnist_here):
+    with started(*LONG, "--epochs", 60, "--out", "run", cwd=tmp_path) as process:
+        found, err = signalled(process, "epoch  3", signal.SIGINT)
+    assert found == 130
+    assert re.search(r"^SIGINT: stopped after step [\d,]+; go on with: .*svi_mnist.py --resume run$", err, re.M)
     assert "Traceback" not in err
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) >= 3
     load_run(tmp_path / "run")
+    assert svi_mnist_here("--resume", "run", "--no-figures", "--importance-samples", 0)[0] == 0
+    assert svi_mnist_here(*LONG, "--epochs", 60, "--out", "straight")[0] == 0
+    stopped, straight = (load_run(tmp_path / name) for name in ("run", "straight"))
+    assert equal(weights(stopped), weights(straight))
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("run", "straight")]
+    losses = [[json.loads(line)["loss"] for line in each] for each in lines]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 60
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    with started(*LONG, "--epochs", 100_000, "--out", "run", cwd=tmp_path) as process:
+        code, err = signalled(process, "epoch  3", signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT)
+    assert code == 143  # of the second: stopped, it gets both at once
+    assert "Traceback" not in err
+    assert "stopped after step" not in err
+
+
+def test_a_signal_outside_training_ends_at_once_and_resume_finishes(tmp_path, monkeypatch, capsys):
+    module = load_script("svi_mnist")
+    monkeypatch.chdir(tmp_path)
+
+    def interrupted(*arguments, **options):
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "evaluate", interrupted)
+        assert module.main([*map(str, LONG), "--epochs", "2", "--out", "run"]) == 143
+    assert "SIGTERM: " in capsys.readouterr().err
+    assert module.main(["--resume", "run", "--no-figures"]) == 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["neg_elbo"]["value"] > 0
+
+
+def test_two_processes_do_not_write_to_one_folder(tmp_path, svi_mnist_here):
+    with started(*LONG, "--epochs", 100_000, "--out", "run", cwd=tmp_path) as process:
+        for line in process.stdout:
+            if line.startswith("epoch  1"):
+                break
+        for arguments in (["--resume", "run"], [*LONG, "--out", "run", "--overwrite"]):
+            code, _, err = svi_mnist_here(*arguments)
+            assert code == 2
+            assert "run: another process is writing to it" in err
+        process.kill()
+    assert svi_mnist_here(*LONG, "--out", "run", "--overwrite", "--epochs", 1)[0] == 0  # the lock went with its process
+
+
+def test_a_resumed_run_may_grow(tmp_path, svi_mnist_here):
+    assert svi_mnist_here(*LONG, "--epochs", 1, "--out", "run")[0] == 0
+    code, out, _ = svi_mnist_here("--resume", "run", "--epochs", 3, "--no-figures", "--dataset", "digits", "--seed", 0)
+    assert code == 0
+    assert "going on after step 12" in out
+    assert svi_mnist_here(*LONG, "--epochs", 3, "--out", "straight")[0] == 0
+    assert equal(*(weights(load_run(tmp_path / name)) for name in ("run", "straight")))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["epochs"] == 3
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_data_are_read(svi_mnist_here, monkeypatch):
+    monkeypatch.setattr(pyro_vae.data, "_load_digits", None)
+    code, _, err = svi_mnist_here(*LONG, "--out", "/proc/run")
+    assert code == 2
+    assert "/proc/run: the run's folder cannot be written" in err
+
+
+def test_a_full_disk_keeps_the_checkpoints_before(tmp_path, svi_mnist_here, monkeypatch):
+    write, count = os.fsync, itertools.count()
+
+    def full(descriptor):
+        if next(count) > 30:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        code, _, err = svi_mnist_here(*LONG, "--epochs", 3, "--checkpoint-every", 1, "--out", "run")
+    assert code == 2
+    assert re.search(r"step-\d+.pt: cannot be written \(No space left on device\)", err)
+    assert svi_mnist_here("--resume", "run", "--no-figures")[0] == 0
+    assert svi_mnist_here(*LONG, "--epochs", 3, "--out", "straight")[0] == 0
+    assert equal(*(weights(load_run(tmp_path / name)) for name in ("run", "straight")))
 
 
 def test_help_says_every_default(tmp_path):
@@ -442,7 +522,7 @@ def test_iwae_in_stages(digits, tmp_path, monkeypatch, capsys):
     assert "seed: 0 -> 1" in capsys.readouterr().err
     (tmp_path / "a" / "vae-1" / "checkpoints" / "stage-2.pt").write_bytes(b"no weights")
     assert run("a", "vae-1", "--stages", "2") == 2
-    assert "stage-2.pt: cannot be read" in capsys.readouterr().err
+    assert "stage-2.pt: damaged, or no file of torch.save" in capsys.readouterr().err
 
 
 def test_iwae_starts_as_the_paper_does(digits):

@@ -78,12 +78,6 @@ def make_objective(objective, likelihood, net):
     return OBJECTIVES[objective](vae)
 
 
-@pytest.fixture
-def traced(monkeypatch):
-    """The traced graph itself, without the minutes that Inductor would take for all of these."""
-    monkeypatch.setattr(pyro_vae.step, "inductor", lambda graph, inputs: graph)
-
-
 def steps(kind, objective, data, batches, **arguments):
     """The terms of some steps of training, the optimiser, and numbers drawn after them."""
     optimizer = torch.optim.Adam(objective.parameters(), lr=1e-2, fused=True)
@@ -102,7 +96,8 @@ def assert_same_training(objective, data, tolerance, *, batches=(10, 10, 10), **
     Of each batch size, the compiled training checks steps 1, 2, 4 ... by eager ones; 3, 5, 6 ... it makes alone.
     """
     twin = copy.deepcopy(objective)
-    expected, eager, noise = steps(EagerStep, objective, data, batches)
+    clip = {"clip_grad_norm": arguments.get("clip_grad_norm")}
+    expected, eager, noise = steps(EagerStep, objective, data, batches, **clip)
     found, compiled, same_noise = steps(CompiledStep, twin, data, batches, **arguments)
     assert torch.equal(noise, same_noise)
     for a, b in zip(found, expected, strict=True):
@@ -129,6 +124,25 @@ def test_traced_training_of_autoencoders(net, traced):
     encoder, decoder, latent_dim = make_nets(net, heads=1)
     autoencoder = Autoencoder(encoder, decoder, latent_dim=latent_dim, event_shape=EVENT)
     assert_same_training(ReconstructionError(autoencoder).double(), DATA64, 1e-9)
+
+
+@pytest.mark.parametrize("objective", ["elbo", "direct"])  # in the latter, the encoder has no gradient
+@pytest.mark.parametrize("clip_grad_norm", [0.1, 1e6])
+def test_clipping_in_the_graph(objective, clip_grad_norm, traced):
+    objective = make_objective(objective, "bernoulli", "mlp").double()
+    assert_same_training(objective, DATA64, 1e-9, clip_grad_norm=clip_grad_norm)
+
+
+@pytest.mark.parametrize("clip_grad_norm", [0.5, 1e6, None])
+def test_clipping_scales_the_whole_gradient_down_to_the_norm(clip_grad_norm):
+    objective = make_objective("elbo", "bernoulli", "mlp")
+    free = steps(EagerStep, copy.deepcopy(objective), DATA, (10,))[1]
+    clipped = steps(EagerStep, objective, DATA, (10,), clip_grad_norm=clip_grad_norm)[1]
+    before, after = ([0.1**-1 * state["exp_avg"] for state in adam.state.values()] for adam in (free, clipped))
+    norm = torch.stack([g.norm() for g in before]).norm()
+    assert norm > 0.5
+    for g, h in zip(before, after, strict=True):
+        torch.testing.assert_close(h, g * min(1, (clip_grad_norm or 1e6) / norm.item()), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("binarization", ["threshold", "dynamic"])
@@ -185,7 +199,7 @@ def test_what_cannot_be_traced_is_said_once_and_trained_eagerly(kind, reason, tr
 
 
 def test_a_compiler_that_fails_or_errs_is_noticed(monkeypatch):
-    """No wrong number: the compiled step is compared with the eager one, whose result is kept."""
+    """No wrong number: the compiled step is compared with the eager one, whose result is kept where they differ."""
 
     def missing(graph, inputs):
         raise RuntimeError("no C++ compiler\nsecond line")

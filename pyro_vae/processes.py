@@ -1,0 +1,105 @@
+"""Work shared by several processes: each takes its share of every batch and of every data set.
+
+``torchrun`` starts the processes, and :func:`group` connects them; within it ``fit``, ``evaluate`` and
+``log_marginal`` share their work, and must be called on every process alike. Without a process group, or in
+one of a single process, everything here is the identity.
+"""
+
+import gc
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["agree", "count", "first", "gather", "gather_objects", "group", "rank", "share"]
+
+Value = TypeVar("Value")
+
+
+@contextmanager
+def group(device: str = "cpu") -> Iterator[str]:
+    """Connects the processes that ``torchrun`` has started; nothing where it has started none.
+
+    Args:
+        device: cpu (gloo) or cuda (nccl), for all.
+
+    Yields:
+        The device of this process: ``cuda:N`` with N its local rank.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield device
+        dist.barrier()  # the first may still be writing, and others would take its connections along
+    finally:
+        gc.collect()  # a DistributedDataParallel that outlives its group may abort the process
+        dist.destroy_process_group()
+
+
+def count() -> int:
+    """The number of processes that share the work."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process among them, from 0."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def share(rows: Tensor) -> Tensor:
+    """This process's part of a tensor, ``(n, ...)``: contiguous rows, n / count of them, one more for the first if uneven.
+
+    Raises:
+        ValueError: fewer rows than processes.
+    """
+    if len(rows) < count():
+        raise ValueError(f"expected an observation for each of {count()} processes, found {len(rows)}. Start fewer.")
+    return rows.tensor_split(count())[rank()]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The value of every process, in the order of their ranks."""
+    if count() == 1:
+        return [value]
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def first(function: Callable[[], Value]) -> Value:
+    """What the function returns, or raises, on the first process, which alone calls it: to write files, say."""
+    if count() == 1:
+        return function()
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if rank() == 0:
+        try:
+            outcome = function(), None
+        except Exception as error:
+            outcome = None, error
+    value, problem = gather_objects(outcome)[0]
+    if problem is not None:
+        raise problem
+    return value
+
+
+def gather(rows: Tensor) -> Tensor:
+    """What the processes hold of a tensor, ``(n_rank, ...)``, put together: ``(n, ...)``, on each of them."""
+    return rows if count() == 1 else torch.cat([part.to(rows.device) for part in gather_objects(rows.cpu())])
+
+
+def agree(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Which flags any process has raised: the same answer on all of them."""
+    if count() == 1:
+        return list(flags)
+    raised = torch.tensor(flags, dtype=torch.float32, device=device)
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in raised.tolist()]

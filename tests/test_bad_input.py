@@ -1,0 +1,288 @@
+"""Bad input ends in one clear line, no traceback, no wrong number; docs/bad-input.md is the table of these tests.
+
+``python tests/test_bad_input.py`` writes that table anew.
+"""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import pickle
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_data
+import torch
+from conftest import equal, load_script, make_vae, weights
+
+from pyro_vae import Checkpoints, Data, NegativeELBO, NonFiniteError, evaluate, fit, load_data, load_preset, load_run
+from pyro_vae.checkpoint import FORMAT
+from pyro_vae.run import _LOCKS
+
+TABLE = Path(__file__).parents[1] / "docs" / "bad-input.md"
+FEW = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def train(data=FEW, vae=None, **options):
+    """A step on these data, by a VAE of their shape: the loss, or the message of a ValueError."""
+    if vae is None:
+        vae = make_vae(tuple(np.shape(data.x if isinstance(data, Data) else data))[1:] or (1,))
+    try:
+        (record,) = fit(NegativeELBO(vae), data, **{"steps": 1, "verbose": False} | options)
+    except ValueError as error:
+        return str(error)
+    assert np.isfinite(record["loss"])
+    return f"trains: loss {record['loss']:.1f}"
+
+
+def refused(function, *arguments, **options):
+    with pytest.raises(ValueError) as error:  # noqa: PT011, the message is what is tested
+        function(*arguments, **options)
+    return str(error.value)
+
+
+LIBRARY = {
+    "one image without a leading dimension": lambda: refused(Data, FEW[0, 0, 0]),
+    "whole numbers other than uint8": lambda: train(torch.ones(6, 1, 4, 4, dtype=torch.int64)),
+    "complex numbers": lambda: train(np.ones((6, 1, 4, 4), complex), vae=make_vae()),
+    "words": lambda: train(np.full((6, 16), "a"), vae=make_vae()),
+    "a list": lambda: train([[0.0, 1.0]], vae=make_vae()),
+    "values above 1, Bernoulli": lambda: train(FEW * 255),
+    "values below 0, Bernoulli": lambda: train(FEW - 1),
+    "NaN": lambda: train(FEW.where(FEW < 0.9, torch.nan)),
+    "an infinite value": lambda: train(FEW.where(FEW < 0.9, torch.inf)),
+    "no images": lambda: train(FEW[:0], vae=make_vae()),
+    "images of no pixels": lambda: train(FEW[..., :0], vae=make_vae()),
+    "one image": lambda: train(FEW[:1]),
+    "one pixel": lambda: train(FEW[..., :1, :1]),
+    "constant images": lambda: train(torch.ones(6, 1, 4, 4)),
+    "images of 1,000 channels": lambda: train(torch.full((6, 1000, 2, 2), 0.5)),
+    "images of another shape than the VAE's": lambda: train(FEW.reshape(6, 1, 2, 8), vae=make_vae()),
+    "test images of another shape": lambda: train(test=FEW.reshape(6, 1, 2, 8)),
+    "labels of another length": lambda: refused(Data, FEW, torch.zeros(5, dtype=torch.int64)),
+    "training and test data as one": lambda: train((FEW, FEW), vae=make_vae()),
+    "a batch larger than the data": lambda: train(batch_size=1000),
+    "batch_size 0": lambda: train(batch_size=0),
+    "batch_size 2.5": lambda: train(batch_size=2.5),
+    "epochs 0": lambda: train(steps=None, epochs=0),
+    "epochs and steps": lambda: train(epochs=1),
+    "neither epochs nor steps": lambda: train(steps=None),
+    "lr -1": lambda: train(lr=-1),
+    "lr NaN": lambda: train(lr=float("nan")),
+    "lr 1e30, later a loss that is not finite": lambda: _explodes(),
+    "eps 0": lambda: train(eps=0),
+    "seed -1": lambda: train(seed=-1),
+    "clip_grad_norm 0": lambda: train(clip_grad_norm=0),
+    "checkpoint_every 0": lambda: train(checkpoint_every=0),
+    "precision double": lambda: train(precision="double"),
+    "compile yes": lambda: train(compile="yes"),
+    "the VAE in place of its objective": lambda: refused(fit, make_vae(), FEW, epochs=1),
+    "latent_dim 0": lambda: refused(load_preset, "bernoulli-z20", latent_dim=0),
+    "hidden of -5": lambda: refused(load_preset, "bernoulli-z20", hidden=(400, -5)),
+    "beta infinite": lambda: refused(load_preset, "bernoulli-z20", beta=float("inf")),
+    "a preset that is none": lambda: refused(load_preset, "vae"),
+    "one draw, which carries no error": lambda: refused(evaluate, make_vae(), FEW, num_samples=1),
+}
+
+
+def _explodes():
+    with pytest.raises(NonFiniteError) as error:
+        fit(NegativeELBO(make_vae()), FEW, steps=5, lr=1e30, verbose=False)
+    return re.sub(r"loss \S+|log-scale \S+", lambda match: match[0].split()[0] + " ...", str(error.value))
+
+
+def data_file(harm):
+    def case():
+        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
+            raw, _ = test_data.small.__wrapped__(Path(folder), monkeypatch)
+            harm(raw)
+            return refused(load_data, "mnist", data_dir=folder).replace(folder, "DATA")
+
+    return case
+
+
+FILES = {
+    "a truncated file": data_file(test_data.truncate),
+    "a file with bytes after its end": data_file(test_data.lengthen),
+    "a flipped bit": data_file(test_data.flip),
+    "a file still compressed": data_file(test_data.compress),
+    "two files that changed names": data_file(test_data.swap),
+    "an empty file": data_file(test_data.empty),
+    "a file that is not there, and no network": data_file(test_data.remove),
+}
+
+
+def main(*arguments):
+    """svi_mnist.py in this process: (exit code, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = load_script("svi_mnist").main([str(argument) for argument in arguments])
+        except SystemExit as exit:  # argparse
+            code = exit.code
+    return code, out.getvalue(), err.getvalue()
+
+
+TINY = ("--dataset", "digits", "--hidden", 8, "--latent-dim", 2, "--importance-samples", 0, "--no-figures", "--steps", 3)
+
+
+def script(*arguments, harm=None, new=()):
+    """What svi_mnist.py says, given a folder RUN that holds a run which harm() has been done to."""
+
+    def case():
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder) / "run"
+            if harm is not None:
+                assert main(*TINY, "--checkpoint-every", 1, "--out", run)[0] == 0
+                whole = weights(load_run(run))
+                harm(run)
+            places = {"RUN": run, "NEW": Path(folder) / "new"}
+            code, _, err = main(*(places.get(argument, argument) for argument in arguments))
+            assert "Traceback" not in err
+            if not code and "--steps" not in arguments:
+                assert equal(weights(load_run(run)), whole)
+            lines = err.replace(folder + "/", "").splitlines()
+            said = lines[-1] if code else lines[0] if lines else "without a word"
+            said = re.sub(r"^\S+: error: ", "svi_mnist.py: error: ", said)
+            return f"exit code {code}: {said}" if code else f"goes on, bit for bit: {said}"
+
+    return case
+
+
+def newest(run):
+    return Checkpoints(run / "checkpoints").paths()[0]
+
+
+def truncated(share):
+    return lambda run: newest(run).write_bytes(newest(run).read_bytes()[: int(newest(run).stat().st_size * share)])
+
+
+def flipped(run):
+    content = bytearray(newest(run).read_bytes())
+    weights = next(iter(torch.load(newest(run), weights_only=True)["tensors"].values()))
+    content[content.find(weights.numpy().tobytes()) + 2] ^= 16
+    newest(run).write_bytes(content)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/pyro-vae-was-here",)
+
+
+def malicious(run):
+    torch.save({"format": FORMAT, "x": Malicious()}, newest(run))
+
+
+def all_damaged(run):
+    for path in (run / "checkpoints").glob("step-*.pt"):
+        path.write_bytes(pickle.dumps("no zip"))
+
+
+def newer(run):
+    torch.save(torch.load(newest(run), weights_only=True) | {"format": FORMAT + 1}, newest(run))
+
+
+def edited(**changes):
+    def harm(run):
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(config | changes))
+
+    return harm
+
+
+def locked(run):
+    """As another process does it: by an open file of its own."""
+    _LOCKS.pop(run.resolve()).release()
+    locked.stream = (run / ".lock").open("w")
+    fcntl.flock(locked.stream, fcntl.LOCK_EX)
+
+
+RESUME = ("--resume", "RUN", "--no-figures", "--importance-samples", 0)
+RUNS = {
+    "a folder that is not there": script(*RESUME),
+    "a folder that another process writes to": script(*RESUME, harm=locked),
+    "a folder that is not empty": script(*TINY, "--out", "RUN", harm=lambda run: None),
+    "a folder that cannot be made": script(*TINY, "--out", "/dev/null/run"),
+    "other settings than those of the run": script(*RESUME, "--lr", 0.1, "--hidden", 9, harm=lambda run: None),
+    "fewer steps than asked for before": script(*RESUME, "--steps", 2, harm=lambda run: None),
+    "a config that is no JSON": script(*RESUME, harm=lambda run: (run / "config.json").write_text("{latent_dim: 2")),
+    "a config edited to latent_dim 0": script(*RESUME, harm=edited(latent_dim=0)),
+    "a config edited to another batch size": script(*RESUME, harm=edited(batch_size=64)),
+    "a config edited to another model": script(*RESUME, harm=edited(latent_dim=3)),
+    "a config edited to an unknown data set": script(*RESUME, harm=edited(dataset="my-digits")),
+    "a config edited to the seed abc": script(*RESUME, harm=edited(seed="abc")),
+    "a metrics.jsonl edited by hand, which is written anew": script(
+        *RESUME, "--steps", 4, harm=lambda run: (run / "metrics.jsonl").write_text("garbage")
+    ),
+    **{f"a checkpoint cut at {share:.1%}": script(*RESUME, harm=truncated(share)) for share in (0, 0.001, 0.1, 0.5, 0.999)},
+    "a checkpoint with a flipped bit": script(*RESUME, harm=flipped),
+    "a checkpoint with code in it, which does not run": script(*RESUME, harm=malicious),
+    "no checkpoint that is whole": script(*RESUME, harm=all_damaged),
+    "a checkpoint of a newer version": script(*RESUME, harm=newer),
+}
+OPTIONS = {
+    "--out and --resume": script("--out", "NEW", "--resume", "RUN"),
+    "--clip-grad-norm -1": script("--clip-grad-norm", -1),
+    "--checkpoint-every 0": script("--checkpoint-every", 0),
+    "--latent-dim 0": script("--latent-dim", 0),
+    "--batch-size many": script("--batch-size", "many"),
+    "--hidden 10000000000": script("--dataset", "digits", "--hidden", 10_000_000_000),
+    "--lr 1e30": script(*TINY, "--lr", 1e30, "--steps", 9, "--out", "NEW"),
+}
+CASES = {"In Python": LIBRARY, "MNIST's files": FILES, "A run folder": RUNS, "Options of svi_mnist.py": OPTIONS}
+
+
+def said(case):
+    torch.manual_seed(0)
+    text = " ".join(case().split())
+    text = re.sub(r"\(\[enforce .*?\)\)|\(Error downloading .*?\)", "(...)", text)  # other people's words
+    text = re.sub(r"loss (-?\d\S*|nan|inf), largest log-scale \S+", "loss ..., largest log-scale ...", text)
+    return re.sub(r"\b[0-9a-f]{64}\b", "...", text).replace("|", "\\|")
+
+
+def rows():
+    """The lines of the table in docs/, by group and case."""
+    written = {}
+    for line in TABLE.read_text().splitlines():
+        if line.startswith("## "):
+            group = line[3:]
+        elif match := re.fullmatch(r"\| (.*?) \| (.*) \|", line):
+            written[group, match[1]] = match[2]
+    return written
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group, cases in CASES.items() for name in cases])
+def test_what_the_user_sees_is_what_the_table_says(group, name):
+    text = said(CASES[group][name])
+    assert rows()[group, name] == text
+    if group in ("A run folder", "Options of svi_mnist.py"):
+        assert text.startswith(("exit code 2: ", "goes on, bit for bit"))
+    assert not Path("/tmp/pyro-vae-was-here").exists()
+
+
+def test_the_table_has_no_other_rows():
+    assert len([key for key in rows() if key[1] not in ("given", "---")]) == sum(map(len, CASES.values()))
+
+
+def write_table():
+    lines = [
+        "# Bad input",
+        "",
+        "What is given, and what the user sees: written by `python tests/test_bad_input.py`, and checked by the same tests. "
+        "A script ends with one such line and exit code 2, never with a traceback.",
+    ]
+    for group, cases in CASES.items():
+        lines += ["", f"## {group}", "", "| given | seen |", "|---|---|"]
+        lines += [f"| {name} | {said(case)} |" for name, case in cases.items()]
+    TABLE.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    write_table()
+    sys.exit()

@@ -1,0 +1,287 @@
+"""A run that is stopped and resumed ends as if it had never stopped."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import equal, make_vae, weights
+from torch import nn
+
+from pyro_vae import (
+    VAE,
+    Autoencoder,
+    CheckpointError,
+    Checkpoints,
+    Data,
+    MLPDecoder,
+    MLPEncoder,
+    NegativeDirectLogLikelihood,
+    NegativeELBO,
+    NegativeIWAE,
+    ReconstructionError,
+    TrainingStoppedError,
+    fit,
+)
+from pyro_vae.progress import NotTheSameWarning
+
+SHAPE = (1, 4, 4)
+
+
+class Noisy(nn.Module):
+    """An encoder with dropout, batch norm, and a buffer that is not part of its state_dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3))
+        self.heads = nn.Linear(8, 6)
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.seen += len(x)
+        return self.heads(self.layers(x) * (1 + 1e-3 * self.seen)).chunk(2, -1)
+
+
+def autoencoder():
+    encoder = MLPEncoder(SHAPE, hidden=(8,), latent_dim=3, heads=1)
+    return Autoencoder(encoder, MLPDecoder(SHAPE, hidden=(8,), latent_dim=3), latent_dim=3, event_shape=SHAPE)
+
+
+def noisy():
+    return VAE(Noisy(), MLPDecoder(SHAPE, hidden=(8,), latent_dim=3), latent_dim=3, event_shape=SHAPE)
+
+
+OBJECTIVES = {
+    "elbo": lambda: NegativeELBO(make_vae()),
+    "mean-field": lambda: NegativeELBO(make_vae(), estimator="mean-field", num_particles=3, beta=2.0),
+    "iwae": lambda: NegativeIWAE(make_vae(), num_particles=4),
+    "direct": lambda: NegativeDirectLogLikelihood(make_vae(), num_draws=8),
+    "direct, redrawn": lambda: NegativeDirectLogLikelihood(make_vae(), num_draws=8, redraw=True),
+    "autoencoder": lambda: ReconstructionError(autoencoder()),
+    "dropout and batch norm": lambda: NegativeELBO(noisy()),
+}
+
+
+def build(name):
+    torch.manual_seed(5)
+    return OBJECTIVES[name]()
+
+
+def images(n=70):
+    return torch.randint(0, 256, (n, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def run(objective, *, data=None, **options):
+    settings = {"epochs": 3, "batch_size": 16, "lr": 0.01, "seed": 3, "verbose": False, "compile": False}
+    data = Data(images(), binarization="dynamic") if data is None else data
+    if "steps" in options:
+        del settings["epochs"]
+    return fit(objective, data, **settings | options)
+
+
+def after(steps):
+    """An answer to ``stop`` that is True after so many steps."""
+    asked = itertools.count(1)
+    return lambda: next(asked) >= steps
+
+
+def without_times(history):
+    return [{k: v for k, v in record.items() if "seconds" not in k and "per_second" not in k} for record in history]
+
+
+def tensors(objective):
+    return [t.detach().clone() for t in (*objective.parameters(), *objective.buffers())]
+
+
+@pytest.mark.parametrize("stops", [(1,), (7,), (5, 5), (1, 1, 1, 1)])  # 5 steps an epoch
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_bit_for_bit(name, stops, tmp_path):
+    straight = build(name)
+    expected = run(straight, test=images(30))
+    checkpoints = Checkpoints(tmp_path)
+    for steps in stops:
+        torch.manual_seed(99)  # the weights that a resumed process draws, and its noise, are not used
+        with pytest.raises(TrainingStoppedError):
+            run(build(name), test=images(30), checkpoints=checkpoints, resume=checkpoints.load(), stop=after(steps))
+    resumed = build(name)
+    history = run(resumed, test=images(30), checkpoints=checkpoints, resume=checkpoints.load())
+    assert equal(tensors(resumed), tensors(straight))
+    assert without_times(history) == without_times(expected)
+
+
+@pytest.mark.parametrize("name", ["iwae", "dropout and batch norm"])
+def test_bit_for_bit_traced(name, traced, tmp_path):
+    compiled_and_resumed(name, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["elbo", "iwae", "dropout and batch norm"])
+def test_bit_for_bit_compiled(name, tmp_path):
+    compiled_and_resumed(name, tmp_path)
+
+
+def compiled_and_resumed(name, tmp_path):
+    """Whichever steps are checked against eager ones, and those depend on where a process began."""
+    straight = build(name)
+    options = {"epochs": 4, "compile": True}
+    expected = run(straight, **options)
+    checkpoints = Checkpoints(tmp_path)
+    for steps in (6, 1, 4):
+        with pytest.raises(TrainingStoppedError):
+            run(build(name), **options, checkpoints=checkpoints, resume=checkpoints.load(), stop=after(steps))
+    resumed = build(name)
+    history = run(resumed, **options, checkpoints=checkpoints, resume=checkpoints.load())
+    assert equal(tensors(resumed), tensors(straight))
+    assert without_times(history) == without_times(expected)
+
+
+def test_bit_for_bit_by_steps_with_records_of_their_own(tmp_path):
+    straight = build("elbo")
+    expected = run(straight, steps=23, record_every=6)
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(TrainingStoppedError, match="stopped after step 10"):
+        run(build("elbo"), steps=23, record_every=6, checkpoints=checkpoints, stop=after(10))
+    resumed = build("elbo")
+    history = run(resumed, steps=23, record_every=6, checkpoints=checkpoints, resume=checkpoints.load())
+    assert equal(weights(resumed), weights(straight))
+    assert without_times(history) == without_times(expected)
+    assert [record["step"] for record in history] == [6, 12, 18, 23]
+
+
+def test_more_epochs_go_on_where_fewer_ended(tmp_path):
+    straight = build("elbo")
+    expected = run(straight, epochs=5)
+    checkpoints = Checkpoints(tmp_path)
+    run(build("elbo"), epochs=2, checkpoints=checkpoints)
+    resumed = build("elbo")
+    history = run(resumed, epochs=5, checkpoints=checkpoints, resume=checkpoints.load())
+    assert equal(weights(resumed), weights(straight))
+    assert without_times(history) == without_times(expected)
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    first = build("elbo")
+    expected = run(first, checkpoints=checkpoints)
+    again = build("elbo")
+    records = []
+    assert run(again, checkpoints=checkpoints, resume=checkpoints.load(), on_epoch=records.append) == expected
+    assert equal(weights(again), weights(first))
+    assert not records  # each record is announced once
+    with pytest.raises(CheckpointError, match="15 steps were made, and only 10 are asked for"):
+        run(build("elbo"), epochs=2, checkpoints=checkpoints, resume=checkpoints.load())
+
+
+def test_checkpoints_every_so_many_steps(tmp_path):
+    saved = []
+
+    class Counting(Checkpoints):
+        def save(self, step, content):
+            saved.append(step)
+            super().save(step, content)
+
+    run(build("elbo"), checkpoints=Counting(tmp_path), checkpoint_every=4)
+    assert saved == [4, 8, 12, 15]  # and at the end
+    assert {path.name for path in tmp_path.iterdir()} == {"step-000000012.pt", "step-000000015.pt", "best.pt"}
+
+
+def test_by_default_a_fast_run_makes_one_at_the_end(tmp_path):
+    run(build("elbo"), checkpoints=Checkpoints(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"step-000000015.pt", "best.pt"}
+
+
+def test_the_best_is_that_of_the_lowest_test_loss(tmp_path):
+    kept = []
+    objective = build("elbo")
+    history = run(
+        objective,
+        data=Data(images(16)),  # so few that it overfits, and the last is not the best
+        epochs=30,
+        lr=0.05,
+        test=images(40)[20:],
+        checkpoints=Checkpoints(tmp_path),
+        on_epoch=lambda record: kept.append(tensors(objective)),
+    )
+    scores = [record["test"]["neg_elbo"] for record in history]
+    best = scores.index(min(scores))
+    assert 0 < best < 25
+    content = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert equal(list(content["tensors"].values()), kept[best])
+    assert content["progress"]["best"] == scores[best]
+
+
+def test_changed_settings_are_listed_and_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    run(build("elbo"), checkpoints=checkpoints)
+    for changes, words in (
+        ({"lr": 0.02, "batch_size": 8}, r"batch_size: 16 -> 8; lr: 0.01 -> 0.02"),
+        ({"seed": 4}, "seed: 3 -> 4"),
+        ({"clip_grad_norm": 1.0}, "clip_grad_norm: None -> 1.0"),
+        ({"precision": "medium"}, "precision: highest -> medium"),
+        ({"data": Data(images())}, "binarization dynamic.* -> .*binarization none"),
+        ({"data": Data(255 - images(), binarization="dynamic")}, "CRC-32 .* -> .*CRC-32"),
+        ({"test": images(30)}, "test:  -> 30 of shape"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            run(build("elbo"), checkpoints=checkpoints, resume=checkpoints.load(), **changes)
+    with pytest.raises(CheckpointError, match="objective: NegativeELBO -> NegativeIWAE"):
+        run(build("iwae"), checkpoints=checkpoints, resume=checkpoints.load())
+    with pytest.raises(CheckpointError, match=r"shape of vae.encoder.*\(16, 16\) -> \(9, 16\)"):
+        run(NegativeELBO(make_vae(hidden=(9,))), checkpoints=checkpoints, resume=checkpoints.load())
+    run(build("elbo"), checkpoints=checkpoints, resume=checkpoints.load(), verbose=True, checkpoint_every=1)
+
+
+def test_a_refused_resume_changes_nothing(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    run(build("elbo"), checkpoints=checkpoints)
+    objective = NegativeELBO(make_vae())
+    before = weights(objective)
+    with pytest.raises(CheckpointError):
+        run(objective, checkpoints=checkpoints, resume=checkpoints.load(), lr=1.0)
+    assert equal(weights(objective), before)
+
+
+def test_checkpoints_of_an_earlier_run_are_not_replaced_by_accident(tmp_path):
+    run(build("elbo"), checkpoints=Checkpoints(tmp_path))
+    with pytest.raises(CheckpointError, match=r"holds the checkpoints of an earlier run.*resume=checkpoints.load"):
+        run(build("elbo"), checkpoints=Checkpoints(tmp_path))
+
+
+@pytest.mark.parametrize("content", [{}, {"settings": {}}, {"settings": 1, "conditions": 2, "tensors": 3, "progress": {}}])
+def test_a_state_of_something_else_is_refused(content):
+    with pytest.raises(CheckpointError, match="no checkpoint that fit has written"):
+        run(build("elbo"), resume=content)
+
+
+def test_other_threads_are_said(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    run(build("elbo"), epochs=1, checkpoints=checkpoints)
+    torch.set_num_threads(2)
+    with pytest.warns(NotTheSameWarning, match="threads: 1 -> 2"):
+        run(build("elbo"), epochs=2, checkpoints=checkpoints, resume=checkpoints.load())
+
+
+def test_stop_without_checkpoints():
+    objective = build("elbo")
+    with pytest.raises(TrainingStoppedError, match="stopped after step 4") as stopped:
+        run(objective, stop=after(4))
+    assert stopped.value.step == 4
+    straight = build("elbo")
+    run(straight, steps=4)
+    assert equal(weights(objective), weights(straight))
+
+
+def test_stop_at_the_last_step_is_the_end(tmp_path):
+    assert len(run(build("elbo"), stop=after(15), checkpoints=Checkpoints(tmp_path))) == 3
+
+
+def test_resuming_another_devices_noise_is_not_needed_at_the_start_of_an_epoch(tmp_path):
+    """At the start of an epoch, the noise is seeded anew: a state of it that is of no use there does no harm."""
+    checkpoints = Checkpoints(tmp_path)
+    run(build("elbo"), epochs=1, checkpoints=checkpoints)
+    state = checkpoints.load()
+    state["noise"] = [{"cpu": torch.zeros(1, dtype=torch.uint8)}]
+    straight, resumed = build("elbo"), build("elbo")
+    run(straight)
+    run(resumed, resume=state)
+    assert equal(weights(resumed), weights(straight))
