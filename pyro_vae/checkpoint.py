@@ -124,8 +124,9 @@ class Checkpoints:
         """
         path = self.folder / f"step-{step:09d}.pt"
         self._write(path, content)
-        later = [other for other in self.paths() if other > path]
-        for old in (*later, *[other for other in self.paths() if other < path][_KEPT - 1 :]):
+        paths = self.paths()
+        place = paths.index(path)
+        for old in (*paths[:place], *paths[place + _KEPT :]):
             old.unlink(missing_ok=True)
 
     def save_best(self, content: dict[str, Any]) -> None:

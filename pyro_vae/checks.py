@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["number", "shape", "usable_device", "whole_number"]
+__all__ = ["compile_choice", "number", "shape", "usable_device", "whole_number"]
 
 
 def whole_number(name: str, value: Any, *, minimum: int = 1) -> int:
@@ -39,6 +39,15 @@ def shape(name: str, value: Any, *, empty: bool = False) -> tuple[int, ...]:
     except ValueError:
         raise ValueError(f"{name}: expected whole numbers >= 1, such as (400, 200), found {value!r}.") from None
     return sizes
+
+
+def compile_choice(value: Any, device: torch.device) -> bool | None:
+    """True, False, or None for the default; True only on a CPU."""
+    if not isinstance(value, bool | None):
+        raise ValueError(f"compile: expected True, False or None, found {value!r}.")
+    if value and device.type != "cpu":
+        raise ValueError(f"compile: expected device cpu, found {device}. Leave compile out to run there eagerly.")
+    return value
 
 
 def usable_device(device: torch.device | str) -> torch.device:

@@ -21,7 +21,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
 from pyro_vae import processes
-from pyro_vae.checks import whole_number
+from pyro_vae.checks import compile_choice, whole_number
 from pyro_vae.compiling import NotCompiledWarning, UntraceableError, inductor, reason_of, trace
 from pyro_vae.weights import Accumulator
 
@@ -181,10 +181,7 @@ def log_marginal(
     draws = min(num_samples, chunk_size)  # all draws of few images rather than the reverse: the guide runs once for each
     chunks = [min(draws, num_samples - done) for done in range(0, num_samples, draws)]
     images_at_once = max(1, chunk_size // draws)
-    if not isinstance(compile, bool | None):
-        raise ValueError(f"compile: expected True, False or None, found {compile!r}.")
-    if compile and x.device.type != "cpu":
-        raise ValueError(f"compile: expected observations on the cpu, found {x.device}. Leave compile out.")
+    compile = compile_choice(compile, x.device)
     mine = processes.share(x)
     pays = x.device.type == "cpu" and (len(mine) // images_at_once) * (num_samples // draws) >= _PAYS
     weigh: Callable[[Tensor, int], Tensor] = functools.partial(log_weights, model, guide)

@@ -125,26 +125,19 @@ class CompiledStep(EagerStep):
     gradient, so that a look at them before each copy tells of all steps since the last.
 
     Args:
-        objective, data, optimizer, clip_grad_norm, done: as for :class:`EagerStep`.
         sizes: batch sizes to compile; the others are stepped eagerly. None: all.
         say: called with a line for people when something has been compiled.
+        All others: as for :class:`EagerStep`.
 
     Attributes:
         compile_seconds: spent on tracing and compiling so far.
     """
 
     def __init__(
-        self,
-        objective: Objective,
-        data: Data,
-        optimizer: torch.optim.Adam,
-        *,
-        clip_grad_norm: float | None = None,
-        done: int = 0,
-        sizes: Collection[int] | None = None,
-        say: Callable[[str], None] | None = None,
+        self, *args: Any, sizes: Collection[int] | None = None, say: Callable[[str], None] | None = None, **options: Any
     ) -> None:
-        super().__init__(objective, data, optimizer, clip_grad_norm=clip_grad_norm, done=done)
+        super().__init__(*args, **options)
+        objective, optimizer = self.objective, self.optimizer
         self._sizes, self._say = sizes, say
         self._all_graphs: dict[Any, dict[int, _Graph]] = {}  # by what the modules hold, then by batch size
         self._last_held: Any = None  # by the modules, at the last begin()

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from pyro_vae import processes
 from pyro_vae.checkpoint import CheckpointError, Checkpoints
-from pyro_vae.checks import number, usable_device, whole_number
+from pyro_vae.checks import compile_choice, number, usable_device, whole_number
 from pyro_vae.data import Data, as_data
 from pyro_vae.distributed import DistributedStep
 from pyro_vae.objectives import Objective
@@ -141,10 +141,7 @@ def fit(
             f"{tuple(held_out.event_shape)}. Reshape one of the two."
         )
     objective.to(device)
-    if not isinstance(compile, bool | None):
-        raise ValueError(f"compile: expected True, False or None, found {compile!r}.")
-    if compile and device.type != "cpu":
-        raise ValueError(f"compile: expected device cpu, found {device}. Leave compile out to train there eagerly.")
+    compile = compile_choice(compile, device)
     if compile and processes.count() > 1:
         raise ValueError(f"compile: expected None or False in a group of processes, found {compile!r}.")
     clip_grad_norm = None if clip_grad_norm is None else number("clip_grad_norm", clip_grad_norm)

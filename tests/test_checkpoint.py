@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from conftest import Malicious
 
 from pyro_vae import CheckpointError, Checkpoints
 from pyro_vae.checkpoint import FORMAT, DamagedCheckpointWarning, read_tensors, whole_file, write_tensors
@@ -43,6 +44,13 @@ def test_the_last_two_and_the_best_are_kept(three):
     names = {path.name for path in three.folder.iterdir()}
     assert names == {"step-000000030.pt", "step-1000000000.pt", "best.pt"}
     assert same(three.load(), content(40))
+
+
+def test_the_order_is_that_of_the_steps_however_long_their_names(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (999_999_998, 999_999_999, 1_000_000_000):
+        checkpoints.save(step, content(step))
+    assert [path.name for path in checkpoints.paths()] == ["step-1000000000.pt", "step-999999999.pt"]
 
 
 def test_going_on_from_an_earlier_one_removes_the_later(three):
@@ -111,13 +119,8 @@ def test_nothing_whole_is_an_error_that_names_all(three):
         three.load()
 
 
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, (os.environ["MALICIOUS"],)
-
-
 def test_code_in_a_file_does_not_run(three, tmp_path, monkeypatch):
-    monkeypatch.setenv("MALICIOUS", str(tmp_path / "ran"))
+    monkeypatch.chdir(tmp_path)
     newest = three.paths()[0]
     torch.save({"format": FORMAT, "weights": Malicious()}, newest)
     with pytest.warns(DamagedCheckpointWarning, match="code in a file is not run"):
@@ -125,7 +128,7 @@ def test_code_in_a_file_does_not_run(three, tmp_path, monkeypatch):
     newest.write_bytes(pickle.dumps(Malicious()))  # without the zip around it
     with pytest.warns(DamagedCheckpointWarning, match="damaged"):
         three.load()
-    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "pwned").exists()
 
 
 def test_a_newer_format_is_told_and_no_reason_to_go_back(three):

@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+from conftest import Malicious
 from pyro.infer import Predictive
 
 from pyro_vae import CheckpointError, load_preset, load_run
@@ -124,11 +125,6 @@ def drop(name):
 
 def write(name, content):
     return lambda folder: (folder / name).write_bytes(content)
-
-
-class Malicious:
-    def __reduce__(self):
-        return (exec, ("import pathlib; pathlib.Path('pwned').write_text('')",))
 
 
 def truncate_weights(folder):
