@@ -8,6 +8,7 @@ torch does not do, and no code in it is run (``weights_only=True``).
 import os
 import pickle
 import re
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -61,14 +62,32 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch's, for an error of the stream it writes to
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's words for an error of the stream it writes to
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
         raise CheckpointError(
             f"{path}: cannot be written ({reason}). What stood there before still does. "
             "Make room, or mend the folder's rights."
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Try whether files can be written to a folder, or where it is to be made; nothing stays behind.
+
+    Raises:
+        CheckpointError: they cannot.
+    """
+    place = folder
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place) as stream:
+            stream.write(b"0" * 4096)
+            stream.flush()
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written to ({error.strerror}). Make room, or name another.") from error
 
 
 def write_tensors(path: Path, content: dict[str, Any], *, durable: bool = True) -> None:

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 __all__ = ["agree", "count", "first", "gather", "gather_objects", "group", "rank", "share"]
 
@@ -36,7 +38,11 @@ def group(device: str = "cpu") -> Iterator[str]:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    store, rank, size = next(rendezvous("env://"))
+    # torchrun keeps its store when it restarts killed processes, and they would find the addresses of the dead ones.
+    store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield device
         dist.barrier()  # the first may still be writing, and others would take its connections along

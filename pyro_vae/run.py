@@ -5,7 +5,6 @@ JSON files and weights are written whole or not at all. One process at a time wr
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, fields
 from datetime import datetime
@@ -16,7 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from pyro_vae.autoencoder import Autoencoder
-from pyro_vae.checkpoint import CheckpointError, read_tensors, whole_file, write_tensors
+from pyro_vae.checkpoint import CheckpointError, check_writable, read_tensors, whole_file, write_tensors
 from pyro_vae.checks import shape, usable_device
 from pyro_vae.presets import Settings
 from pyro_vae.vae import VAE
@@ -69,17 +68,7 @@ def check_new_run(folder: str | Path | None, *, overwrite: bool = False) -> None
     path = Path("runs" if folder is None else folder)
     if folder is not None and path.is_dir():
         _check_empty(path, overwrite)
-    parent = path
-    while not parent.exists():
-        parent = parent.parent
-    try:
-        with tempfile.TemporaryFile(dir=parent) as stream:
-            stream.write(b"0" * 4096)
-            stream.flush()
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: the run's folder cannot be written ({error.strerror}). Make room, or name another."
-        ) from error
+    check_writable(path)
 
 
 def new_run(folder: str | Path | None, *, name: str, overwrite: bool = False) -> Path:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_vae import processes
-from pyro_vae.checkpoint import CheckpointError, Checkpoints
+from pyro_vae.checkpoint import CheckpointError, Checkpoints, check_writable
 from pyro_vae.checks import compile_choice, number, usable_device, whole_number
 from pyro_vae.data import Data, as_data
 from pyro_vae.distributed import DistributedStep
@@ -172,6 +172,9 @@ def fit(
             f"{checkpoints.folder}: holds the checkpoints of an earlier run, which a new one would replace. Name another "
             "folder, or go on from them with resume=checkpoints.load()."
         )
+    if checkpoints is not None:
+        folder = checkpoints.folder
+        processes.first(lambda: check_writable(folder))
     progress = Progress() if resume is None else restore(resume, settings, objective, optimizer)
     if progress.step > last:
         raise CheckpointError(f"resume: {progress.step:,} steps were made, and only {last:,} are asked for. Ask for more.")

@@ -34,7 +34,8 @@ class Accumulator:
 
     def figures(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """value, standard error, ess, Pareto k: each ``(B,)``."""
-        assert self.largest is not None
+        if self.largest is None:
+            raise ValueError("figures: no weights were added.")
         k = self.num_samples
         possible = self.log_sum > -math.inf
         ess = torch.where(possible, (2 * self.log_sum - self.log_sum_squares).exp(), 0.0)

@@ -219,9 +219,8 @@ def execute(system: System, out: Path, *, shared: Sequence[str], announce: str) 
             stderr=subprocess.STDOUT,
             text=True,
         )
-        assert process.stdout is not None
         try:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 log.write(line)
                 log.flush()
                 print(f"    {line}", end="", flush=True)

@@ -1,9 +1,9 @@
 """Kills training by SIGKILL at random moments, writes of checkpoints included, resumes it, and compares the weights.
 
-    python tests/kill_runs.py [--runs 50] [--script] [--seed 0]
+    python tests/kill_runs.py [--runs 50] [--script | --torchrun] [--seed 0]
 
 Each run is killed a few times before it may end. Without --script, fit in a forked process, a checkpoint after each step;
-with it, scripts/svi_mnist.py as a user starts it.
+with it, scripts/svi_mnist.py as a user starts it. With --torchrun, one of two processes is, and torchrun restarts both.
 """
 
 import argparse
@@ -65,9 +65,23 @@ def started(folder: Path) -> int:
     return subprocess.Popen([sys.executable, SCRIPT, *place], stdout=subprocess.DEVNULL, stderr=sys.stderr).pid
 
 
-def attempt(start, folder: Path, seconds: float | None) -> bool:
-    """Start it, and kill it after so many seconds unless it has ended; whether it has ended, well."""
-    process = start(folder)
+def under_torchrun(folder: Path) -> int:
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "9",
+    ]
+    command = [*torchrun, SCRIPT, "--out", folder / "run", *OPTIONS]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid
+
+
+def ended(process: int, seconds: float | None = None) -> bool:
+    """Wait for its end, so many seconds at most; whether it has ended, well."""
     ends = time.monotonic() + (seconds or 1e9)
     while time.monotonic() < ends:
         done, status = os.waitpid(process, os.WNOHANG)
@@ -76,40 +90,61 @@ def attempt(start, folder: Path, seconds: float | None) -> bool:
                 raise SystemExit(f"exit code {os.waitstatus_to_exitcode(status)}")
             return True
         time.sleep(0.0005)
+    return False
+
+
+def kill(process: int) -> None:
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
-    return False
+
+
+def kill_worker(torchrun: int, moments: random.Random) -> bool:
+    """Kill one of its processes; whether it had any."""
+    workers = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
+    if workers:
+        os.kill(int(moments.choice(workers)), signal.SIGKILL)
+    return bool(workers)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--kills", type=int, default=3, help="of each run")
-    parser.add_argument("--script", action="store_true")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--script", action="store_true")
+    how.add_argument("--torchrun", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    start, weights = (started, "run/checkpoints/weights.pt") if args.script else (forked, "weights.pt")
+    start = under_torchrun if args.torchrun else started if args.script else forked
+    weights = "weights.pt" if start is forked else "run/checkpoints/weights.pt"
     moments = random.Random(args.seed)
     equal = kills = torn = 0
     with tempfile.TemporaryDirectory() as place:
-        if not args.script:
+        if start is forked:
             train(Path(place))  # what is imported here, no child has to import
         straight = Path(place) / "straight"
         straight.mkdir()
         begin = time.monotonic()
-        attempt(start, straight, None)
+        ended(start(straight))
         whole = time.monotonic() - begin
         expected = read_tensors(straight / weights)
         for number in range(args.runs):
             folder = Path(place) / str(number)
             folder.mkdir()
+            process = start(folder)
             for _ in range(args.kills):
-                if attempt(start, folder, moments.uniform(0, 0.8 * whole)):
+                if ended(process, moments.uniform(0, 0.8 * whole)):
                     break
+                if start is under_torchrun:
+                    kills += kill_worker(process, moments)
+                    torn += bool(list(folder.rglob("*.tmp")))
+                    continue
+                kill(process)
                 kills += 1
                 torn += bool(list(folder.rglob("*.tmp")))
+                process = start(folder)
             else:
-                attempt(start, folder, None)
+                ended(process)
             found = read_tensors(folder / weights)
             equal += all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     print(f"{equal} of {args.runs} runs ended bit-identical after {kills} kills, {torn} of them in the middle of a write")

@@ -7,8 +7,10 @@ import contextlib
 import fcntl
 import io
 import json
+import os
 import pickle
 import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +25,8 @@ from pyro_vae import Checkpoints, Data, NegativeELBO, NonFiniteError, evaluate, 
 from pyro_vae.checkpoint import FORMAT
 from pyro_vae.run import _LOCKS
 
-TABLE = Path(__file__).parents[1] / "docs" / "bad-input.md"
+HERE = Path(__file__).parent
+TABLE = HERE.parent / "docs" / "bad-input.md"
 FEW = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
@@ -137,7 +140,8 @@ def script(*arguments, harm=None, new=()):
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder) / "run"
             if harm is not None:
-                assert main(*TINY, "--checkpoint-every", 1, "--out", run)[0] == 0
+                code, _, err = main(*TINY, "--checkpoint-every", 1, "--out", run)
+                assert code == 0, err
                 whole = weights(load_run(run))
                 harm(run)
             places = {"RUN": run, "NEW": Path(folder) / "new"}
@@ -263,6 +267,19 @@ def test_the_table_has_no_other_rows():
     assert len([key for key in rows() if key[1] not in ("given", "---")]) == sum(map(len, CASES.values()))
 
 
+def test_python_o_says_the_same():
+    command = [sys.executable, "-O", __file__, "--of", "In Python"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (HERE.parent, HERE)))}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(CASES["In Python"])
+    assert done.stdout in TABLE.read_text()
+
+
+def table(cases):
+    return [f"| {name} | {said(case)} |" for name, case in cases.items()]
+
+
 def write_table():
     lines = [
         "# Bad input",
@@ -271,12 +288,13 @@ def write_table():
         "A script ends with one such line and exit code 2, never with a traceback.",
     ]
     for group, cases in CASES.items():
-        lines += ["", f"## {group}", "", "| given | seen |", "|---|---|"]
-        lines += [f"| {name} | {said(case)} |" for name, case in cases.items()]
+        lines += ["", f"## {group}", "", "| given | seen |", "|---|---|", *table(cases)]
     TABLE.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    write_table()
-    sys.exit()
+    if "--of" in sys.argv:
+        print("\n".join(table(CASES[sys.argv[-1]])))
+    else:
+        write_table()

@@ -23,8 +23,8 @@ def test_killed_runs_end_bit_identical():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [(), ("--script",)])
-def test_fifty_killed_runs_end_bit_identical(how):
-    equal, runs, kills, _ = kill_runs("--runs", "50", *how)
-    assert equal == runs == 50
-    assert kills >= 50
+@pytest.mark.parametrize(("how", "number"), [((), 50), (("--script",), 50), (("--torchrun",), 10)])
+def test_many_killed_runs_end_bit_identical(how, number):
+    equal, runs, kills, _ = kill_runs("--runs", str(number), *how)
+    assert equal == runs == number
+    assert kills >= number

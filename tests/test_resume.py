@@ -285,3 +285,12 @@ def test_resuming_another_devices_noise_is_not_needed_at_the_start_of_an_epoch(t
     run(straight)
     run(resumed, resume=state)
     assert equal(weights(resumed), weights(straight))
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_first_step(tmp_path):
+    objective = build("elbo")
+    (tmp_path / "file").touch()
+    before = weights(objective)
+    with pytest.raises(CheckpointError, match=r"file/checkpoints: cannot be written to \(Not a directory\)"):
+        fit(objective, Data(images()), epochs=1, checkpoints=Checkpoints(tmp_path / "file" / "checkpoints"), verbose=False)
+    assert equal(weights(objective), before)

@@ -301,7 +301,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_data_are_read(svi_m
     monkeypatch.setattr(pyro_vae.data, "_load_digits", None)
     code, _, err = svi_mnist_here(*LONG, "--out", "/proc/run")
     assert code == 2
-    assert "/proc/run: the run's folder cannot be written" in err
+    assert "/proc/run: cannot be written to" in err
 
 
 def test_a_full_disk_keeps_the_checkpoints_before(tmp_path, svi_mnist_here, monkeypatch):
