@@ -1,4 +1,4 @@
-"""Data: the MNIST family (through torchvision), scikit-learn's digits, your own arrays; how pixels are binarised.
+"""Data: the MNIST family (through torchvision), scikit-learn's digits; how pixels are binarised. Your own: ``own_data``.
 
 Files of the MNIST family are checked by SHA-256 before they are parsed, because the parser accepts flipped bits and
 swapped files without a word.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_vae.checks import whole_number
 
-__all__ = ["BINARIZATIONS", "DATASETS", "Data", "DataError", "DatasetFallbackWarning", "as_data", "load_data"]
+__all__ = ["BINARIZATIONS", "DATASETS", "Data", "DataError", "DatasetFallbackWarning", "load_data"]
 
 BINARIZATIONS = ("none", "threshold", "dynamic")
 DATASETS = ("auto", "mnist", "fashion-mnist", "kmnist", "digits")
@@ -50,6 +50,8 @@ class Data:
         dtype: floating-point type of the batches; default: that of x, or torch's default type where x is uint8.
         binarization: ``"none"``: values as they are (grey); ``"threshold"``: 1 where a value is above 0.5, else 0;
             ``"dynamic"``: each value redrawn as Bernoulli(value) every time it is seen (Salakhutdinov and Murray 2008).
+        classes: names of the labels 0, 1, ..., if they have any.
+        note: how the data were read, for the record.
 
     Raises:
         DataError: empty, wrong rank or type, NaN or infinite, labels of another length, or values outside [0, 1] that
@@ -67,6 +69,8 @@ class Data:
     name: str = "array"
     binarization: str = "none"
     dtype: torch.dtype | None = None
+    classes: tuple[str, ...] = ()
+    note: str = ""
 
     def __post_init__(self) -> None:
         for name, value in (("x", self.x), ("labels", self.labels)):
@@ -143,28 +147,6 @@ class Data:
         elif self.binarization == "dynamic":
             x = (torch.rand_like(x) < x).to(x.dtype)
         return x
-
-
-def as_data(x: "Data | Tensor | np.ndarray[Any, Any]") -> Data:
-    """Wrap a tensor or NumPy array as :class:`Data`, without a copy where its memory can be shared.
-
-    Raises:
-        DataError: another type, or an array that no tensor can hold.
-    """
-    if isinstance(x, Data):
-        return x
-    if isinstance(x, np.ma.MaskedArray):
-        raise DataError("expected an array without a mask, found a masked array. Fill the masked values: x.filled(...).")
-    if isinstance(x, np.ndarray):
-        if x.dtype.kind not in "fiub" or x.dtype.itemsize > 8:
-            raise DataError(f"expected an array of numbers, found {x.dtype}. Convert: x.astype('float32').")
-        native = x.astype(x.dtype.newbyteorder("="), copy=not x.flags.writeable)  # tensors share memory that can be written
-        x = torch.from_numpy(np.ascontiguousarray(native))
-    if isinstance(x, tuple):
-        raise DataError("expected one data set, found a tuple. Pass its parts apart: train, test = load_data(...).")
-    if not isinstance(x, Tensor):
-        raise DataError(f"expected Data, a tensor or a NumPy array, found {type(x).__name__}. Stack it: torch.stack(...).")
-    return Data(x)
 
 
 def load_data(name: str = "auto", *, data_dir: str | Path | None = None, binarization: str = "none") -> tuple[Data, Data]:

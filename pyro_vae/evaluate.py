@@ -1,17 +1,13 @@
 """Whole-dataset measures -> plain records."""
 
-from typing import Any
-
-import numpy as np
 import torch
-from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vae import processes
 from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.checks import whole_number
-from pyro_vae.data import Data, as_data
 from pyro_vae.importance import Estimate, evaluating, log_marginal
+from pyro_vae.own_data import DataLike, as_data
 from pyro_vae.vae import VAE
 
 __all__ = ["evaluate"]
@@ -19,7 +15,7 @@ __all__ = ["evaluate"]
 
 def evaluate(
     vae: VAE | Autoencoder,
-    data: "Data | Tensor | np.ndarray[Any, Any]",
+    data: DataLike,
     *,
     num_samples: int = 10,
     importance_samples: int = 0,
@@ -102,9 +98,7 @@ def evaluate(
     return figures
 
 
-def _squared_error(
-    model: Autoencoder, data: "Data | Tensor | np.ndarray[Any, Any]", batch_size: int, seed: int
-) -> dict[str, Estimate]:
+def _squared_error(model: Autoencoder, data: DataLike, batch_size: int, seed: int) -> dict[str, Estimate]:
     """An autoencoder draws nothing, so its figures are exact."""
     like = next(model.parameters())
     data = as_data(data).to(like.device, like.dtype)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pyro_vae import processes
 from pyro_vae.checks import compile_choice, whole_number
 from pyro_vae.compiling import NotCompiledWarning, UntraceableError, inductor, reason_of, trace
+from pyro_vae.own_data import DataLike, as_data
 from pyro_vae.weights import Accumulator
 
 __all__ = [
@@ -114,7 +115,7 @@ class LogMarginal:
 def log_marginal(
     model: Callable[..., Any],
     guide: Callable[..., Any],
-    x: Tensor,
+    x: DataLike,
     *,
     num_samples: int = 1000,
     chunk_size: int | None = None,
@@ -136,7 +137,8 @@ def log_marginal(
     Args:
         model: Pyro program, called as ``model(x)``; every site in one plate of dimension -1 over the observations.
         guide: Pyro program, called as ``guide(x)``.
-        x: observations, ``(B, ...)``.
+        x: observations, ``(B, ...)``: a tensor, as it is; or what :func:`~pyro_vae.own_data.as_data` takes, as one
+            batch.
         num_samples: draws per observation, K.
         chunk_size: pairs (draw, observation) held at once; default: as many as hold 2^23 numbers. Memory
             grows with it and not with K or B.
@@ -172,9 +174,11 @@ def log_marginal(
     """
     num_samples = whole_number("num_samples", num_samples)
     chunk_size = None if chunk_size is None else whole_number("chunk_size", chunk_size)
-    if not torch.is_tensor(x) or x.dim() == 0 or x.numel() == 0:
-        found = f"shape {tuple(x.shape)}" if torch.is_tensor(x) else f"{type(x).__name__}; make it a tensor"
-        raise ValueError(f"log_marginal: expected observations as a tensor of shape (B, ...), found {found}.")
+    if not torch.is_tensor(x):
+        data = as_data(x)
+        x = data.batch(torch.arange(len(data), device=data.x.device))
+    if x.dim() == 0 or x.numel() == 0:
+        raise ValueError(f"log_marginal: expected observations of shape (B, ...), found shape {tuple(x.shape)}.")
     # 2^23 numbers, 32 MiB, is the largest tensor that glibc keeps for reuse rather than asking for fresh pages each time;
     # hidden layers are rarely narrower than 128.
     chunk_size = chunk_size or max(1, 2**23 // max(x[0].numel(), 128))

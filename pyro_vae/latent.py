@@ -14,8 +14,9 @@ from torch.distributions import kl_divergence
 
 from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.checks import whole_number
-from pyro_vae.data import Data, as_data
+from pyro_vae.data import Data
 from pyro_vae.importance import evaluating
+from pyro_vae.own_data import DataLike, as_data
 from pyro_vae.vae import VAE
 
 __all__ = [
@@ -46,7 +47,7 @@ def decoder_mean(model: Model, z: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def latent_means(model: Model, data: "Data | Tensor | np.ndarray[Any, Any]", *, batch_size: int = 1000) -> Tensor:
+def latent_means(model: Model, data: DataLike, *, batch_size: int = 1000) -> Tensor:
     """Posterior mean, or code, of every observation, ``(N, latent_dim)``, in the order of the data."""
     parameter = next(model.parameters())
     data = as_data(data).to(parameter.device, parameter.dtype)
@@ -61,7 +62,7 @@ def _require_posterior(name: str, vae: Model) -> None:
 
 
 @torch.no_grad()
-def kl_per_dimension(vae: VAE, data: "Data | Tensor | np.ndarray[Any, Any]", *, batch_size: int = 1000) -> Tensor:
+def kl_per_dimension(vae: VAE, data: DataLike, *, batch_size: int = 1000) -> Tensor:
     r"""KL of every latent dimension, averaged over the data: ``(latent_dim,)``, nats per observation.
 
     .. math:: \frac1N \sum_i \tfrac12 \big( \mu_{ij}^2 + \sigma_{ij}^2 - \log \sigma_{ij}^2 - 1 \big)
@@ -78,7 +79,7 @@ def kl_per_dimension(vae: VAE, data: "Data | Tensor | np.ndarray[Any, Any]", *, 
     return (total / len(data)).to(vae.prior_loc.dtype)
 
 
-def active_units(vae: VAE, data: "Data | Tensor | np.ndarray[Any, Any]", *, threshold: float = 0.01) -> Tensor:
+def active_units(vae: VAE, data: DataLike, *, threshold: float = 0.01) -> Tensor:
     """Which latent dimensions the model uses: ``(latent_dim,)`` of bool; ``.sum()`` is the number of active units.
 
     A unit is active where the variance of its posterior mean over the data is above the threshold (Burda et al. 2016,

@@ -16,9 +16,10 @@ from tqdm import tqdm
 from pyro_vae import processes
 from pyro_vae.checkpoint import CheckpointError, Checkpoints, check_writable
 from pyro_vae.checks import compile_choice, number, usable_device, whole_number
-from pyro_vae.data import Data, as_data
+from pyro_vae.data import Data
 from pyro_vae.distributed import DistributedStep
 from pyro_vae.objectives import Objective
+from pyro_vae.own_data import DataLike, as_data
 from pyro_vae.progress import Keeper, Progress, identity, restore, set_noise
 from pyro_vae.step import CompiledStep, EagerStep, NonFiniteStepError
 from pyro_vae.vae import VAE
@@ -34,7 +35,7 @@ class NonFiniteError(FloatingPointError):
 
 def fit(
     objective: Objective,
-    data: "Data | Tensor | np.ndarray[Any, Any]",
+    data: DataLike,
     *,
     epochs: int | None = None,
     steps: int | None = None,
@@ -46,7 +47,7 @@ def fit(
     compile: bool | None = None,
     precision: str = "highest",
     clip_grad_norm: float | None = None,
-    test: "Data | Tensor | np.ndarray[Any, Any] | None" = None,
+    test: DataLike | None = None,
     device: torch.device | str | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     checkpoints: Checkpoints | None = None,

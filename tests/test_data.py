@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pyro_vae import Data, DataError, data, load_data
-from pyro_vae.data import DatasetFallbackWarning, MissingDataError, as_data
+from pyro_vae.data import DatasetFallbackWarning, MissingDataError
+from pyro_vae.own_data import as_data
 
 TRAIN, TRAIN_LABELS, TEST, TEST_LABELS = data._SIZES
 

@@ -1,0 +1,313 @@
+"""Your own data -> ``Data``: arrays, tensors, data sets of torch, .npy and .npz files, folders of images."""
+
+import zipfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pyro_vae.data import Data, DataError
+
+__all__ = ["DataLike", "as_data", "read_data", "read_splits"]
+
+DataLike = Data | Tensor | np.ndarray[Any, Any] | Dataset[Any] | str | Path
+"""What ``fit``, ``evaluate`` and ``log_marginal`` take as data."""
+
+_LARGEST = 128  # images that are no larger stay as they are
+_SIZE = 64  # height and width that others are made
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # those of torchvision's ImageFolder
+_X, _Y = ("x", "X", "images", "data", "arr_0"), ("y", "labels", "label", "targets", "target")
+
+
+def as_data(x: DataLike) -> Data:
+    """Data of whatever kind as :class:`~pyro_vae.data.Data`, without a copy where memory can be shared.
+
+    Args:
+        x: :class:`~pyro_vae.data.Data`; a tensor or NumPy array ``(N, *event_shape)``; a map-style
+            :class:`torch.utils.data.Dataset` that yields ``x`` or ``(x, label)``, which is read once, as a whole; or what
+            :func:`read_data` takes.
+
+    Raises:
+        DataError: another type, an array that no tensor can hold, or observations of different shapes.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> data = as_data(TensorDataset(torch.rand(5, 1, 8, 8), torch.tensor([3, 1, 4, 1, 5])))
+        >>> data.x.shape, data.labels
+        (torch.Size([5, 1, 8, 8]), tensor([3, 1, 4, 1, 5]))
+    """
+    if isinstance(x, Data):
+        return x
+    if isinstance(x, str | Path):
+        return read_data(x)
+    if isinstance(x, np.ma.MaskedArray):
+        raise DataError("expected an array without a mask, found a masked array. Fill the masked values: x.filled(...).")
+    if isinstance(x, np.ndarray):
+        if x.dtype.kind not in "fiub" or x.dtype.itemsize > 8:
+            raise DataError(f"expected an array of numbers, found {x.dtype}. Convert: x.astype('float32').")
+        native = x.astype(x.dtype.newbyteorder("="), copy=not x.flags.writeable)  # tensors share memory that can be written
+        x = torch.from_numpy(np.ascontiguousarray(native))
+    if isinstance(x, tuple):
+        raise DataError("expected one data set, found a tuple. Pass its parts apart: train, test = load_data(...).")
+    if isinstance(x, Dataset):
+        return _of_dataset(x)
+    if not isinstance(x, Tensor):
+        raise DataError(f"expected Data, a tensor or a NumPy array, found {type(x).__name__}. Stack it: torch.stack(...).")
+    return Data(x)
+
+
+def _of_dataset(dataset: Any) -> Data:
+    name = type(dataset).__name__
+    try:
+        size = len(dataset)
+    except TypeError as error:
+        raise DataError(f"{name}: expected a data set with a length, found one that only streams. Read it first.") from error
+    images: list[Tensor] = []
+    labels: list[int] = []
+    for index in range(size):
+        item = dataset[index]
+        x, *rest = item if isinstance(item, tuple | list) else (item,)
+        images.append(_observation(x, f"{name}[{index}]"))
+        if rest and isinstance(rest[0], int | np.integer | Tensor):
+            label = torch.as_tensor(rest[0])
+            if label.dim() == 0 and not label.is_floating_point():
+                labels.append(int(label))
+    shapes = sorted({tuple(image.shape) for image in images})
+    if len(shapes) > 1:
+        found = f"{shapes[0]}, {shapes[1]}" + (", ..." if len(shapes) > 2 else "")
+        raise DataError(f"{name}: expected observations of one shape, found {found}. Resize them in its transform.")
+    if not images:
+        raise DataError(f"{name}: expected at least one observation, found none.")
+    classes = getattr(dataset, "classes", ())
+    return Data(
+        torch.stack(images),
+        torch.tensor(labels) if len(labels) == size else None,
+        name,
+        classes=tuple(map(str, classes)) if isinstance(classes, list | tuple) else (),
+    )
+
+
+def _observation(x: Any, name: str) -> Tensor:
+    """A tensor, as it is; an array, without a copy; a PIL image as ``(channels, height, width)``, uint8."""
+    if torch.is_tensor(x):
+        return x
+    if isinstance(x, np.ndarray | np.generic | float | int):
+        return torch.as_tensor(x)
+    from PIL import Image  # torchvision brings it along
+
+    if isinstance(x, Image.Image):
+        pixels = np.asarray(x if x.mode == "L" else x.convert("RGB"))
+        return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+    raise DataError(f"{name}: expected x or (x, label), x a tensor, an array or an image; found {type(x).__name__}.")
+
+
+def read_data(path: str | Path, *, image_size: int | None = None) -> Data:
+    """Observations from a file or folder; ``note`` of the result says how they were read.
+
+    Args:
+        path: a ``.npy`` file: an array ``(N, *event_shape)``; a ``.npz`` file: the same, called x, images or data, and
+            labels, called y, labels or targets, if any; a folder of images, or of folders of images, one for each label (as
+            torchvision's ``ImageFolder``). Arrays of images ``(N, H, W)`` and ``(N, H, W, channels)`` become
+            ``(N, channels, H, W)``; pictures whose three channels are equal throughout become grey.
+        image_size: height and width of the images: the shorter side is brought to it, and the middle kept. None: as they
+            are, if all have one size of at most 128 x 128; else 64. Of arrays: None, as they are.
+
+    Raises:
+        DataError: missing, unreadable, or no observations; the message names the file.
+    """
+    return _read(Path(path).expanduser(), image_size)
+
+
+def _read(path: Path, image_size: int | None, like: Sequence[int] | None = None) -> Data:
+    """``like``: height and width of images where they do not have to be of image_size."""
+    if path.is_dir():
+        return _read_folder(path, like if image_size is None else (image_size, image_size))
+    arrays = _read_arrays(path)
+    return _of_arrays(path, arrays, _called(_X, arrays), _called(_Y, arrays), image_size)
+
+
+def read_splits(
+    path: str | Path, test: str | Path | None = None, *, image_size: int | None = None, fraction: float = 0.1
+) -> tuple[Data, Data]:
+    """Training and test data from files or folders; ``note`` of each says how they were read and parted.
+
+    Args:
+        path: as for :func:`read_data`; or a folder that holds folders ``train`` and ``test``, or a ``.npz`` file that holds
+            ``x_train`` and ``x_test``.
+        test: test data apart, as for :func:`read_data`.
+        image_size: as for :func:`read_data`; the test images are made as large as the training images.
+        fraction: of the observations that is held out for the test, at random (always the same ones), where there is no
+            test set.
+
+    Raises:
+        DataError: as for :func:`read_data`; or a single observation, which cannot be parted; or sets of different shape.
+    """
+    path = Path(path).expanduser()
+    if path.suffix == ".npz" and test is None and {"x_train", "x_test"} <= (arrays := _read_arrays(path)).keys():
+        names = [(f"x_{part}", f"y_{part}" if f"y_{part}" in arrays else None) for part in ("train", "test")]
+        first, held = (_of_arrays(path, arrays, x_name, y_name, image_size) for x_name, y_name in names)
+    else:
+        parted = test is None and (path / "train").is_dir() and (path / "test").is_dir()
+        first = _read(path / "train" if parted else path, image_size)
+        if test is None and not parted:
+            return _held_out(first, fraction)
+        place = path / "test" if test is None else Path(test).expanduser()
+        held = _read(place, image_size, first.event_shape[-2:])
+    first, held = (replace(data, name=path.stem or str(path)) for data in (first, held))
+    if held.event_shape != first.event_shape:
+        found = f"{tuple(first.event_shape)} and {tuple(held.event_shape)}"
+        raise DataError(f"{path}: expected training and test data of one shape, found {found}. Give an image size.")
+    if held.classes != first.classes:
+        found = f"{', '.join(first.classes) or 'none'} and {', '.join(held.classes) or 'none'}"
+        raise DataError(f"{path}: expected the same labels in training and test data, found {found}.")
+    return first, held
+
+
+def _held_out(data: Data, fraction: float) -> tuple[Data, Data]:
+    if len(data) < 2:
+        raise DataError(f"{data.name}: expected at least two observations, one of them to test on, found one.")
+    count = min(max(1, round(fraction * len(data))), 10_000)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))  # the same for every seed of training
+
+    def part(index: Tensor, note: str) -> Data:
+        index = index.sort().values
+        labels = None if data.labels is None else data.labels[index]
+        return replace(data, x=data.x[index], labels=labels, note=f"{data.note}; {note}")
+
+    return part(order[count:], f"{count:,} held out as test set"), part(order[:count], "held out at random")
+
+
+def _called(names: Sequence[str], arrays: dict[str, Any]) -> str | None:
+    return next((name for name in names if name in arrays), None)
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of a .npy file, as ``x``, or of a .npz file."""
+    if path.suffix not in (".npy", ".npz"):
+        kind = "missing" if not path.exists() else "neither a folder of images nor a .npy or .npz file"
+        raise DataError(f"{path}: {kind}. Name a folder of images, or an array saved by numpy.save or numpy.savez.")
+    try:
+        content = np.load(path, allow_pickle=False)  # code in a file is not run
+        if isinstance(content, np.ndarray):
+            return {"x": content}
+        with content:
+            return dict(content)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        raise DataError(f"{path}: cannot be read ({reason}). Save a plain array of numbers by numpy.save.") from error
+
+
+def _of_arrays(path: Path, arrays: dict[str, Any], x_name: str | None, y_name: str | None, size: int | None) -> Data:
+    if x_name is None:
+        raise DataError(f"{path}: expected an array called {', '.join(_X)}, found {', '.join(arrays) or 'none'}.")
+    try:
+        x = as_data(arrays[x_name]).x
+        classes: tuple[str, ...] = ()
+        labels, note = None, f"array {x_name} of shape {tuple(x.shape)}"
+        if y_name is not None:
+            labels, classes = _as_labels(path, arrays[y_name])
+        is_pixels = x.dtype == torch.uint8 or (x.is_floating_point() and x.min() >= 0 and x.max() <= 1)
+        if is_pixels and x.dim() == 3:
+            x = x.unsqueeze(1)
+        elif is_pixels and x.dim() == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
+            x, note = x.permute(0, 3, 1, 2).contiguous(), f"{note}, channels last"
+        data = Data(x, labels, path.stem, classes=classes, note=note)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    return data if size is None else replace(data.resize(size), note=f"{note}, made {size} x {size}")
+
+
+def _as_labels(path: Path, y: np.ndarray[Any, Any]) -> tuple[Tensor, tuple[str, ...]]:
+    """Whole numbers as they are; other values as numbers of the sorted values, which are the classes."""
+    y = y.reshape(len(y), -1)[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+    if y.ndim != 1:
+        raise DataError(f"expected labels of shape (N,), found {y.shape}.")
+    if y.dtype.kind in "iub":
+        return torch.from_numpy(y.astype(np.int64)), ()
+    values, index = np.unique(y, return_inverse=True)
+    if len(values) > 1000:
+        raise DataError(f"expected labels of at most 1,000 kinds, found {len(values):,}. Leave them out.")
+    return torch.from_numpy(index.astype(np.int64)), tuple(map(str, values))
+
+
+def _read_folder(path: Path, size: Sequence[int] | None) -> Data:
+    files, labels, classes = _list_images(path)
+    with ThreadPoolExecutor() as pool:
+        kinds = sorted(set(pool.map(_size, files)))
+        found = " to ".join(f"{height} x {width}" for height, width in sorted({kinds[0], kinds[-1]}))
+        if size is None:
+            size = kinds[0] if len(kinds) == 1 and max(kinds[0]) <= _LARGEST else (_SIZE, _SIZE)
+        height, width = size
+        x = torch.empty(len(files), 3, height, width, dtype=torch.uint8)
+        for place, pixels in zip(x, pool.map(lambda file: _pixels(file, (height, width)), files), strict=True):
+            place.copy_(pixels)
+    grey = torch.equal(x[:, 0], x[:, 1]) and torch.equal(x[:, 0], x[:, 2])
+    made = "" if kinds == [(height, width)] else f", made {height} x {width}"
+    note = f"{len(files):,} {'grey' if grey else 'colour'} images of {found} pixels{made}"
+    return Data(x[:, :1].clone() if grey else x, labels, path.name or str(path), classes=classes, note=note)
+
+
+def _list_images(path: Path) -> tuple[list[Path], Tensor | None, tuple[str, ...]]:
+    def images(places: Iterator[Path]) -> list[Path]:
+        return sorted(file for file in places if file.suffix.lower() in _SUFFIXES and not file.name.startswith("."))
+
+    here = images(path.iterdir())
+    of_class = {folder.name: images(folder.rglob("*")) for folder in sorted(path.iterdir()) if folder.is_dir()}
+    of_class = {name: files for name, files in of_class.items() if files}
+    if here and of_class:
+        raise DataError(
+            f"{path}: expected images in the folder or in folders in it, one for each label, found both. Move one kind away."
+        )
+    if here:
+        return here, None, ()
+    if not of_class:
+        raise DataError(f"{path}: expected images ({', '.join(_SUFFIXES)}), in it or in folders in it, found none.")
+    files = [file for group in of_class.values() for file in group]
+    labels = torch.tensor([label for label, group in enumerate(of_class.values()) for _ in group])
+    return files, labels, tuple(of_class)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A PIL image; what goes wrong with it is a DataError."""
+    from PIL import Image  # torchvision brings it along
+
+    try:
+        with Image.open(file) as image:
+            yield image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file}: no image that can be read ({error}). Remove it or save it anew.") from error
+
+
+def _size(file: Path) -> tuple[int, int]:
+    """(height, width), as it is to be seen."""
+    with _opened(file) as image:
+        width, height = image.size
+        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF's orientation: by a quarter
+        return (width, height) if turned else (height, width)
+
+
+def _pixels(file: Path, size: tuple[int, int]) -> Tensor:
+    """``(3, height, width)``, uint8: the middle, if it has another form; upon white, if it can be seen through."""
+    from PIL import Image, ImageOps
+
+    with _opened(file) as opened:
+        opened.draft("RGB", (2 * size[1], 2 * size[0]))  # a JPEG need not be decoded at its full size
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits
+            values = np.asarray(image, dtype=np.float64)
+            image = Image.fromarray((values * (255 / (65535 if values.max() > 255 else 255))).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+        if image.size != size[::-1]:
+            image = ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
