@@ -6,7 +6,12 @@ from pyro_vae.data import Data, DataError, load_data
 from pyro_vae.direct import direct_log_marginal, prior_search
 from pyro_vae.evaluate import evaluate
 from pyro_vae.importance import Estimate, log_marginal
-from pyro_vae.likelihoods import BernoulliLikelihood, LearnedNormalLikelihood, NormalLikelihood
+from pyro_vae.likelihoods import (
+    BernoulliLikelihood,
+    LearnedNormalLikelihood,
+    NormalLikelihood,
+    StandardizedNormalLikelihood,
+)
 from pyro_vae.nets import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
 from pyro_vae.objectives import (
     NegativeDirectLogLikelihood,
@@ -46,6 +51,7 @@ __all__ = [
     "NormalLikelihood",
     "Objective",
     "ReconstructionError",
+    "StandardizedNormalLikelihood",
     "TrainingStoppedError",
     "direct_log_marginal",
     "evaluate",

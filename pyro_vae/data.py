@@ -137,6 +137,14 @@ class Data:
             part.copy_(resized.round() if x.dtype == torch.uint8 else resized)
         return replace(self, x=x)
 
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each element over the data, ``event_shape``; 1 where there is no deviation."""
+        x = self.batch(torch.arange(len(self), device=self.x.device))
+        scale = x.double().std(0, correction=0)
+        # A constant that floats do not hold exactly has a deviation of some digits of its last place.
+        constant = scale <= 10 * torch.finfo(x.dtype).eps * x.abs().amax(0)
+        return x.double().mean(0).to(x.dtype), torch.where(constant, 1.0, scale).to(x.dtype)
+
     def batch(self, index: Tensor) -> Tensor:
         """Floating-point observations ``(len(index), *event_shape)``, binarised; dynamic draws use torch's global RNG."""
         x = self.x.index_select(0, index)

@@ -16,12 +16,19 @@ from typing import Any, Protocol
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_vae.checks import number
 
-__all__ = ["BernoulliLikelihood", "LearnedNormalLikelihood", "Likelihood", "NormalLikelihood", "bounded_scale"]
+__all__ = [
+    "BernoulliLikelihood",
+    "LearnedNormalLikelihood",
+    "Likelihood",
+    "NormalLikelihood",
+    "StandardizedNormalLikelihood",
+    "bounded_scale",
+]
 
 
 class Likelihood(Protocol):
@@ -268,6 +275,54 @@ class LearnedNormalLikelihood:
         precision = scale**-2
         squares = precision @ (x**2).T - 2 * (mean * precision) @ x.T + (mean**2 * precision).sum(-1, keepdim=True)
         return -0.5 * squares - (scale.log() + 0.5 * math.log(2 * math.pi)).sum(-1, keepdim=True)
+
+    def check(self, x: Tensor) -> None:
+        _check_finite(x)
+
+    def terms(self, reconstruction: Tensor, event_shape: Sequence[int]) -> dict[str, Tensor]:
+        return {}
+
+
+class StandardizedNormalLikelihood(nn.Module):
+    r"""A :class:`LearnedNormalLikelihood` of standardised data, as a density of the data in their own units.
+
+    .. math:: x_d \mid z \sim N\big(a_d + b_d m_d(z), \, b_d^2 \sigma_d^2(z)\big), \qquad
+        \log p(x \mid z) = \log p\Big(\frac{x - a}{b} \,\Big|\, z\Big) - \sum_d \log b_d
+
+    The decoder's output is ``(*batch, *event_shape, 2)``: mean and log-variance of :math:`(x - a) / b`, so that its numbers
+    are of order 1 whatever the units of the data. a and b are buffers: they are saved with the weights.
+
+    Args:
+        loc: a, ``event_shape``: the mean of the training data.
+        scale: b, ``event_shape``, above 0: their standard deviation.
+
+    Example:
+        >>> likelihood = StandardizedNormalLikelihood(torch.tensor([1000.0]), torch.tensor([50.0]))
+        >>> p = likelihood(torch.zeros(1, 2))  # mean 0 and log-variance 0 of the standardised data
+        >>> p.mean, p.stddev
+        (tensor([1000.]), tensor([50.]))
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, loc: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        if loc.shape != scale.shape or not (loc.isfinite().all() and scale.isfinite().all() and (scale > 0).all()):
+            raise ValueError(
+                f"StandardizedNormalLikelihood: expected finite loc and scale > 0 of one shape, found shapes "
+                f"{tuple(loc.shape)} and {tuple(scale.shape)}, scale from {scale.min():g} to {scale.max():g}."
+            )
+        self.register_buffer("loc", loc)
+        self.register_buffer("scale", scale)
+
+    def forward(self, output: Tensor) -> dist.TorchDistribution:
+        p = LearnedNormalLikelihood()(output)
+        return dist.Normal(self.loc + self.scale * p.mean, self.scale * p.stddev)
+
+    def pairwise_log_prob(self, output: Tensor, x: Tensor) -> Tensor:
+        """As of :class:`LearnedNormalLikelihood`, of standardised x, less the logs of the scales: -> ``(M, B)``."""
+        return LearnedNormalLikelihood().pairwise_log_prob(output, (x - self.loc) / self.scale) - self.scale.log().sum()
 
     def check(self, x: Tensor) -> None:
         _check_finite(x)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_vae.checks import shape, whole_number
 
-__all__ = ["ConvDecoder", "ConvEncoder", "MLPDecoder", "MLPEncoder"]
+__all__ = ["ConvDecoder", "ConvEncoder", "MLPDecoder", "MLPEncoder", "Standardize"]
 
 _relu = partial(nn.ReLU, inplace=True)  # same values and gradients, one pass and one copy of the hidden layer fewer
 
@@ -118,6 +118,21 @@ class MLPDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return self.output(self.body(z)).unflatten(-1, self.output_shape)  # (*batch, *output_shape)
+
+
+class Standardize(nn.Module):
+    """``(x - loc) / scale``, both ``event_shape`` and saved with the weights: an encoder then sees numbers of order 1."""
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, loc: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("loc", loc)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.loc) / self.scale
 
 
 class ConvEncoder(nn.Module):

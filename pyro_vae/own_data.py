@@ -208,9 +208,9 @@ def _of_arrays(path: Path, arrays: dict[str, Any], x_name: str | None, y_name: s
     if x_name is None:
         raise DataError(f"{path}: expected an array called {', '.join(_X)}, found {', '.join(arrays) or 'none'}.")
     try:
-        x = as_data(arrays[x_name]).x
+        x, note = _as_numbers(arrays[x_name])
         classes: tuple[str, ...] = ()
-        labels, note = None, f"array {x_name} of shape {tuple(x.shape)}"
+        labels, note = None, f"array {x_name} of shape {tuple(x.shape)}{note}"
         if y_name is not None:
             labels, classes = _as_labels(path, arrays[y_name])
         is_pixels = x.dtype == torch.uint8 or (x.is_floating_point() and x.min() >= 0 and x.max() <= 1)
@@ -222,6 +222,15 @@ def _of_arrays(path: Path, arrays: dict[str, Any], x_name: str | None, y_name: s
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     return data if size is None else replace(data.resize(size), note=f"{note}, made {size} x {size}")
+
+
+def _as_numbers(values: np.ndarray[Any, Any]) -> tuple[Tensor, str]:
+    """A tensor that :class:`~pyro_vae.data.Data` takes, and what was done for that."""
+    if values.dtype == np.uint8 and values.size and values.max() == 1:  # else 1 would become 1/255
+        return torch.from_numpy(values * np.uint8(255)), ", 0 and 1"
+    if values.dtype.kind in "iub" and values.dtype != np.uint8:
+        return torch.from_numpy(values.astype(np.float32)), f", {values.dtype} made float32"
+    return as_data(values).x, ""
 
 
 def _as_labels(path: Path, y: np.ndarray[Any, Any]) -> tuple[Tensor, tuple[str, ...]]:

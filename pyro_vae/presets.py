@@ -4,23 +4,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.checks import number, shape, whole_number
-from pyro_vae.data import BINARIZATIONS
-from pyro_vae.likelihoods import BernoulliLikelihood, Likelihood, NormalLikelihood
-from pyro_vae.nets import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
+from pyro_vae.data import BINARIZATIONS, Data
+from pyro_vae.likelihoods import BernoulliLikelihood, Likelihood, NormalLikelihood, StandardizedNormalLikelihood
+from pyro_vae.nets import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder, Standardize
 from pyro_vae.objectives import ESTIMATORS, NegativeELBO, NegativeIWAE, Objective, ReconstructionError
 from pyro_vae.vae import VAE
 
-__all__ = ["OBJECTIVES", "PRESETS", "Settings", "load_preset"]
+__all__ = ["LIKELIHOODS", "OBJECTIVES", "PRESETS", "Settings", "fitting_likelihood", "load_preset"]
 
 NETS = ("mlp", "mlp-linear", "mlp-tanh", "conv")
 OBJECTIVES = (*ESTIMATORS, "iwae")
 
+LIKELIHOODS = ("bernoulli", "normal", "learned-normal")
+
 # The normal likelihood of variance 1/2 has the squared error summed over pixels as its reconstruction term.
-_LIKELIHOODS: dict[str, Likelihood] = {
+_FIXED: dict[str, Likelihood] = {
     "bernoulli": BernoulliLikelihood(),
     "normal": NormalLikelihood(variance=0.5, mean="sigmoid"),
 }
@@ -32,7 +35,9 @@ class Settings:
 
     Args:
         preset: name of the preset these settings started from.
-        likelihood: ``"bernoulli"`` (logits), ``"normal"`` (sigmoid mean, variance 1/2), or ``"none"``: a plain autoencoder.
+        likelihood: ``"bernoulli"`` (logits); ``"normal"`` (sigmoid mean, variance 1/2); ``"learned-normal"`` (mean and
+            variance from the decoder, of standardised data, see
+            :class:`~pyro_vae.likelihoods.StandardizedNormalLikelihood`; MLPs only); or ``"none"``: a plain autoencoder.
         hidden: widths of the encoder's hidden layers; the decoder has them in reverse. Of convolutional nets, the channels.
         latent_dim: number of latent dimensions.
         batch_size: observations per step.
@@ -79,37 +84,51 @@ class Settings:
         for name in ("lr", "beta"):
             number(name, getattr(self, name))
         for name, choices in (
-            ("likelihood", (*_LIKELIHOODS, "none")),
+            ("likelihood", (*LIKELIHOODS, "none")),
             ("net", NETS),
             ("objective", OBJECTIVES),
             ("binarization", BINARIZATIONS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {getattr(self, name)!r}.")
+        if self.likelihood == "learned-normal" and self.net == "conv":
+            raise ValueError("likelihood: expected bernoulli or normal with convolutional nets, found 'learned-normal'.")
         if self.objective == "iwae" and self.particles < 2:
             raise ValueError(f"particles: expected at least 2 with objective iwae, which is the ELBO with {self.particles}.")
         if self.objective == "iwae" and self.beta != 1:
             raise ValueError(f"beta: expected 1 with objective iwae, which has no KL to weigh, found {self.beta!r}.")
 
-    def build_vae(self, event_shape: Sequence[int]) -> VAE:
+    def build_vae(self, event_shape: Sequence[int], *, moments: tuple[Tensor, Tensor] | None = None) -> VAE:
         """A new VAE of these settings for observations of this shape, weights drawn from torch's global random state.
+
+        Args:
+            event_shape: shape of one observation.
+            moments: mean and standard deviation of the training data, :meth:`~pyro_vae.data.Data.moments`, by which the
+                likelihood learned-normal standardises them; None: 0 and 1.
 
         Raises:
             ValueError: these are settings of an autoencoder, or the nets do not suit event_shape.
         """
         if self.likelihood == "none":
             raise ValueError(f"{self.preset} is a plain autoencoder, which has no likelihood: use build_model.")
-        encoder, decoder = self._nets(event_shape, heads=2)
-        likelihood = _LIKELIHOODS[self.likelihood]
+        likelihood: Any
+        if self.likelihood == "learned-normal":
+            loc, scale = moments or (torch.zeros(tuple(event_shape)), torch.ones(tuple(event_shape)))
+            likelihood = StandardizedNormalLikelihood(loc, scale)
+            encoder, decoder = self._nets(event_shape, heads=2, outputs=2)
+            encoder = nn.Sequential(Standardize(loc, scale), encoder)
+        else:
+            encoder, decoder = self._nets(event_shape, heads=2)
+            likelihood = _FIXED[self.likelihood]
         return VAE(encoder, decoder, latent_dim=self.latent_dim, event_shape=event_shape, likelihood=likelihood)
 
-    def build_model(self, event_shape: Sequence[int]) -> VAE | Autoencoder:
+    def build_model(self, event_shape: Sequence[int], *, moments: tuple[Tensor, Tensor] | None = None) -> VAE | Autoencoder:
         """:meth:`build_vae`, or the autoencoder where the settings say so."""
         if self.likelihood != "none":
-            return self.build_vae(event_shape)
+            return self.build_vae(event_shape, moments=moments)
         return Autoencoder(*self._nets(event_shape, heads=1), latent_dim=self.latent_dim, event_shape=event_shape)
 
-    def _nets(self, event_shape: Sequence[int], *, heads: int) -> tuple[nn.Module, nn.Module]:
+    def _nets(self, event_shape: Sequence[int], *, heads: int, outputs: int = 1) -> tuple[nn.Module, nn.Module]:
         if self.net == "conv":
             encoder = ConvEncoder(event_shape, channels=self.hidden, heads=heads)
             if encoder.latent_dim != self.latent_dim:
@@ -123,7 +142,7 @@ class Settings:
         sizes: dict[str, Any] = {"latent_dim": self.latent_dim, **layers}
         return (
             MLPEncoder(event_shape, hidden=self.hidden, last_activation=last, heads=heads, **sizes),
-            MLPDecoder(event_shape, hidden=self.hidden[::-1], **sizes),
+            MLPDecoder(event_shape, hidden=self.hidden[::-1], outputs=outputs, **sizes),
         )
 
     def build_objective(self, model: VAE | Autoencoder) -> Objective:
@@ -183,3 +202,23 @@ def load_preset(name: str, **changes: Any) -> Settings:
     elif "steps" in changes and "epochs" not in changes:
         changes["epochs"] = None
     return replace(PRESETS[name], **changes)
+
+
+def fitting_likelihood(data: Data) -> tuple[str, str]:
+    """The likelihood that suits the data, of those in :data:`LIKELIHOODS`, and why.
+
+    - Values that are 0 or 1, or will be made so: ``"bernoulli"``.
+    - Grey pixels, uint8 or images in [0, 1]: ``"bernoulli"`` too, as most published examples have it; a relaxed one, whose
+      figures compare only with others of the kind.
+    - Colours: ``"normal"``, a density over colours.
+    - All else, tables and numbers beyond [0, 1]: ``"learned-normal"``.
+    """
+    shape, x = data.event_shape, data.x
+    pixels = x.dtype == torch.uint8 or bool(x.min() >= 0 and x.max() <= 1)
+    if pixels and (data.binarization != "none" or ((x == 0) | (x == (255 if x.dtype == torch.uint8 else 1))).all()):
+        return "bernoulli", "values of 0 and 1"
+    if pixels and len(shape) == 3 and shape[0] == 3:
+        return "normal", "colours"
+    if pixels and (x.dtype == torch.uint8 or len(shape) > 1):
+        return "bernoulli", "grey pixels: a relaxed Bernoulli, to be compared only with figures of the kind"
+    return "learned-normal", f"{'numbers' if len(shape) == 1 else 'values'} from {x.min():g} to {x.max():g}"

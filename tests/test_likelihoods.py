@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import LIKELIHOODS
 
-from pyro_vae import BernoulliLikelihood, LearnedNormalLikelihood, NormalLikelihood
+from pyro_vae import BernoulliLikelihood, LearnedNormalLikelihood, NormalLikelihood, StandardizedNormalLikelihood
 
 
 def test_bernoulli_log_prob_is_exact_where_probabilities_saturate():
@@ -205,3 +205,21 @@ def test_pairwise_log_prob_keeps_its_digits_far_from_zero(likelihood):
     )
     exact = torch.stack([likelihood(o).log_prob(x.double()).sum(-1) for o in output.double()])
     torch.testing.assert_close(likelihood.pairwise_log_prob(output, x).double(), exact, rtol=1e-4, atol=1e-2)
+
+
+def test_standardized_normal_is_a_density_of_the_data_in_their_own_units():
+    loc, scale = torch.tensor([1e4, -3.0], dtype=torch.float64), torch.tensor([500.0, 1e-3], dtype=torch.float64)
+    likelihood = StandardizedNormalLikelihood(loc, scale)
+    output, u = torch.randn(2, 2, 2, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    x = loc + scale * u
+    of_u = LearnedNormalLikelihood()
+    jacobian = scale.log().sum()
+    one_by_one = torch.stack([likelihood(o).log_prob(x).sum(-1) for o in output])
+    torch.testing.assert_close(one_by_one, torch.stack([of_u(o).log_prob(u).sum(-1) for o in output]) - jacobian)
+    torch.testing.assert_close(likelihood.pairwise_log_prob(output, x), one_by_one)
+
+
+@pytest.mark.parametrize("scale", [[1.0, 0.0], [1.0, math.inf], [1.0]])
+def test_standardized_normal_refuses_scales_that_are_none(scale):
+    with pytest.raises(ValueError, match="scale"):
+        StandardizedNormalLikelihood(torch.zeros(2), torch.tensor(scale))

@@ -1,8 +1,20 @@
+import math
+
 import pytest
 import torch
 
-from pyro_vae import PRESETS, BernoulliLikelihood, NegativeIWAE, NormalLikelihood, load_preset
-from pyro_vae.presets import Settings
+from pyro_vae import (
+    PRESETS,
+    BernoulliLikelihood,
+    Data,
+    NegativeELBO,
+    NegativeIWAE,
+    NormalLikelihood,
+    evaluate,
+    fit,
+    load_preset,
+)
+from pyro_vae.presets import Settings, fitting_likelihood
 
 
 def linear_sizes(module):
@@ -87,7 +99,7 @@ def test_changes_leave_the_preset_alone():
         ({"hidden": 10}, "hidden: expected whole numbers"),
         ({"lr": float("nan")}, "lr: expected a positive number"),
         ({"beta": -1}, "beta: expected a positive number"),
-        ({"likelihood": "poisson"}, "likelihood: expected one of bernoulli, normal, none, found 'poisson'"),
+        ({"likelihood": "poisson"}, "likelihood: expected one of bernoulli, normal, learned-normal, none, found 'poisson'"),
         ({"objective": "renyi"}, "objective: expected one of trace, mean-field, iwae"),
         ({"objective": "iwae", "beta": 2.0, "particles": 5}, "beta: expected 1 with objective iwae"),
         ({"objective": "iwae"}, "particles: expected at least 2 with objective iwae"),
@@ -108,3 +120,42 @@ def test_unknown_preset():
 def test_no_hidden_layer_is_a_linear_model():
     settings = Settings("own", "bernoulli", (), latent_dim=2, epochs=1, batch_size=1, lr=0.1)
     assert linear_sizes(settings.build_vae((3,)).encoder) == [(3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("x", "binarization", "expected"),
+    [
+        (torch.randint(0, 256, (9, 1, 4, 4), dtype=torch.uint8), "none", "bernoulli"),
+        (torch.randint(0, 256, (9, 3, 4, 4), dtype=torch.uint8), "none", "normal"),
+        (255 * torch.randint(0, 2, (9, 3, 4, 4), dtype=torch.uint8), "none", "bernoulli"),
+        (torch.rand(9, 3, 4, 4), "dynamic", "bernoulli"),
+        (torch.randint(0, 2, (9, 5)).float(), "none", "bernoulli"),
+        (torch.rand(9, 4, 4), "none", "bernoulli"),
+        (torch.rand(9, 5), "none", "learned-normal"),
+        (100 * torch.randn(9, 3, 4, 4), "none", "learned-normal"),
+    ],
+)
+def test_likelihood_that_fits_the_data(x, binarization, expected):
+    assert fitting_likelihood(Data(x, binarization=binarization))[0] == expected
+
+
+def test_learned_normal_in_any_units_is_the_same_model():
+    """x in grams or in tonnes: the same ELBO but for the Jacobian."""
+    x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)) @ torch.randn(3, 3) + 5
+    x[:, 1] = 7.0  # constant
+    found = []
+    for unit in (1.0, 1e6):
+        data = Data(unit * x)
+        torch.manual_seed(0)
+        settings = load_preset("bernoulli-z20", likelihood="learned-normal", hidden=(16,), latent_dim=2)
+        vae = settings.build_vae((3,), moments=data.moments())
+        fit(NegativeELBO(vae), data, epochs=3, batch_size=50, verbose=False)
+        found.append(evaluate(vae, data)["neg_elbo"].value)
+    scales = Data(x).moments()[1]
+    assert scales[1] == 1.0
+    assert found[1] - found[0] == pytest.approx(2 * math.log(1e6), abs=1e-3)  # the constant has no scale to change
+
+
+def test_learned_normal_needs_fully_connected_nets():
+    with pytest.raises(ValueError, match="likelihood: expected bernoulli or normal with convolutional nets"):
+        load_preset("conv-gaussian", likelihood="learned-normal")
