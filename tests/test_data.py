@@ -303,6 +303,13 @@ def test_arrays_that_are_read_only_or_of_other_byte_order():
     assert as_data(array).x.tolist() == [[0.0, 1.0], [2.0, 3.0]]
 
 
+def test_moments_are_those_of_each_element_and_constants_keep_theirs():
+    x = torch.stack([torch.arange(5.0), torch.full((5,), 7e6 + 1), torch.full((5,), 0.1)], 1)
+    loc, scale = Data(x).moments()
+    assert torch.equal(loc, torch.tensor([2.0, 7e6 + 1, 0.1]))
+    torch.testing.assert_close(scale, torch.tensor([math.sqrt(2), 1.0, 1.0]))
+
+
 def test_resize_is_bilinear_and_keeps_the_type():
     x = torch.randint(0, 256, (2300, 1, 5, 5), dtype=torch.uint8)
     data = Data(x, torch.arange(2300), "some").resize(8)
