@@ -111,6 +111,10 @@ class Data:
         """Shape of one observation."""
         return self.x.shape[1:]
 
+    def label_name(self, label: int) -> str:
+        """The class of a label, or the number itself."""
+        return self.classes[label] if 0 <= label < len(self.classes) else str(label)
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Data":
         """The same data on another device, with batches of another floating-point type; copied only where they differ."""
         x = self.x.to(device) if self.x.dtype == torch.uint8 or dtype is None else self.x.to(device, dtype)

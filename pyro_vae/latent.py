@@ -5,6 +5,7 @@ mode. Functions that draw use torch's global random state: seed it for a reprodu
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ __all__ = [
     "interpolate",
     "kl_per_dimension",
     "latent_means",
+    "latent_record",
     "manifold_grid",
     "sample_like",
     "tsne",
@@ -219,6 +221,23 @@ def sample_like(vae: VAE, data: Data, label: int, *, num_samples: int) -> Tensor
     index = candidates[torch.randint(len(candidates), (num_samples,), device=candidates.device)]
     with evaluating(vae):
         return vae.decode(vae.encode(data.batch(index)).sample()).mean
+
+
+def latent_record(vae: VAE, data: DataLike, *, limit: int = 500) -> dict[str, Any]:
+    """Where the first observations lie in latent space, as plain numbers: ``latents.json`` of a run folder.
+
+    Returns:
+        ``means``: posterior means, a list of ``limit`` lists of latent_dim numbers; ``labels`` and ``classes`` of these
+        observations, or None; ``kl_per_dimension``: of all the data, see :func:`kl_per_dimension`.
+    """
+    data = as_data(data)
+    some = replace(data, x=data.x[:limit], labels=None if data.labels is None else data.labels[:limit])
+    return {
+        "means": [[round(value, 4) for value in row] for row in latent_means(vae, some).tolist()],
+        "labels": None if some.labels is None else some.labels.tolist(),
+        "classes": list(data.classes) or None,
+        "kl_per_dimension": kl_per_dimension(vae, data).tolist(),
+    }
 
 
 def tsne(latents: Tensor, *, perplexity: float = 30.0, seed: int = 0) -> "np.ndarray[Any, Any]":

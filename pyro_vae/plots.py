@@ -126,47 +126,67 @@ def image_plane(images: Array, first: Array, second: Array, *, title: str = "") 
     return figure
 
 
-def _scatter(ax: "Axes", points: Array, labels: Array, size: float) -> list[Any]:
+def _scatter(ax: "Axes", points: Array, labels: Array | None, size: float, classes: Sequence[str] = ()) -> list[Any]:
     """Points by label; every label keeps its colour whatever others are there. Returns legend handles."""
+    style: dict[str, Any] = {"s": size, "linewidths": 0, "alpha": 0.6}
+    if labels is None:
+        ax.scatter(points[:, 0], points[:, 1], color=_COLORS[0], **style)
+        return []
     handles = []
     for label in np.unique(labels):
-        mine = points[labels == label]
-        color = _COLORS[int(label) % len(_COLORS)]
-        handles.append(ax.scatter(mine[:, 0], mine[:, 1], s=size, color=color, linewidths=0, alpha=0.6, label=str(label)))
+        mine, color = points[labels == label], _COLORS[int(label) % len(_COLORS)]
+        handles.append(ax.scatter(mine[:, 0], mine[:, 1], color=color, label=_name(label, classes), **style))
     return handles
 
 
-def _mark(ax: "Axes", points: Array, labels: Array, *, fontsize: int) -> None:
-    """Each digit written at the median of its points, so that the picture does not rest on colour alone."""
+def _name(label: Any, classes: Sequence[str]) -> str:
+    return classes[int(label)] if 0 <= label < len(classes) else str(label)
+
+
+def _mark(ax: "Axes", points: Array, labels: Array | None, *, fontsize: int, classes: Sequence[str] = ()) -> None:
+    """Each label written at the median of its points, so that the picture does not rest on colour alone."""
     from matplotlib.patheffects import withStroke
 
-    for label in np.unique(labels):
+    for label in () if labels is None else np.unique(labels):
         x, y = np.median(points[labels == label], axis=0)
         outline = [withStroke(linewidth=fontsize / 5, foreground="white")]
-        ax.text(x, y, str(label), fontsize=fontsize, weight="bold", ha="center", va="center", path_effects=outline)
+        name = _name(label, classes)
+        size = fontsize if len(name) < 4 else 0.7 * fontsize
+        ax.text(x, y, name, fontsize=size, weight="bold", ha="center", va="center", path_effects=outline)
 
 
 def _legend(figure: "Figure", handles: Sequence[Any]) -> None:
-    legend = figure.legend(handles=handles, loc="outside right center", title="digit", fontsize=12)
+    if not handles:
+        return
+    title = "digit" if all(handle.get_label().isdigit() for handle in handles) else "label"
+    legend = figure.legend(handles=handles, loc="outside right center", title=title, fontsize=12)
     for handle in legend.legend_handles:
         handle.set(alpha=1, sizes=[50])  # type: ignore[union-attr]
 
 
-def latent_scatter(points: Array, labels: Array, *, title: str = "", axes_names: tuple[str, str] | None = None) -> "Figure":
+def latent_scatter(
+    points: Array,
+    labels: Array | None,
+    *,
+    title: str = "",
+    axes_names: tuple[str, str] | None = None,
+    classes: Sequence[str] = (),
+) -> "Figure":
     """Two-dimensional points ``(N, 2)``, coloured by label ``(N,)``.
 
     Args:
         points: positions.
-        labels: digits.
+        labels: whole numbers, or None.
         title: above the picture.
         axes_names: names of the axes; None where they mean nothing (t-SNE): no ticks then.
+        classes: names of the labels 0, 1, ..., if they have any.
     """
-    points, labels = np.asarray(points), np.asarray(labels)
+    points, labels = np.asarray(points), None if labels is None else np.asarray(labels)
     figure = _figure(7.5, 6.2)
     figure.suptitle(title, fontsize=13)
     ax = figure.add_subplot()
-    handles = _scatter(ax, points, labels, size=max(2.0, 30000 / (len(points) + 500)))
-    _mark(ax, points, labels, fontsize=15)
+    handles = _scatter(ax, points, labels, max(2.0, 30000 / (len(points) + 500)), classes)
+    _mark(ax, points, labels, fontsize=15, classes=classes)
     if axes_names is None:
         ax.set(xticks=[], yticks=[])
     else:
@@ -257,16 +277,24 @@ def latent_animation(
     return FuncAnimation(figure, draw, frames=frames + hold, interval=1000 / fps, blit=False)
 
 
-def latent_pairs(points: Array, labels: Array, *, axes: Sequence[int] | None = None, title: str = "") -> "Figure":
+def latent_pairs(
+    points: Array,
+    labels: Array | None,
+    *,
+    axes: Sequence[int] | None = None,
+    title: str = "",
+    classes: Sequence[str] = (),
+) -> "Figure":
     """All pairs of latent axes as scatter plots in a triangle, coloured by label.
 
     Args:
         points: latent means ``(N, latent_dim)``.
-        labels: digits ``(N,)``.
+        labels: whole numbers ``(N,)``, or None.
         axes: the latent axes shown; default: all.
         title: above the picture.
+        classes: names of the labels 0, 1, ..., if they have any.
     """
-    points, labels = np.asarray(points), np.asarray(labels)
+    points, labels = np.asarray(points), None if labels is None else np.asarray(labels)
     axes = range(points.shape[1]) if axes is None else axes
     if len(axes) < 2:
         raise ValueError(f"latent_pairs: needs at least 2 latent axes to make a pair, found {len(axes)}.")
@@ -282,8 +310,8 @@ def latent_pairs(points: Array, labels: Array, *, axes: Sequence[int] | None = N
             if column > row:
                 ax.set_axis_off()
                 continue
-            handles = _scatter(ax, points[:, pair], labels, size=max(0.5, 6000 / (len(points) + 500)))
-            _mark(ax, points[:, pair], labels, fontsize=10)
+            handles = _scatter(ax, points[:, pair], labels, max(0.5, 6000 / (len(points) + 500)), classes)
+            _mark(ax, points[:, pair], labels, fontsize=10, classes=classes)
             if row == n - 1:
                 ax.set_xlabel(f"$z_{{{pair[0] + 1}}}$", fontsize=13)
             if column == 0:

@@ -113,7 +113,8 @@ class Settings:
             raise ValueError(f"{self.preset} is a plain autoencoder, which has no likelihood: use build_model.")
         likelihood: Any
         if self.likelihood == "learned-normal":
-            loc, scale = moments or (torch.zeros(tuple(event_shape)), torch.ones(tuple(event_shape)))
+            ones = torch.ones(shape("event_shape", event_shape))
+            loc, scale = (moment.to(ones.dtype) for moment in moments or (ones - 1, ones))
             likelihood = StandardizedNormalLikelihood(loc, scale)
             encoder, decoder = self._nets(event_shape, heads=2, outputs=2)
             encoder = nn.Sequential(Standardize(loc, scale), encoder)

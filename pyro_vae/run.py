@@ -1,4 +1,4 @@
-"""A run is a folder: config.json, metrics.jsonl (a line per epoch), metrics.json, checkpoints/, figures/.
+"""A run is a folder: config.json, metrics.jsonl (a line per epoch), metrics.json, latents.json, checkpoints/, figures/.
 
 JSON files and weights are written whole or not at all. One process at a time writes to a folder.
 """
@@ -37,7 +37,7 @@ __all__ = [
 _FORMAT = 1
 _CONFIG = "config.json"
 _WEIGHTS = Path("checkpoints", "weights.pt")
-_PARTS = (_CONFIG, "metrics.jsonl", "metrics.json", "checkpoints", "figures")
+_PARTS = (_CONFIG, "metrics.jsonl", "metrics.json", "latents.json", "checkpoints", "figures")
 
 
 _LOCK = ".lock"

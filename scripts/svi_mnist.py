@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Train a VAE on MNIST by stochastic variational inference, evaluate it, and leave a run folder.
+"""Train a VAE by stochastic variational inference, on MNIST or on your own data, evaluate it, and leave a run folder.
 
 The folder holds config.json, metrics.jsonl (a line per epoch), metrics.json (final figures and where they come from),
-checkpoints/ and figures/. Load the model again with pyro_vae.load_run(FOLDER).
+latents.json, checkpoints/ and figures/. Load the model again with pyro_vae.load_run(FOLDER).
 
 A run that was stopped (SIGINT, SIGTERM) or killed goes on with --resume FOLDER, as if nothing had happened. Several
 processes share the work under torchrun --standalone --nproc-per-node N scripts/svi_mnist.py ...
@@ -13,7 +13,6 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -37,12 +36,13 @@ from pyro_vae import (
     latent,
     load_data,
     load_preset,
-    plots,
     processes,
 )
 from pyro_vae.checks import number, whole_number
 from pyro_vae.data import BINARIZATIONS, DATASETS, DatasetFallbackWarning
-from pyro_vae.presets import OBJECTIVES, Settings
+from pyro_vae.figures import run_figures
+from pyro_vae.own_data import read_splits
+from pyro_vae.presets import LIKELIHOODS, OBJECTIVES, Settings, fitting_likelihood
 from pyro_vae.run import (
     append_jsonl,
     check_new_run,
@@ -61,7 +61,20 @@ from pyro_vae.train import PRECISIONS
 COMPILE = {"auto": None, "always": True, "never": False}
 VAES = {name: settings for name, settings in PRESETS.items() if settings.likelihood != "none"}
 # Options that are no settings of the preset and define the run nevertheless: a resumed run keeps them.
-KEPT: dict[str, Any] = {"dataset": "auto", "compile": "auto", "precision": "highest", "seed": 0, "clip_grad_norm": None}
+KEPT: dict[str, Any] = {
+    "dataset": "auto",
+    "data": None,
+    "test_data": None,
+    "compile": "auto",
+    "precision": "highest",
+    "seed": 0,
+    "clip_grad_norm": None,
+}
+
+
+def absolute(path: str) -> str:
+    """As config.json keeps it, for a run that goes on from another place."""
+    return str(Path(path).expanduser().resolve())
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, Settings]:
@@ -82,6 +95,13 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     add = parser.add_argument
     add("--preset", choices=list(VAES), help="reference system (default: bernoulli-z20)")
     add("--dataset", choices=DATASETS, help="auto: mnist if it can be had, else digits (default: auto)")
+    own = "your own data, in place of --dataset: a folder of images, or of such folders for each label; a .npy or .npz file"
+    add("--data", type=absolute, metavar="PATH", help=own)
+    apart = "your own test data (default: train/ and test/ in --data, x_test in a .npz file, else a tenth is held out)"
+    add("--test-data", type=absolute, metavar="PATH", help=apart)
+    add("--image-size", type=int, help=f"height and width that images are made ({of_preset('image_size')})")
+    learned = "normal: sigmoid mean, variance 1/2; learned-normal: mean and variance learned, of numbers of any range"
+    add("--likelihood", choices=LIKELIHOODS, help=f"{learned} (default: with --data, what fits the data, which is said)")
     add("--data-dir", help="folder that holds MNIST/raw (default: $PYRO_VAE_DATA, else ~/.cache/pyro_vae)")
     add("--epochs", type=int, help=f"passes over the training set ({of_preset('epochs')})")
     add("--steps", type=int, help=f"steps of the optimiser, in place of epochs ({of_preset('steps')})")
@@ -128,6 +148,10 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     args = parser.parse_args(argv)
     if args.importance_samples < 0 or args.importance_samples == 1:
         parser.error(f"--importance-samples: expected 0 or at least 2, found {args.importance_samples}")
+    if args.data is not None and args.dataset is not None:
+        parser.error("--data takes the place of --dataset: leave one of them away")
+    if args.test_data is not None and args.data is None and args.resume is None:
+        parser.error("--test-data needs --data")
     if args.overwrite and args.out is None:
         parser.error("--overwrite needs --out: a default folder is always new")
     if args.resume is not None and args.out is not None:
@@ -157,7 +181,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         for name, default in KEPT.items():
             if getattr(args, name) is None:
                 setattr(args, name, default)
-        args.requested_dataset = args.dataset
+        args.requested_dataset = args.dataset if args.data is None else None
         return args, load_preset(changes.pop("preset", "bernoulli-z20"), **changes)
     except CheckpointError as error:
         parser.exit(2, f"error: {error}\n")
@@ -185,11 +209,14 @@ def resumed(args: argparse.Namespace, changes: dict[str, Any]) -> Settings:
         )
     try:
         for name, choices in (("dataset", DATASETS), ("compile", tuple(COMPILE)), ("precision", PRECISIONS)):
-            if config.get(name) not in choices:
+            if config.get(name) not in choices and not (name == "dataset" and config.get("data") is not None):
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {config.get(name)!r}.")
         whole_number("seed", config.get("seed"), minimum=0)
         if config.get("clip_grad_norm") is not None:
             number("clip_grad_norm", config["clip_grad_norm"])
+        for name in ("data", "test_data"):
+            if not isinstance(config.get(name), str | None):
+                raise ValueError(f"{name}: expected a path, found {config[name]!r}.")
     except ValueError as error:
         raise CheckpointError(f"{args.resume / 'config.json'}: not the config of a run: {error}") from error
     for name in KEPT:
@@ -200,6 +227,12 @@ def resumed(args: argparse.Namespace, changes: dict[str, Any]) -> Settings:
 
 def load(args: argparse.Namespace, settings: Settings) -> tuple[Data, Data, str]:
     """Training and test data, and what to tell if they are not MNIST as they should be (empty if they are)."""
+    if args.data is not None:
+        train, test = (
+            replace(part, binarization=settings.binarization).to("cpu", torch.get_default_dtype())
+            for part in read_splits(args.data, args.test_data, image_size=settings.image_size)
+        )
+        return train, test, ""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DatasetFallbackWarning)
         train, test = load_data(args.dataset, data_dir=args.data_dir, binarization=settings.binarization)
@@ -209,72 +242,22 @@ def load(args: argparse.Namespace, settings: Settings) -> tuple[Data, Data, str]
     return train, test, "\n".join(messages)
 
 
+def fitted(args: argparse.Namespace, settings: Settings, train: Data) -> tuple[Settings, str]:
+    """Settings that suit your own data where nothing else was asked for, and what they are."""
+    reason = "as asked for" if args.likelihood or args.preset else ""
+    if not reason:
+        likelihood, reason = fitting_likelihood(train)
+        settings = replace(settings, likelihood=likelihood)
+    most = max(2, train.event_shape.numel() // 2)
+    if args.latent_dim is None and settings.latent_dim > most and settings.net != "conv":
+        settings = replace(settings, latent_dim=most)
+    return settings, f"{train.note}; likelihood {settings.likelihood} ({reason}), {settings.latent_dim} latent dimensions"
+
+
 def warn_loudly(message: str) -> None:
     if message:
         line = "!" * 100
         print(f"{line}\n{message}\n{line}", file=sys.stderr, flush=True)
-
-
-def make_figures(
-    vae: pyro_vae.VAE, train: Data, test: Data, history: list[dict[str, Any]], settings: Settings
-) -> Iterator[Any]:
-    """Yields (name, figure). Shapes: images (n, *event_shape)."""
-    title = f"{settings.preset} on {train.name}"
-    train_labels, test_labels = train.labels, test.labels
-    if train_labels is None or test_labels is None:
-        raise DataError(f"{train.name}: the pictures need labels; pass --no-figures.")
-    yield "training_curves", plots.training_curves(history, title=title)
-
-    some = test.batch(torch.randperm(len(test))[:8].to(test.x.device))
-    decoded = vae.decode(vae.encode(some).mean)
-    rows = {"test image": some, "reconstruction": decoded.mean}
-    if isinstance(vae.likelihood, pyro_vae.BernoulliLikelihood):  # a sample with normal noise on each pixel shows nothing
-        rows["Bernoulli sample"] = decoded.sample()
-    yield "reconstructions", plots.image_rows(cpu(rows), title=f"{title}: test images and their reconstructions")
-
-    some = train.batch(torch.randperm(len(train))[:10].to(train.x.device))
-    rows = {"train image": some, "reconstruction": vae.decode(vae.encode(some).mean).mean}
-    yield "reconstructions_train", plots.image_rows(cpu(rows), title=f"{title}: training images and reconstructions")
-
-    samples = vae.decode(vae.prior().sample((36,))).mean
-    yield "prior_samples", plots.image_grid(samples.cpu(), columns=6, title=f"{title}: from the prior")
-
-    six, nine = (int((test_labels == digit).nonzero()[0]) for digit in (6, 9))
-    ends = test.batch(torch.tensor([six, nine], device=test.x.device))
-    paths = latent.interpolate(vae, *ends, steps=10)
-    rows = dict(zip(("latent space", "pixel space"), paths, strict=True))
-    yield "interpolation", plots.image_rows(cpu(rows), title=f"{title}: from a 6 to a 9")
-
-    some = test.batch(torch.randperm(len(test))[:10].to(test.x.device))
-    rows = dict(
-        zip(("thresholded", "2 % flipped", "reconstruction"), latent.denoise(vae, some, flip_rate=0.02), strict=True)
-    )
-    yield "denoising", plots.image_rows(cpu(rows), title=f"{title}: denoising")
-
-    rows = {str(d): latent.sample_like(vae, train, d, num_samples=20) for d in range(10)}
-    caption = f"{title}: encode an image of the digit, draw from its posterior, decode"
-    yield "samples_by_label", plots.image_rows(cpu(rows), title=caption)
-
-    means = latent.latent_means(vae, train)
-    if vae.latent_dim > 1:
-        # All axes where they are few; else the four that the model uses most, by variance of the posterior means.
-        axes = sorted(means.var(0).argsort(descending=True)[:4].tolist())
-        which = "all axes" if vae.latent_dim <= 4 else f"the 4 of {vae.latent_dim} axes that vary most"
-        caption = f"{title}: latent means (training set), {which}"
-        yield "latent_pairs", plots.latent_pairs(means.cpu(), train_labels.cpu(), axes=axes, title=caption)
-
-    if settings.preset == "bernoulli-z10":  # each as its reference does it
-        index, what = torch.randperm(len(train))[:1000], "1,000 random training images"
-        means, labels = means[index], train_labels[index]
-    else:
-        means, labels = latent.latent_means(vae, test)[:3000], test_labels[:3000]
-        what = f"the {'first ' if len(means) < len(test) else ''}{len(means):,} test images"
-    points = latent.tsne(means)
-    yield "tsne", plots.latent_scatter(points, labels.cpu(), title=f"{title}: t-SNE of {what}")
-
-
-def cpu(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: images.cpu() for name, images in rows.items()}
 
 
 def run(args: argparse.Namespace, settings: Settings, signals: Signals) -> None:
@@ -288,17 +271,28 @@ def run(args: argparse.Namespace, settings: Settings, signals: Signals) -> None:
     main_process = processes.rank() == 0
     if main_process:
         warn_loudly(warning)
-    if train.name == "digits":
-        torch.set_num_threads(1)  # its matrices are too small for more: threads would only wait for one another
+    if train.event_shape.numel() <= 64:
+        torch.set_num_threads(1)  # the matrices are too small for more: threads would only wait for one another
     torch.manual_seed(args.seed)
     try:
-        vae = settings.build_vae(train.event_shape).to(args.device)
+        if args.data is not None and args.resume is None:
+            settings, choice = fitted(args, settings, train)
+            if main_process:
+                print(f"{args.data}: {choice}", flush=True)
+        moments = train.moments() if settings.likelihood == "learned-normal" else None
+        vae = settings.build_vae(train.event_shape, moments=moments).to(args.device)
     except RuntimeError as error:  # torch's answer to a model larger than the memory
         raise DataError(
             f"the model cannot be built ({str(error).strip()}). Choose smaller --hidden or --latent-dim."
         ) from error
     except ValueError as error:
         raise DataError(f"the model cannot be built: {error}") from error
+    for part in (train, test):
+        if part.x.is_floating_point():
+            try:
+                vae.likelihood.check(part.x)
+            except ValueError as error:
+                raise DataError(f"{args.data or train.name}: {error}") from error
     name = f"{settings.preset}-{train.name}"
     out = args.resume or processes.first(lambda: new_run(args.out, name=name, overwrite=args.overwrite))
     checkpoints = Checkpoints(out / "checkpoints")
@@ -306,6 +300,9 @@ def run(args: argparse.Namespace, settings: Settings, signals: Signals) -> None:
     provenance = {
         "dataset": train.name,
         "requested_dataset": args.requested_dataset,
+        "data": args.data,
+        "test_data": args.test_data,
+        "data_note": train.note,
         "seed": args.seed,
         "device": args.device,
         "compile": args.compile,
@@ -324,7 +321,8 @@ def run(args: argparse.Namespace, settings: Settings, signals: Signals) -> None:
         write_config(out, settings, event_shape=tuple(train.event_shape), **provenance)
         write_jsonl(out / "metrics.jsonl", state["progress"]["history"] if state else [])
         size = sum(p.numel() for p in vae.parameters())
-        print(f"{settings.preset} on {train.name}: {len(train):,} training and {len(test):,} test images", end=" ")
+        kind = "images" if len(train.event_shape) > 1 else "rows"
+        print(f"{settings.preset} on {train.name}: {len(train):,} training and {len(test):,} test {kind}", end=" ")
         print(f"of shape {tuple(train.event_shape)}, binarization {settings.binarization}", end="; ")
         print(f"{size:,} parameters; {args.device}, {torch.get_num_threads()} threads", end="")
         print(f" in each of {processes.count()} processes" if processes.count() > 1 else "")
@@ -382,13 +380,14 @@ def run(args: argparse.Namespace, settings: Settings, signals: Signals) -> None:
         "test": {name: asdict(estimate) for name, estimate in figures.items()},
     }
     write_json(out / "metrics.json", metrics)
+    train, test = train.to(args.device), test.to(args.device)
+    write_json(out / "latents.json", latent.latent_record(vae, test))
     for name, estimate in figures.items():
         print(f"test {name:15s} {estimate.value:9.3f} ± {estimate.standard_error:.3f} nats")
     if not args.no_figures:
         torch.manual_seed(args.seed)
-        with torch.no_grad():
-            for name, figure in make_figures(vae, train.to(args.device), test.to(args.device), history, settings):
-                figure.savefig(out / "figures" / f"{name}.png")
+        for name, figure in run_figures(vae, train, test, history, settings):
+            figure.savefig(out / "figures" / f"{name}.png")
     warn_loudly(warning)
     print(f"trained in {seconds:.0f} s; everything is in {out}")
 
