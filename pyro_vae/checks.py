@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -18,14 +19,21 @@ def whole_number(name: str, value: Any, *, minimum: int = 1) -> int:
         number = minimum - 1
     if isinstance(value, bool) or number < minimum:
         raise ValueError(f"{name}: expected a whole number >= {minimum}, found {value!r}.")
+    if number >= 2**63:
+        raise ValueError(f"{name}: expected a whole number below 2^63, found {number:.3g}.")
     return number
 
 
-def number(name: str, value: Any) -> float:
-    """A positive, finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected a positive number, found {value!r}.")
-    return value
+def number(name: str, value: Any, *, least: float = 0.0) -> float:
+    """A positive, finite number, those of NumPy too, no smaller than ``least``."""
+    try:
+        result = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an int that no float holds
+        raise ValueError(f"{name}: expected a number below 1e308, found one of {len(str(value))} digits.") from None
+    if not (0 < result < math.inf and result >= least):
+        expected = f"finite number from {least:g} on" if least else "positive number"
+        raise ValueError(f"{name}: expected a {expected}, found {value!r}.")
+    return result
 
 
 def shape(name: str, value: Any, *, empty: bool = False) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from pyro_vae import processes
 from pyro_vae.checks import compile_choice, whole_number
 from pyro_vae.compiling import NotCompiledWarning, UntraceableError, inductor, reason_of, trace
 from pyro_vae.own_data import DataLike, as_data
+from pyro_vae.vae import VAE
 from pyro_vae.weights import Accumulator
 
 __all__ = [
@@ -177,6 +178,12 @@ def log_marginal(
     if not torch.is_tensor(x):
         data = as_data(x)
         x = data.batch(torch.arange(len(data), device=data.x.device))
+    for name, program in (("model", model), ("guide", guide)):
+        if not callable(program) or isinstance(program, VAE):
+            raise ValueError(f"{name}: expected a Pyro program, such as vae.{name}, found {type(program).__name__}.")
+    if isinstance(vae := getattr(model, "__self__", None), VAE):  # here, in our words rather than in Pyro's
+        vae.check_batch(x)
+        vae.likelihood.check(x)
     if x.dim() == 0 or x.numel() == 0:
         raise ValueError(f"log_marginal: expected observations of shape (B, ...), found shape {tuple(x.shape)}.")
     # 2^23 numbers, 32 MiB, is the largest tensor that glibc keeps for reuse rather than asking for fresh pages each time;

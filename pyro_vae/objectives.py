@@ -66,6 +66,9 @@ def scale_latents(fn: Callable[..., Any], scale: float) -> Callable[..., Any]:
     return _ScaleLatents(scale)(fn)
 
 
+LEAST_BETA = 1e-30  # a KL times less is 0 in float32, and would be recorded as nan
+
+
 class NegativeELBO(Objective):
     r"""Negative evidence lower bound, in nats per image.
 
@@ -98,7 +101,7 @@ class NegativeELBO(Objective):
         self.vae = _require_vae(vae)
         self.estimator = estimator
         self.num_particles = whole_number("num_particles", num_particles)
-        self.beta = number("beta", beta)
+        self.beta = number("beta", beta, least=LEAST_BETA)
 
     def per_image(self, x: Tensor, num_particles: int | None = None) -> tuple[Tensor, Tensor]:
         """Reconstruction and beta-weighted kl per draw and image, each ``(num_particles, batch)``, nats."""

@@ -60,6 +60,8 @@ def as_data(x: DataLike) -> Data:
         return _of_dataset(x)
     if not isinstance(x, Tensor):
         raise DataError(f"expected Data, a tensor or a NumPy array, found {type(x).__name__}. Stack it: torch.stack(...).")
+    if x.layout != torch.strided or x.is_meta:
+        raise DataError(f"expected a dense tensor with values, found {x.layout} on {x.device}: x.to_dense().")
     return Data(x)
 
 

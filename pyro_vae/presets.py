@@ -12,7 +12,7 @@ from pyro_vae.checks import number, shape, whole_number
 from pyro_vae.data import BINARIZATIONS, Data
 from pyro_vae.likelihoods import BernoulliLikelihood, Likelihood, NormalLikelihood, StandardizedNormalLikelihood
 from pyro_vae.nets import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder, Standardize
-from pyro_vae.objectives import ESTIMATORS, NegativeELBO, NegativeIWAE, Objective, ReconstructionError
+from pyro_vae.objectives import ESTIMATORS, LEAST_BETA, NegativeELBO, NegativeIWAE, Objective, ReconstructionError
 from pyro_vae.vae import VAE
 
 __all__ = ["LIKELIHOODS", "OBJECTIVES", "PRESETS", "Settings", "fitting_likelihood", "load_preset"]
@@ -81,8 +81,8 @@ class Settings:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"epochs: expected either epochs or steps, found epochs {self.epochs}, steps {self.steps}.")
         object.__setattr__(self, "hidden", shape("hidden", self.hidden, empty=self.net != "conv"))
-        for name in ("lr", "beta"):
-            number(name, getattr(self, name))
+        number("lr", self.lr)
+        number("beta", self.beta, least=LEAST_BETA)
         for name, choices in (
             ("likelihood", (*LIKELIHOODS, "none")),
             ("net", NETS),

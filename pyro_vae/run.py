@@ -28,6 +28,7 @@ __all__ = [
     "lock_run",
     "new_run",
     "read_config",
+    "reopen_run",
     "save_weights",
     "write_config",
     "write_json",
@@ -61,6 +62,21 @@ def lock_run(folder: Path) -> None:
 
 
 _LOCKS: dict[Path, FileLock] = {}  # held to the end of the process
+
+
+def reopen_run(folder: Path) -> None:
+    """Lock the folder of a run that goes on, and make what is missing of its folders, before anything is written.
+
+    Raises:
+        CheckpointError: another process writes to it, or it cannot be written.
+    """
+    lock_run(folder)
+    for part in ("checkpoints", "figures"):
+        try:
+            (folder / part).mkdir(exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{folder / part}: cannot be made ({error.strerror}). Move away what is there.") from error
+    check_writable(folder / "checkpoints")
 
 
 def check_new_run(folder: str | Path | None, *, overwrite: bool = False) -> None:

@@ -130,6 +130,11 @@ def fit(
     parameters = [p for p in objective.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("fit: the objective has no parameter that requires a gradient; nothing to train.")
+    for name, function in (("stop", stop), ("on_epoch", on_epoch)):
+        if function is not None and not callable(function):
+            raise ValueError(f"{name}: expected a function, found {function!r}.")
+    if not isinstance(checkpoints, Checkpoints | None):
+        raise ValueError(f"checkpoints: expected Checkpoints(folder), found {checkpoints!r}.")
     device = parameters[0].device if device is None else usable_device(device)
     data = as_data(data).to(device, parameters[0].dtype)
     held_out = None if test is None else as_data(test).to(device, parameters[0].dtype)

@@ -46,9 +46,9 @@ from pyro_vae.presets import LIKELIHOODS, OBJECTIVES, Settings, fitting_likeliho
 from pyro_vae.run import (
     append_jsonl,
     check_new_run,
-    lock_run,
     new_run,
     read_config,
+    reopen_run,
     save_weights,
     write_config,
     write_json,
@@ -60,6 +60,7 @@ from pyro_vae.train import PRECISIONS
 
 COMPILE = {"auto": None, "always": True, "never": False}
 VAES = {name: settings for name, settings in PRESETS.items() if settings.likelihood != "none"}
+FEWEST_STEPS = 2000  # on your own data, by default: fewer leave the pictures blurred
 # Options that are no settings of the preset and define the run nevertheless: a resumed run keeps them.
 KEPT: dict[str, Any] = {
     "dataset": "auto",
@@ -244,14 +245,20 @@ def load(args: argparse.Namespace, settings: Settings) -> tuple[Data, Data, str]
 
 def fitted(args: argparse.Namespace, settings: Settings, train: Data) -> tuple[Settings, str]:
     """Settings that suit your own data where nothing else was asked for, and what they are."""
-    reason = "as asked for" if args.likelihood or args.preset else ""
-    if not reason:
-        likelihood, reason = fitting_likelihood(train)
-        settings = replace(settings, likelihood=likelihood)
-    most = max(2, train.event_shape.numel() // 2)
-    if args.latent_dim is None and settings.latent_dim > most and settings.net != "conv":
-        settings = replace(settings, latent_dim=most)
-    return settings, f"{train.note}; likelihood {settings.likelihood} ({reason}), {settings.latent_dim} latent dimensions"
+    changes: dict[str, Any] = {}
+    reason = "as asked for"
+    if args.likelihood is None and args.preset is None:
+        changes["likelihood"], reason = fitting_likelihood(train)
+    if args.latent_dim is None and settings.net != "conv":
+        changes["latent_dim"] = min(settings.latent_dim, max(2, train.event_shape.numel() // 2))
+    if settings.epochs is not None and args.epochs is None:
+        changes["epochs"] = max(settings.epochs, FEWEST_STEPS * settings.batch_size // len(train))
+    settings = replace(settings, **changes)
+    if args.preset is None:
+        settings = replace(settings, preset=f"{settings.likelihood}-z{settings.latent_dim}")
+    length = f"{settings.steps:,} steps" if settings.epochs is None else f"{settings.epochs:,} epochs"
+    latents = f"{settings.latent_dim} latent dimensions"
+    return settings, f"{train.note}; likelihood {settings.likelihood} ({reason}); {latents}; {length}"
 
 
 def warn_loudly(message: str) -> None:
@@ -266,7 +273,7 @@ def run(args: argparse.Namespace, settings: Settings, signals: Signals) -> None:
     if args.resume is None:
         processes.first(lambda: check_new_run(args.out, overwrite=args.overwrite))
     else:
-        processes.first(lambda: lock_run(args.resume))
+        processes.first(lambda: reopen_run(args.resume))
     train, test, warning = load(args, settings)
     main_process = processes.rank() == 0
     if main_process:
@@ -297,6 +304,8 @@ def run(args: argparse.Namespace, settings: Settings, signals: Signals) -> None:
     out = args.resume or processes.first(lambda: new_run(args.out, name=name, overwrite=args.overwrite))
     checkpoints = Checkpoints(out / "checkpoints")
     state = checkpoints.load() if args.resume else None
+    if args.resume and state is None and main_process and (out / "metrics.jsonl").is_file():
+        warnings.warn(f"{out}: there is no checkpoint, so the run begins anew, with the same settings.", stacklevel=1)
     provenance = {
         "dataset": train.name,
         "requested_dataset": args.requested_dataset,
@@ -405,7 +414,8 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         except KeyboardInterrupt as stopped:
             reason = str(stopped) or "what was computed before is in the run folder; go on with --resume"
-            print(f"{signals.name}: {reason}", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{signals.name}: {reason}", file=sys.stderr)
             return 128 + (signals.number or 2)
     return 0
 

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,10 +19,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_data
+import test_own_data
 import torch
 from conftest import Malicious, equal, load_script, make_vae, weights
 
-from pyro_vae import Checkpoints, Data, NegativeELBO, NonFiniteError, evaluate, fit, load_data, load_preset, load_run
+from pyro_vae import (
+    Checkpoints,
+    Data,
+    NegativeELBO,
+    NonFiniteError,
+    evaluate,
+    fit,
+    load_data,
+    load_preset,
+    load_run,
+    log_marginal,
+)
 from pyro_vae.checkpoint import FORMAT
 from pyro_vae.run import _LOCKS
 
@@ -48,6 +61,7 @@ def refused(function, *arguments, **options):
     return str(error.value)
 
 
+VAE = make_vae()
 LIBRARY = {
     "one image without a leading dimension": lambda: refused(Data, FEW[0, 0, 0]),
     "whole numbers other than uint8": lambda: train(torch.ones(6, 1, 4, 4, dtype=torch.int64)),
@@ -89,6 +103,16 @@ LIBRARY = {
     "beta infinite": lambda: refused(load_preset, "bernoulli-z20", beta=float("inf")),
     "a preset that is none": lambda: refused(load_preset, "vae"),
     "one draw, which carries no error": lambda: refused(evaluate, make_vae(), FEW, num_samples=1),
+    "log_marginal of NaN": lambda: refused(log_marginal, VAE.model, VAE.guide, FEW.where(FEW < 0.9, torch.nan)),
+    "log_marginal of the VAE itself": lambda: refused(log_marginal, VAE, VAE, FEW),
+    "batch_size 2^63": lambda: train(batch_size=2**63),
+    "lr 10^400": lambda: train(lr=10**400),
+    "beta 1e-320": lambda: refused(NegativeELBO, VAE, beta=1e-320),
+    "checkpoints as text": lambda: train(checkpoints="runs/mine"),
+    "stop True": lambda: train(stop=True),
+    "a sparse tensor": lambda: train(FEW.to_sparse()),
+    "a data set that streams": lambda: train(test_own_data.Streaming(), vae=VAE),
+    "a file of data that is not there": lambda: train("x.npy", vae=VAE),
 }
 
 
@@ -144,7 +168,8 @@ def script(*arguments, harm=None, new=()):
                 assert code == 0, err
                 whole = weights(load_run(run))
                 harm(run)
-            places = {"RUN": run, "NEW": Path(folder) / "new"}
+            places = {"RUN": run, "NEW": Path(folder) / "new", "NUMBERS": Path(folder) / "x.npy"}
+            np.save(places["NUMBERS"], np.linspace(-1, 1, 40).reshape(10, 4))
             code, _, err = main(*(places.get(argument, argument) for argument in arguments))
             assert "Traceback" not in err
             if not code and "--steps" not in arguments:
@@ -200,6 +225,11 @@ def locked(run):
     fcntl.flock(locked.stream, fcntl.LOCK_EX)
 
 
+def in_their_place(run):
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").touch()
+
+
 RESUME = ("--resume", "RUN", "--no-figures", "--importance-samples", 0)
 RUNS = {
     "a folder that is not there": script(*RESUME),
@@ -222,11 +252,18 @@ RUNS = {
     "a checkpoint with code in it, which does not run": script(*RESUME, harm=malicious),
     "no checkpoint that is whole": script(*RESUME, harm=all_damaged),
     "a checkpoint of a newer version": script(*RESUME, harm=newer),
+    "no checkpoints any more": script(*RESUME, harm=lambda run: shutil.rmtree(run / "checkpoints")),
+    "a file in place of the checkpoints": script(*RESUME, harm=in_their_place),
 }
 OPTIONS = {
     "--out and --resume": script("--out", "NEW", "--resume", "RUN"),
     "--clip-grad-norm -1": script("--clip-grad-norm", -1),
     "--checkpoint-every 0": script("--checkpoint-every", 0),
+    "--data PATH --dataset mnist": script("--data", "x.npy", "--dataset", "mnist"),
+    "--data of no data": script("--data", "/dev/null"),
+    "--data of numbers below 0 --likelihood bernoulli": script(
+        "--data", "NUMBERS", "--likelihood", "bernoulli", "--out", "NEW"
+    ),
     "--latent-dim 0": script("--latent-dim", 0),
     "--batch-size many": script("--batch-size", "many"),
     "--hidden 10000000000": script("--dataset", "digits", "--hidden", 10_000_000_000),

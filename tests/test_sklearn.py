@@ -1,0 +1,141 @@
+"""The scikit-learn estimator: scikit-learn's own checks, and its figures against the truth."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from pyro_vae import log_marginal
+from pyro_vae.gaussian2d import LinearGaussian
+from pyro_vae.importance import UnreliableEstimateWarning
+from pyro_vae.sklearn import VAETransformer
+
+TABLE = np.random.default_rng(0).normal(size=(60, 3)) @ np.random.default_rng(1).normal(size=(3, 5)) + 3
+
+
+# What scikit-learn itself skips, it says; the warning is ours, of an estimate that cannot be trusted after so little training.
+@pytest.mark.filterwarnings("ignore::pyro_vae.importance.UnreliableEstimateWarning")
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
+@parametrize_with_checks([VAETransformer(epochs=5, hidden=(8,), num_samples=30, random_state=0)])
+def test_checks_of_scikit_learn(estimator, check):
+    check(estimator)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return VAETransformer(n_components=2, epochs=60, random_state=0).fit(TABLE)
+
+
+def test_the_same_seed_gives_the_same_model(fitted):
+    again = clone(fitted).fit(TABLE)
+    assert np.array_equal(again.transform(TABLE), fitted.transform(TABLE))
+    assert np.array_equal(again.score_samples(TABLE), fitted.score_samples(TABLE))
+    other = clone(fitted).set_params(random_state=1).fit(TABLE)
+    assert not np.allclose(other.transform(TABLE), fitted.transform(TABLE))
+
+
+def test_pickled_and_still_the_same(fitted):
+    again = pickle.loads(pickle.dumps(fitted))
+    assert np.array_equal(again.score_samples(TABLE), fitted.score_samples(TABLE))
+    again.partial_fit(TABLE)
+
+
+def test_score_is_that_of_log_marginal(fitted):
+    """Common draws for all rows, against fresh ones: two estimates of the same log p(x)."""
+    x = torch.tensor(TABLE)
+    ours = fitted.log_marginal(TABLE, num_samples=20_000)
+    torch.manual_seed(0)
+    theirs = log_marginal(fitted.vae_.generate, fitted.vae_.infer, x, num_samples=20_000)
+    error = (ours.standard_error**2 + theirs.standard_error**2).sqrt()
+    reliable = ~(ours.unreliable | theirs.unreliable)
+    assert reliable.sum() > 50
+    assert ((ours.value - theirs.value).abs() < 5 * error)[reliable].all()
+    assert fitted.score(TABLE) == pytest.approx(fitted.score_samples(TABLE).mean())
+
+
+def test_density_approaches_the_truth_of_a_linear_gaussian():
+    torch.manual_seed(0)
+    truth = LinearGaussian(torch.randn(4, 1).double(), torch.zeros(4).double(), 0.5)
+    x = truth.marginal().sample((2000,))
+    expected = truth.marginal().log_prob(x).mean().item()
+    model = VAETransformer(n_components=1, epochs=40, lr=3e-3, random_state=0).fit(x.numpy())
+    assert expected - 0.25 < model.score(x.numpy()) < expected + 0.05
+    draws = model.sample(4000, random_state=0)
+    covariance = np.cov(x.numpy().T)
+    assert np.abs(np.cov(draws.T) - covariance).max() < 0.2 * np.abs(covariance).max()
+
+
+def test_units_do_not_matter_but_to_the_density():
+    small = VAETransformer(epochs=5, random_state=0).fit(TABLE)
+    large = VAETransformer(epochs=5, random_state=0).fit(1e6 * TABLE)
+    np.testing.assert_allclose(large.transform(1e6 * TABLE), small.transform(TABLE), rtol=1e-6)
+    np.testing.assert_allclose(large.score_samples(1e6 * TABLE), small.score_samples(TABLE) - 5 * np.log(1e6), rtol=1e-6)
+    np.testing.assert_allclose(large.inverse_transform(np.zeros((1, 2))), 1e6 * small.inverse_transform(np.zeros((1, 2))))
+
+
+def test_partial_fit_goes_on_and_keeps_the_scale():
+    model = VAETransformer(random_state=0)
+    for _ in range(30):
+        model.partial_fit(TABLE)
+    assert len(model.history_) == 30
+    assert model.history_[-1]["loss"] < model.history_[0]["loss"]
+    first = model.vae_.likelihood.loc.clone()
+    model.partial_fit(TABLE + 1)
+    assert torch.equal(model.vae_.likelihood.loc, first)
+
+
+def test_binary_tables_get_a_bernoulli():
+    model = VAETransformer(epochs=2, random_state=0).fit((TABLE > 3).astype(float))
+    assert model.likelihood_ == "bernoulli"
+    assert set(np.unique(model.sample(50, random_state=0))) <= {0.0, 1.0}
+    assert (model.score_samples((TABLE > 3).astype(float)) <= 0).all()  # probabilities
+    with pytest.raises(ValueError, match=r"scores values in \[0, 1\]"):
+        model.score_samples(TABLE)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"n_components": 0}, "latent_dim: expected a whole number >= 1, found 0"),
+        ({"likelihood": "poisson"}, "likelihood: expected one of auto, "),
+        ({"epochs": 0}, "epochs"),
+        ({"hidden": (0,)}, "hidden"),
+        ({"lr": -1}, "lr"),
+        ({"likelihood": "bernoulli"}, r"scores values in \[0, 1\]"),
+    ],
+)
+def test_arguments_that_cannot_be_used_are_named(change, match):
+    with pytest.raises(ValueError, match=match):
+        VAETransformer(**{"epochs": 1} | change).fit(TABLE)
+
+
+def test_latents_of_another_size_are_refused(fitted):
+    with pytest.raises(ValueError, match="expected 2 components, as transform returns, found 3"):
+        fitted.inverse_transform(np.zeros((4, 3)))
+
+
+def test_a_hopeless_proposal_is_said():
+    model = VAETransformer(epochs=1, random_state=0, num_samples=30).fit(TABLE)
+    far = np.full((1, 5), 1e3)
+    with pytest.warns(UnreliableEstimateWarning, match="1 of 1 rows"):
+        model.score_samples(far)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_vae.importance.UnreliableEstimateWarning")
+def test_in_a_pipeline_and_a_grid_search():
+    x, y = load_digits(return_X_y=True)
+    x, y = x[:600] / 16, y[:600]
+    features = VAETransformer(epochs=5, likelihood="bernoulli", random_state=0)
+    pipeline = make_pipeline(features, LogisticRegression(max_iter=200))
+    search = GridSearchCV(pipeline, {"vaetransformer__n_components": [1, 8]}, cv=2).fit(x, y)
+    assert search.best_params_ == {"vaetransformer__n_components": 8}
+    assert list(search.best_estimator_[0].get_feature_names_out())[:2] == ["vaetransformer0", "vaetransformer1"]
+    assert make_pipeline(PCA(8), LogisticRegression(max_iter=200)).fit(x, y).score(x, y) > 0.5
