@@ -1,0 +1,56 @@
+"""The documentation: the model's graph, and the reference to every module. ``python tests/test_docs.py`` draws the graph."""
+
+import re
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+
+from pyro_vae import VAE, MLPDecoder, MLPEncoder
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PICTURE = DOCS / "images" / "model.svg"
+
+
+def model_graph():
+    """A ``graphviz.Digraph``, whatever the nets."""
+    shape = {"event_shape": (1, 8, 8), "hidden": (64,), "latent_dim": 2}
+    vae = VAE(MLPEncoder(**shape), MLPDecoder(**shape), latent_dim=2, event_shape=(1, 8, 8))
+    graph = pyro.render_model(vae.model, model_args=(torch.rand(5, 1, 8, 8),))
+    graph.attr("graph", rankdir="LR", bgcolor="white")  # white: the lines must be seen on a dark page too
+    return graph
+
+
+def test_the_picture_of_the_model_shows_its_graph():
+    source, drawn = model_graph().source, PICTURE.read_text()
+    nodes = re.findall(r"^\s*(\w+) \[", source, flags=re.MULTILINE)
+    assert nodes == ["z", "x"]
+    titles = set(re.findall(r"<title>(.*?)</title>", drawn))
+    assert titles == {"%3", "cluster_data", *nodes, "z&#45;&gt;x"} or titles == {"cluster_data", *nodes, "z&#45;&gt;x"}
+    assert "z -> x" in source
+    assert "label=data" in source
+
+
+@pytest.mark.parametrize("module", sorted((ROOT / "pyro_vae").glob("*.py")), ids=lambda module: module.stem)
+def test_every_module_is_in_the_reference_once(module):
+    if module.stem != "__init__":
+        pages = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+        assert pages.count(f".. automodule:: pyro_vae.{module.stem}\n") == 1
+
+
+def test_every_page_is_in_the_table_of_contents():
+    listed = {
+        (page.parent / entry).resolve()
+        for page in DOCS.rglob("index.md")
+        for block in re.findall(r"```{toctree}\n(.*?)```", page.read_text(), flags=re.DOTALL)
+        for entry in block.splitlines()
+        if entry and not entry.startswith(":")
+    }
+    pages = {page.with_suffix("") for page in DOCS.rglob("*.md") if page != DOCS / "index.md"}
+    assert pages == listed
+
+
+if __name__ == "__main__":
+    PICTURE.write_bytes(model_graph().pipe(format="svg"))
