@@ -35,7 +35,8 @@ assert images.shape == (16, 1, 1, 8, 8)
     run([*blocks, checks], tmp_path)
 
 
-PAGES = {page.name: page for page in (ROOT / "docs").glob("*.md") if python_blocks(page)}
+DOCS = ROOT / "docs"
+PAGES = {str(page.relative_to(DOCS)): page for page in sorted(DOCS.rglob("*.md")) if python_blocks(page)}
 
 
 @pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
@@ -43,9 +44,9 @@ def test_python_blocks_of_the_docs(tmp_path, page):
     run(python_blocks(page), tmp_path)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *DOCS.rglob("*.md")], ids=lambda page: str(page.relative_to(ROOT)))
 def test_pictures_and_pages_that_are_linked_exist(page):
-    for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]*)?\)", page.read_text()):
         assert (page.parent / link).exists(), link
 
 
