@@ -14,7 +14,7 @@ class Autoencoder(nn.Module):
     r"""Autoencoder: code = encoder(x), reconstruction = sigmoid(decoder(code)).
 
     It has no p(x): codes of the data may lie anywhere, so codes drawn at random decode to anything. That is what the
-    :class:`~pyro_vae.VAE` mends.
+    :class:`~pyro_vae.vae.VAE` mends.
 
     Args:
         encoder: maps x ``(batch, *event_shape)`` to codes ``(batch, latent_dim)``: a net of ``heads=1``.

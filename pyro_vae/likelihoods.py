@@ -232,7 +232,7 @@ class NormalLikelihood:
         return dist.Normal(mean, math.sqrt(self.variance))
 
     def pairwise_log_prob(self, output: Tensor, x: Tensor) -> Tensor:
-        """-(|m|^2 - 2 m . x + |x|^2) / (2 variance) - constant, one matrix product: -> ``(M, B)``."""
+        """``-(|m|^2 - 2 m . x + |x|^2) / (2 variance) - constant``, one matrix product: -> ``(M, B)``."""
         mean, x = _centered(self(output).mean.flatten(1), x.flatten(1))
         squares = (mean**2).sum(-1, keepdim=True) - 2 * mean @ x.T + (x**2).sum(-1)
         return -squares / (2 * self.variance) - self.constant(x.shape[1:])

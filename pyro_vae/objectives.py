@@ -176,7 +176,7 @@ class NegativeDirectLogLikelihood(Objective):
 
     Args:
         vae: its decoder, likelihood and prior are used; the encoder's parameters get no gradient.
-        num_draws: M.
+        num_draws: number of draws, M.
         redraw: draw anew at each call, instead of once, here, from torch's global random state.
     """
 

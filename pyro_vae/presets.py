@@ -165,6 +165,7 @@ _D: dict[str, Any] = {"batch_size": 64, "lr": 5e-4, "record_every": 250, "image_
 _D_MLP: dict[str, Any] = {"hidden": (128, 64, 32), "net": "mlp-linear", "latent_dim": 2, "steps": 25_000, **_D}
 _D_CONV: dict[str, Any] = {"hidden": (8, 16, 4), "net": "conv", "latent_dim": 64, "steps": 30_000, **_D}
 
+#: The reference systems, :class:`Settings` by name.
 PRESETS = {
     settings.preset: settings
     for settings in (
