@@ -114,7 +114,7 @@ class Settings:
         likelihood: Any
         if self.likelihood == "learned-normal":
             ones = torch.ones(shape("event_shape", event_shape))
-            loc, scale = (moment.to(ones.dtype) for moment in moments or (ones - 1, ones))
+            loc, scale = moments or (ones - 1, ones)
             likelihood = StandardizedNormalLikelihood(loc, scale)
             encoder, decoder = self._nets(event_shape, heads=2, outputs=2)
             encoder = nn.Sequential(Standardize(loc, scale), encoder)

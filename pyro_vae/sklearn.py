@@ -25,13 +25,13 @@ __all__ = ["VAETransformer"]
 _AT_ONCE = 2**22  # numbers of the decoder's layers held at once by score_samples
 
 
-class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     r"""A VAE with the methods of scikit-learn: features, reconstructions, log-likelihoods and samples of a table.
 
-    Encoder and decoder are fully connected, and trained by the ELBO. By default the likelihood is the one that fits the table:
-    Bernoulli where all values are 0 or 1, else a normal with learned mean and variance per feature
-    (:class:`~pyro_vae.likelihoods.StandardizedNormalLikelihood`: features are standardised inside, and densities are those of
-    the features in their own units). Computes in the type of X, float32 or float64.
+    Encoder and decoder are fully connected, and trained by the ELBO. By default the likelihood is the one that fits the
+    table: Bernoulli where all values are 0 or 1, else a normal with learned mean and variance per feature, see
+    :class:`~pyro_vae.likelihoods.StandardizedNormalLikelihood`: features are standardised inside, and densities are those
+    of the features in their own units. Computes in the type of X, float32 or float64.
 
     Args:
         n_components: number of latent dimensions.
@@ -194,8 +194,8 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         .. math:: \log \hat p(x_i) = \log \frac1K \sum_{k=1}^K \frac{p(x_i \mid z_{ik}) \, p(z_{ik})}{q(z_{ik} \mid x_i)},
             \qquad z_{ik} = \mu(x_i) + \sigma(x_i) \, \epsilon_k
 
-        All rows have the same :math:`\epsilon_k`, so that the value of a row does not depend on the rows beside it. The errors
-        of rows are therefore not independent: :attr:`LogMarginal.mean` says too little of the error of a mean over rows.
+        All rows have the same :math:`\epsilon_k`, so that the value of a row does not depend on the rows beside it. The
+        errors of rows are therefore not independent, and the ``mean`` of the result says too little of its error.
         :func:`pyro_vae.log_marginal` draws anew for every row.
 
         Args:

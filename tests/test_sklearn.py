@@ -18,11 +18,12 @@ from pyro_vae.gaussian2d import LinearGaussian
 from pyro_vae.importance import UnreliableEstimateWarning
 from pyro_vae.sklearn import VAETransformer
 
+# Of estimates after so little training.
+pytestmark = pytest.mark.filterwarnings("ignore::pyro_vae.importance.UnreliableEstimateWarning")
+
 TABLE = np.random.default_rng(0).normal(size=(60, 3)) @ np.random.default_rng(1).normal(size=(3, 5)) + 3
 
 
-# What scikit-learn itself skips, it says; the warning is ours, of an estimate that cannot be trusted after so little training.
-@pytest.mark.filterwarnings("ignore::pyro_vae.importance.UnreliableEstimateWarning")
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
 @parametrize_with_checks([VAETransformer(epochs=5, hidden=(8,), num_samples=30, random_state=0)])
 def test_checks_of_scikit_learn(estimator, check):
@@ -129,7 +130,6 @@ def test_a_hopeless_proposal_is_said():
         model.score_samples(far)
 
 
-@pytest.mark.filterwarnings("ignore::pyro_vae.importance.UnreliableEstimateWarning")
 def test_in_a_pipeline_and_a_grid_search():
     x, y = load_digits(return_X_y=True)
     x, y = x[:600] / 16, y[:600]
