@@ -31,10 +31,10 @@
         const bias = at + layer.in * layer.out;
         for (let row = 0; row < layer.out; row++) {
           let sum = weights[bias + row];
-          for (let column = 0; column < layer.in; column++) sum += weights[at + column] * input[column];
+          for (let column = 0; column < layer.in; column++) sum += weights[at++] * input[column];
           output[row] = layer.activation ? ACTIVATIONS[layer.activation](sum) : sum;
         }
-        at = bias + layer.out;
+        at += layer.out; // past the bias
         input = output;
       }
       return Array.from(input, mean);

@@ -51,20 +51,21 @@ FIGURES = {
 
 UNKNOWN_FIGURE = "A picture that the run left behind; the script that made it says what it shows."
 
-# Name of a figure -> title, which way is better, what it is.
+# Name of a figure -> title, which way is better, what it is (the last two make a sentence).
 MEASURES = {
-    "neg_elbo": ("-ELBO", "lower is better", "reconstruction + KL: an upper bound on -log p(x)."),
+    "neg_elbo": ("-ELBO", "Lower is better: ", "reconstruction + KL, an upper bound on -log p(x)."),
     "reconstruction": (
         "Reconstruction",
-        "a part of -ELBO",
-        "-log p(x | z) at latents of the image: what the decoder still gets wrong. A normal density's constant is in it.",
+        "A part of -ELBO: ",
+        "-log p(x | z) at latents of the image, what the decoder still gets wrong. Of a normal likelihood it holds the "
+        "density's constant.",
     ),
-    "kl": ("KL", "a part of -ELBO", "how far the latents of an image are from the prior: the nats that they say about it."),
-    "squared_error": ("Squared error", "lower is better", "summed over the pixels of an image."),
-    "mean_squared_error": ("Mean squared error", "lower is better", "per pixel."),
+    "kl": ("KL", "A part of -ELBO: ", "how far an image's latents are from the prior, the nats that they say about it."),
+    "squared_error": ("Squared error", "Lower is better: ", "summed over the pixels of an image."),
+    "mean_squared_error": ("Mean squared error", "Lower is better: ", "per pixel."),
     "log_marginal": (
         "log p(x)",
-        "higher is better",
-        "by importance sampling: a lower bound in expectation, tighter than the ELBO, and rising with the draws.",
+        "Higher is better: ",
+        "by importance sampling; a lower bound in expectation, tighter than the ELBO, and rising with the draws.",
     ),
 }
