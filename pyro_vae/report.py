@@ -123,7 +123,7 @@ def read_run(folder: str | Path, *, name: str | None = None, limit: int = _LIMIT
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, float) or (type(value) is int and abs(value) < 1e100)  # ints beyond are no floats
 
 
 def _json(path: Path, parse: Callable[[str], Any]) -> Any:
@@ -140,13 +140,13 @@ def _latents(path: Path, latent_dim: int) -> dict[str, Any] | None:
     if found is None:
         return None
     try:
-        points = torch.tensor(found["means"], dtype=torch.float64).reshape(-1, latent_dim)[:_POINTS]
+        points = torch.tensor(found["means"], dtype=torch.float64)[:_POINTS]
         kl = torch.tensor(found["kl_per_dimension"], dtype=torch.float64)
         labels, names = found.get("labels"), found.get("classes")
         kinds = None if labels is None else sorted(set(labels[: len(points)]))
         if kinds is not None and (len(labels) != len(found["means"]) or not all(type(kind) is int for kind in kinds)):
             raise ValueError("labels: expected a whole number for each of the means")
-        if kl.shape != (latent_dim,) or not points.isfinite().all():
+        if points.shape != (len(points), latent_dim) or kl.shape != (latent_dim,) or not points.isfinite().all():
             raise ValueError(f"expected finite means and kl_per_dimension of {latent_dim} dimensions")
         return {
             "points": [[round(value, 3) for value in point] for point in points.tolist()],
@@ -168,7 +168,7 @@ def _figures(metrics: Mapping[str, Any]) -> dict[str, FigureOfRun]:
         if isinstance(record, dict) and _is_number(record.get("value")):
             names = ("standard_error", "num_samples", "median_ess", "unreliable")
             kept: dict[str, Any] = {key: record[key] for key in names if _is_number(record.get(key))}
-            kept = {key: value for key, value in kept.items() if math.isfinite(value)}
+            kept = {key: value for key, value in kept.items() if math.isfinite(value) and value >= 0}
             figures[name] = FigureOfRun(name, float(record["value"]), **kept)
     return figures
 
@@ -229,10 +229,8 @@ def _explorer(
         return None, str(error)
     axes = list(range(min(2, latent_dim)))
     if latents is not None:
-        points = torch.tensor(latents["points"], dtype=torch.float64).reshape(-1, latent_dim)
-        usage = torch.tensor(latents["kl"], dtype=torch.float64)
-        usage = usage if usage.isfinite().all() else points.var(0)
-        axes = sorted(usage.argsort(descending=True)[:2].tolist())
+        usage = torch.tensor(latents["kl"]).nan_to_num()
+        axes = sorted(usage.argsort(descending=True, stable=True)[:2].tolist())
     return {**record, "axes": axes, **{key: (latents or {}).get(key) for key in ("points", "labels", "classes")}}, ""
 
 
@@ -271,7 +269,7 @@ def render(runs: Sequence[RunRecord], *, title: str | None = None) -> str:
         text = json.dumps(content, allow_nan=False, separators=(",", ":"))
         return Markup(text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e"))
 
-    script = files("pyro_vae").joinpath("explorer.js").read_text()
+    script = files("pyro_vae").joinpath("explorer.js").read_text("utf-8")
     environment = Environment(
         loader=PackageLoader("pyro_vae", "."),
         autoescape=True,
@@ -285,7 +283,7 @@ def render(runs: Sequence[RunRecord], *, title: str | None = None) -> str:
         runs=runs,
         groups=compare([(run.name, run.conditions, run.figures) for run in runs]) if len(runs) > 1 else [],
         measures=MEASURES,
-        style=Markup(files("pyro_vae").joinpath("report.css").read_text()),
+        style=Markup(files("pyro_vae").joinpath("report.css").read_text("utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )

@@ -9,6 +9,7 @@ __all__ = ["Panel", "panels"]
 
 WIDTH, HEIGHT = 300, 170
 LEFT, RIGHT, TOP, BOTTOM = 44, 8, 10, 30  # margins of the drawing
+_LARGEST = 1e100  # numbers beyond it, and NaN, are not drawn
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def _points(records: Sequence[Mapping[str, Any]], unit: str, name: str) -> list[
     return [
         (float(x), float(y))
         for x, y in pairs
-        if isinstance(x, int | float) and isinstance(y, int | float) and math.isfinite(x) and math.isfinite(y)
+        if isinstance(x, int | float) and isinstance(y, int | float) and abs(x) < _LARGEST and abs(y) < _LARGEST
     ]
 
 

@@ -109,7 +109,7 @@ def position(page):
     return page.evaluate("pyroVaeExplorer.position()")
 
 
-def test_values_are_those_of_torch(record, open_page, capsys):
+def test_values_are_those_of_torch(record, open_page):
     vaes = [
         make_vae(latent_dim=1),
         make_vae(latent_dim=2, hidden=(16, 7)),
@@ -121,20 +121,14 @@ def test_values_are_those_of_torch(record, open_page, capsys):
         tanh_vae(),
     ]
     page = open_page(render([with_explorer(record, lively(vae)) for vae in vaes]))
-    largest = 0.0
     for i, vae in enumerate(vaes):
         z = 2 * torch.randn(20, vae.latent_dim)
         z[0] *= 50  # far out, where a careless sigmoid overflows
         found = page.evaluate("([i, z]) => z.map((one) => pyroVaeExplorer.all[i].decode(one))", [i, z.tolist()])
         expected = vae.decode(z).mean.detach().flatten(1)
-        assert torch.tensor(found).shape == expected.shape
-        assert expected.std(0).max() > 1e-3
-        near = expected[1:].abs().max().clamp(min=1)
-        largest = max(largest, ((torch.tensor(found)[1:] - expected[1:]).abs().max() / near).item())
-        assert torch.allclose(torch.tensor(found), expected, rtol=1e-4, atol=1e-4)
-    assert largest < 1e-4
-    with capsys.disabled():
-        print(f" largest difference from torch {largest:.1e} ", end="")
+        assert expected[1:].std(0).max() > 1e-3
+        difference = (torch.tensor(found) - expected).abs() / expected.abs().clamp(min=1)  # relative where means are large
+        assert difference.max() < 1e-4
     wrong = "() => { try { pyroVaeExplorer.decode([1, 2]) } catch (error) { return error.message } }"
     assert page.evaluate(wrong) == "decode: expected 1 numbers, found 2"
 

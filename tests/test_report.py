@@ -6,7 +6,9 @@ import json
 import pickle
 import re
 import shutil
+import warnings
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from matplotlib.image import imsave
 from test_scripts import FIGURES
 from torch import nn
 
-from pyro_vae import VAE, LearnedNormalLikelihood, MLPDecoder, MLPEncoder, load_preset, report_texts
+from pyro_vae import VAE, LearnedNormalLikelihood, MLPDecoder, MLPEncoder, evaluate, load_preset, load_run, report_texts
 from pyro_vae.cautions import cautions
 from pyro_vae.comparison import FigureOfRun, compare, conditions
 from pyro_vae.explorer import NoExplorerError, decoder_record
@@ -27,22 +29,19 @@ from pyro_vae.svg import panels
 ALERT = "<script>alert(1)</script>"
 
 
-@pytest.fixture(scope="module")
-def digits_run(tmp_path_factory):
-    """A short run of svi_mnist.py, with small pictures under the names of those that it makes."""
-    folder = tmp_path_factory.mktemp("runs") / "digits"
-    arguments = ["--dataset", "digits", "--epochs", "2", "--no-figures", "--out", str(folder)]
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        assert load_script("svi_mnist").main(arguments) == 0
-    for name in FIGURES:
-        imsave(folder / "figures" / f"{name}.png", np.random.default_rng(len(name)).random((50, 60, 3)))
-    return folder
-
-
 @pytest.fixture
-def run(digits_run, tmp_path):
-    """A copy of it to spoil."""
-    return shutil.copytree(digits_run, tmp_path / "run")
+def run(tmp_path):
+    """A run folder as svi_mnist.py leaves it, of a model that was not trained."""
+    folder = small_run(tmp_path / "run", load_preset("bernoulli-z20", epochs=2), event_shape=(1, 8, 8), seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of importance weights, which the report tells
+        figures = evaluate(load_run(folder), torch.rand(30, 1, 8, 8), importance_samples=30)
+    test = {name: asdict(figure) for name, figure in figures.items()}
+    write_json(folder / "metrics.json", {"seconds": 1.5, "train": {"neg_elbo": 45.0}, "test": test})
+    parts = {"neg_elbo": 45.0, "reconstruction": 44.0, "kl": 1.0}
+    write_jsonl(folder / "metrics.jsonl", [{"epoch": n, "loss": 45.0 / n, **parts, "test": parts} for n in (1, 2)])
+    add_pictures(folder)
+    return folder
 
 
 @pytest.fixture
@@ -68,6 +67,12 @@ def small_run(folder, settings=None, *, event_shape=(1, 4, 4), model=None, **pro
     return path
 
 
+def add_pictures(run):
+    """Small ones, under the names of those that svi_mnist.py makes."""
+    for name in FIGURES:
+        imsave(run / "figures" / f"{name}.png", np.random.default_rng(len(name)).random((50, 60, 3)))
+
+
 def latents(run, **changes):
     dimensions = json.loads((run / "config.json").read_text())["latent_dim"]
     content = {
@@ -83,7 +88,12 @@ def latents(run, **changes):
 # --- one run ---
 
 
-def test_a_run_of_svi_mnist(run, report):
+def test_a_run_of_svi_mnist(tmp_path, report):
+    run = tmp_path / "run"
+    arguments = ["--dataset", "digits", "--epochs", "2", "--no-figures", "--out", str(run)]
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        assert load_script("svi_mnist").main(arguments) == 0
+    add_pictures(run)
     code, out, err = report(run)
     assert (code, err) == (0, "")
     path = run / "report.html"
@@ -112,6 +122,13 @@ def test_an_earlier_report_is_replaced_and_the_title_shown(run, tmp_path, report
     assert report(run, "--out", out, "--title", "My <title>")[0] == 0
     assert "<h1>My &lt;title&gt;</h1>" in out.read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "run"]
+
+
+def test_a_new_run_in_the_folder_removes_the_report_of_the_earlier_one(tmp_path):
+    path = write_report([small_run(tmp_path / "run")])
+    assert path == tmp_path / "run" / "report.html"
+    new_run(tmp_path / "run", name="next", overwrite=True)
+    assert not path.exists()
 
 
 def test_a_run_that_was_stopped(run, report):
@@ -344,6 +361,17 @@ def test_code_in_weights_is_not_run(run, report, tmp_path, monkeypatch):
     torch.save(Malicious(), run / "checkpoints" / "weights.pt")
     assert report(run)[0] == 2
     assert not (tmp_path / "pwned").exists()
+
+
+def test_numbers_out_of_range(run):
+    metrics = {"test": {"neg_elbo": {"value": 10**400}, "kl": {"value": 1.0, "standard_error": -1.0, "num_samples": True}}}
+    write_json(run / "metrics.json", metrics)
+    write_jsonl(run / "metrics.jsonl", [{"epoch": n, "loss": loss} for n, loss in enumerate((1.0, 1e308, -1e308, 10**400))])
+    record = read_run(run)
+    assert list(record.figures) == ["kl"]
+    assert str(record.figures["kl"]) == "1.00 (no error given)"
+    assert len(record.curves) == 1
+    render([record])
 
 
 BAD_LATENTS = {
