@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pyro_vae.report_texts import MEASURES
+
 __all__ = ["FigureOfRun", "Group", "compare", "conditions"]
 
 RANKED = {"neg_elbo": 1, "log_marginal": -1, "mean_squared_error": 1}  # 1: lower is better; -1: higher is better
@@ -126,14 +128,15 @@ def compare(runs: Sequence[tuple[str, Mapping[str, str], Mapping[str, FigureOfRu
 
 def _rank(name: str, figures: Mapping[str, FigureOfRun]) -> tuple[dict[str, str], str]:
     """The verdict on each run, and a note; no verdict where there can be none."""
+    title = MEASURES[name][0]
     draws = sorted({figure.num_samples or 0 for figure in figures.values()})
     if name == "log_marginal" and len(draws) > 1:
         counts = " and ".join(f"{count:,}" for count in draws)
-        return {}, f"{name} is not ranked: the runs made {counts} draws, and more draws raise it by themselves."
+        return {}, f"{title} is not ranked: the runs made {counts} draws, and more draws raise it by themselves."
     if lacking := [
         run for run, figure in figures.items() if figure.standard_error is None or not math.isfinite(figure.value)
     ]:
-        return {}, f"{name} is not ranked: no finite figure with an error of {', '.join(lacking)}."
+        return {}, f"{title} is not ranked: no finite figure with an error of {', '.join(lacking)}."
     best = min(figures, key=lambda run: RANKED[name] * figures[run].value)
     verdicts = {best: "best"}
     for run, figure in figures.items():
@@ -146,5 +149,5 @@ def _rank(name: str, figures: Mapping[str, FigureOfRun]) -> tuple[dict[str, str]
     which = ", ".join(unreliable)
     return (
         verdicts,
-        f"Beware of the order by {name}: importance weights of {which} are unreliable, so the error is too small.",
+        f"Beware of the order by {title}: importance weights of {which} are unreliable, so the error is too small.",
     )

@@ -65,7 +65,7 @@
     const record = JSON.parse(root.querySelector("script").textContent);
     const decode = decoder(record);
     const find = (part) => root.querySelector(`[data-part=${part}]`);
-    const [canvas, plane, readout] = ["image", "plane", "readout"].map(find);
+    const [canvas, plane, readout, start] = ["image", "plane", "readout", "start"].map(find);
     const sliders = [...root.querySelectorAll("input[type=range]")];
     const selects = [...root.querySelectorAll("select[data-axis]")];
     const points = record.points ?? [];
@@ -96,6 +96,7 @@
     /** Set some dimensions of z; the image follows with the next frame. */
     function move(changes) {
       for (const [i, value] of Object.entries(changes)) z[i] = value;
+      if (start) start.value = ""; // no longer where it says
       if (drawn) requestAnimationFrame(show);
       drawn = false;
     }
@@ -175,14 +176,12 @@
       slider.addEventListener("input", () => move({ [i]: Number(slider.value) }));
     });
     find("random").addEventListener("click", () => move(z.map(normal)));
-    find("reset").addEventListener("click", () => {
-      if (start) start.value = "";
-      move(z.map(() => 0));
-    });
-    const start = find("start");
+    find("reset").addEventListener("click", () => move(z.map(() => 0)));
     start?.addEventListener("change", () => {
-      const chosen = points.filter((_, i) => String(record.labels[i]) === start.value);
+      const label = start.value;
+      const chosen = points.filter((_, i) => String(record.labels[i]) === label);
       move(z.map((_, d) => chosen.reduce((sum, point) => sum + point[d], 0) / Math.max(1, chosen.length)));
+      start.value = label;
     });
     root.hidden = false;
     show();

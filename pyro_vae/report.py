@@ -76,6 +76,15 @@ class RunRecord:
     explorer: dict[str, Any] | None
     no_explorer: str
 
+    @property
+    def size(self) -> int:
+        """Bytes that its decoder and pictures take in the page."""
+        return _size(self.explorer) + sum(len(picture.base64) for picture in self.pictures)
+
+
+def _size(explorer: Mapping[str, Any] | None) -> int:
+    return len(json.dumps(explorer)) if explorer else 0
+
 
 def read_run(folder: str | Path, *, name: str | None = None, limit: int = _LIMIT) -> RunRecord:
     """Collect what a run folder holds; nothing is trained, no data are loaded, and no code in its files is run.
@@ -100,8 +109,7 @@ def read_run(folder: str | Path, *, name: str | None = None, limit: int = _LIMIT
     train = (metrics or {}).get("train", {})
     train = {key: float(value) for key, value in train.items() if _is_number(value)} if isinstance(train, dict) else {}
     explorer, no_explorer = _explorer(folder, latents, settings.latent_dim, limit)
-    room = limit - (len(json.dumps(explorer)) if explorer else 0)
-    pictures, left_out = _pictures(folder / "figures", room)
+    pictures, left_out = _pictures(folder / "figures", limit - _size(explorer))
     images = (metrics or {}).get("images")
     common = conditions(config, event_shape, images=images if isinstance(images, int) else None)
     if config.get("dataset") not in DATASETS:
@@ -224,7 +232,7 @@ def _explorer(
     if not weights.exists():
         return None, "the run holds no weights: it was stopped before its first epoch ended"
     try:
-        record = decoder_record(load_run(folder), limit=min(4_000_000, limit // 2))
+        record = decoder_record(load_run(folder), limit=min(4_000_000, limit * 3 // 4))
     except NoExplorerError as error:
         return None, str(error)
     axes = list(range(min(2, latent_dim)))
@@ -312,7 +320,10 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None, *
     if not paths or len(set(resolved)) < len(paths):
         raise CheckpointError("report: expected one or more different run folders. Name each once.")
     clash = len({path.name for path in resolved}) < len(paths)
-    runs = [read_run(path, name=str(path) if clash else None, limit=_LIMIT // len(paths)) for path in paths]
+    names = [str(path) if clash else None for path in paths]
+    runs = [read_run(path, name=name) for path, name in zip(paths, names, strict=True)]
+    if sum(run.size for run in runs) > _LIMIT:  # then each gets its share
+        runs = [read_run(path, name=name, limit=_LIMIT // len(paths)) for path, name in zip(paths, names, strict=True)]
     if out is None:
         out = paths[0] / "report.html" if len(paths) == 1 else Path("report.html")
     page = render(runs, title=title)

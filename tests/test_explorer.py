@@ -231,11 +231,14 @@ def test_more_dimensions(record, open_page):
     page.locator("[data-part=random]").click()
     drawn = position(page)
     assert len(set(drawn)) == 5
-    page.locator("[data-part=start]").select_option("1")
+    start = page.locator("[data-part=start]")
+    start.select_option("1")
+    assert start.input_value() == "1"
     mean = torch.tensor(explorer.explorer["points"])[1::3].mean(0)
     assert position(page) == pytest.approx(mean.tolist())
     page.locator("[data-part=reset]").click()
     assert position(page) == [0] * 5
+    assert start.input_value() == ""
     page.locator("input[type=range]").nth(4).fill("1.5")
     assert position(page) == [0, 0, 0, 0, 1.5]
 

@@ -18,6 +18,7 @@ from matplotlib.image import imsave
 from test_scripts import FIGURES
 from torch import nn
 
+import pyro_vae.report
 from pyro_vae import VAE, LearnedNormalLikelihood, MLPDecoder, MLPEncoder, evaluate, load_preset, load_run, report_texts
 from pyro_vae.cautions import cautions
 from pyro_vae.comparison import FigureOfRun, compare, conditions
@@ -170,6 +171,16 @@ def test_pictures_beyond_the_limit_are_left_out_by_name(run):
     assert all(name in page for name in record.left_out)
 
 
+def test_several_runs_share_the_room_only_where_it_is_short(run, tmp_path, monkeypatch):
+    twin = shutil.copytree(run, tmp_path / "twin")
+    both = [read_run(folder).size for folder in (run, twin)]
+    for limit, whole in ((sum(both), True), (sum(both) - 1, False)):
+        monkeypatch.setattr(pyro_vae.report, "_LIMIT", limit)
+        page = write_report([run, twin], tmp_path / "page.html").read_text()
+        assert ("Left out" not in page) == whole
+        assert len(page) < limit + 60_000
+
+
 def test_panels():
     history = [{"epoch": n, "loss": 1.0, "neg_elbo": 100.0 / n, "test": {"neg_elbo": 110.0 / n}} for n in (1, 2, 4)]
     (panel,) = panels(history)
@@ -301,7 +312,7 @@ def test_what_cannot_be_ranked_says_why():
     bare = FigureOfRun("neg_elbo", 99.0)
     assert verdicts(FigureOfRun("neg_elbo", 100.0, 0.1), bare, note="no finite figure with an error of run 1") == ["", ""]
     bad = FigureOfRun("log_marginal", -98.0, 0.1, 100, 4.0, 12)
-    assert verdicts(few, bad, note="Beware of the order by log_marginal")[0] == "best"
+    assert verdicts(few, bad, note="Beware of the order by log p(x)")[0] == "best"
 
 
 def test_a_page_of_several_runs(run, tmp_path, report, monkeypatch):
