@@ -6,13 +6,13 @@ from typing import Any
 
 from pyro_vae.comparison import FigureOfRun
 
-__all__ = ["cautions"]
+__all__ = ["cautions_of"]
 
 _COLLAPSED = 0.01  # nats of KL, below which a latent dimension says nothing
 _GAP = 0.05  # of the training figure: a larger difference between training and test is told
 
 
-def cautions(
+def cautions_of(
     config: Mapping[str, Any],
     figures: Mapping[str, FigureOfRun],
     *,
@@ -30,7 +30,7 @@ def cautions(
         kl: nats per latent dimension, averaged over the test set; None where they are not known.
 
     Example:
-        >>> cautions({}, {}, finished=True, train={}, kl=[3.1, 0.001])[0][0]
+        >>> cautions_of({}, {}, finished=True, train={}, kl=[3.1, 0.001])[0][0]
         'Collapsed latents'
     """
     found = []

@@ -72,7 +72,7 @@
     const z = new Array(record.latent_dim).fill(0);
     const reach = (dimension) => points.reduce((most, point) => Math.max(most, Math.abs(point[dimension])), 0);
     let axes = record.axes;
-    let limit, dots, handle;
+    let limit, handle;
     let drawn = true;
     const within = (value) => Math.min(limit, Math.max(-limit, value));
 
@@ -110,10 +110,9 @@
         shape(plane, "path", { d: way, transform: `scale(${edge})`, class: "axis" });
       }
       for (const radius of [1, 2, 3]) shape(plane, "circle", { r: UNIT * radius, class: "prior" });
-      dots = shape(plane, "g", { class: "dots" });
       points.forEach((point, i) => {
         const label = record.labels?.[i];
-        shape(dots, "circle", {
+        shape(plane, "circle", {
           cx: UNIT * point[axes[0]],
           cy: -UNIT * point[axes[1]],
           r: 0.011 * edge,

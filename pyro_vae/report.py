@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pyro_vae.cautions import cautions
+from pyro_vae.cautions import cautions_of
 from pyro_vae.checkpoint import CheckpointError, whole_file
 from pyro_vae.comparison import FigureOfRun, compare, conditions
 from pyro_vae.data import DATASETS
@@ -121,7 +121,7 @@ def read_run(folder: str | Path, *, name: str | None = None, limit: int = _LIMIT
         common,
         figures,
         train,
-        tuple(cautions(config, figures, finished=metrics is not None, train=train, kl=(latents or {}).get("kl"))),
+        tuple(cautions_of(config, figures, finished=metrics is not None, train=train, kl=(latents or {}).get("kl"))),
         tuple(panels(history)),
         pictures,
         left_out,
@@ -162,7 +162,7 @@ def _latents(path: Path, latent_dim: int) -> dict[str, Any] | None:
             "classes": None if kinds is None else [str(names[kind] if names else kind) for kind in kinds],
             "kl": kl.tolist(),
         }
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: not the latents of this run ({error}). Remove it, or evaluate the run again."
         ) from error
@@ -328,5 +328,5 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None, *
         out = paths[0] / "report.html" if len(paths) == 1 else Path("report.html")
     page = render(runs, title=title)
     with whole_file(Path(out)) as stream:
-        stream.write(page.encode())
+        stream.write(page.encode(errors="replace"))  # a config can hold half a character
     return Path(out)

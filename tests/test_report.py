@@ -20,7 +20,7 @@ from torch import nn
 
 import pyro_vae.report
 from pyro_vae import VAE, LearnedNormalLikelihood, MLPDecoder, MLPEncoder, evaluate, load_preset, load_run, report_texts
-from pyro_vae.cautions import cautions
+from pyro_vae.cautions import cautions_of
 from pyro_vae.comparison import FigureOfRun, compare, conditions
 from pyro_vae.explorer import NoExplorerError, decoder_record
 from pyro_vae.report import read_run, render, write_report
@@ -199,7 +199,7 @@ def test_panels():
 
 def told(config=None, figures=(), *, finished=True, train=None, kl=None):
     named = {figure.name: figure for figure in figures}
-    return dict(cautions(config or {}, named, finished=finished, train=train or {}, kl=kl))
+    return dict(cautions_of(config or {}, named, finished=finished, train=train or {}, kl=kl))
 
 
 def test_nothing_to_beware_of():
@@ -349,7 +349,7 @@ def test_data_of_ones_own_are_not_taken_for_the_same(tmp_path):
 
 def test_everything_is_escaped(tmp_path):
     folder = small_run(
-        tmp_path / "<img src=x onerror=alert(1)>", dataset=ALERT, versions={ALERT: ALERT}, note=f"</td>{ALERT}"
+        tmp_path / "<img src=x onerror=alert(1)>", dataset=ALERT, versions={ALERT: ALERT}, note=f"</td>{ALERT}\ud800"
     )
     write_json(folder / "metrics.json", {"test": {ALERT: {"value": 1.0, "standard_error": 0.1}}})
     write_jsonl(folder / "metrics.jsonl", [{"epoch": 1, "loss": 2.0}])
