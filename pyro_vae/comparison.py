@@ -17,6 +17,8 @@ _DENSITIES = {
     ("bernoulli", False): "Bernoulli on black and white pixels: a probability",
     ("normal", True): "normal with variance 1/2: a density over grey pixels",
     ("normal", False): "normal with variance 1/2: a density, of black and white pixels",
+    ("learned-normal", True): "normal with learned variances: a density",
+    ("learned-normal", False): "normal with learned variances: a density, of black and white pixels",
     ("none", True): "none: a plain autoencoder, its squared error",
     ("none", False): "none: a plain autoencoder, its squared error",
 }

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pyro_vae.autoencoder import Autoencoder
-from pyro_vae.likelihoods import BernoulliLikelihood, Likelihood, NormalLikelihood
+from pyro_vae.likelihoods import BernoulliLikelihood, Likelihood, NormalLikelihood, StandardizedNormalLikelihood
 from pyro_vae.nets import ConvDecoder, MLPDecoder
 from pyro_vae.vae import VAE
 
@@ -57,6 +57,8 @@ def decoder_record(model: VAE | Autoencoder, *, limit: int = _LIMIT) -> dict[str
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise NoExplorerError(f"observations of shape {tuple(model.event_shape)} are no images of 1 or 3 channels")
     layers, tensors = _layers(decoder)
+    if isinstance(model.likelihood, StandardizedNormalLikelihood):
+        _only_means(model.likelihood, layers, tensors)
     if (size := 4 * sum(tensor.numel() for tensor in tensors)) > limit:
         raise NoExplorerError(
             f"its decoder's weights take {size / 1e6:.1f} MB, and this page has room for {limit / 1e6:.1f} MB"
@@ -89,10 +91,22 @@ def _layers(decoder: MLPDecoder) -> tuple[list[dict[str, Any]], list[torch.Tenso
     return layers, tensors
 
 
+def _only_means(likelihood: StandardizedNormalLikelihood, layers: list[dict[str, Any]], tensors: list[torch.Tensor]) -> None:
+    """Of mean and log-variance by turns, leave the means, in the units of the data."""
+    loc, scale = likelihood.loc.flatten(), likelihood.scale.flatten()
+    if loc.min() < 0 or loc.max() > 1:
+        raise NoExplorerError(f"its images have means from {loc.min():g} to {loc.max():g}, and a page shows 0 to 1")
+    weight, bias = tensors[-2:]
+    tensors[-2:] = [weight[::2] * scale.unsqueeze(1), bias[::2] * scale + loc]
+    layers[-1]["out"] //= 2
+
+
 def _mean(likelihood: Likelihood) -> dict[str, Any]:
     """How the mean of p(x | z) comes from the decoder's output."""
     if isinstance(likelihood, BernoulliLikelihood):
         return {"kind": "sigmoid"}
     if isinstance(likelihood, NormalLikelihood):
         return {"kind": "sigmoid"} if likelihood.mean == "sigmoid" else {"kind": "affine", "loc": 0.0, "scale": 1.0}
+    if isinstance(likelihood, StandardizedNormalLikelihood):  # see _only_means
+        return {"kind": "affine", "loc": 0.0, "scale": 1.0}
     raise NoExplorerError(f"its likelihood is a {type(likelihood).__name__}, whose mean the page does not compute")

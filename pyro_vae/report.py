@@ -112,7 +112,9 @@ def read_run(folder: str | Path, *, name: str | None = None, limit: int = _LIMIT
     pictures, left_out = _pictures(folder / "figures", limit - _size(explorer))
     images = (metrics or {}).get("images")
     common = conditions(config, event_shape, images=images if isinstance(images, int) else None)
-    if config.get("dataset") not in DATASETS:
+    if isinstance(identity := config.get("test_identity"), str):
+        common["data set"] += f", test images: {identity}"
+    elif config.get("dataset") not in DATASETS or config.get("data") is not None:
         common["data set"] += f", as {name} read it: nothing recorded tells whether other runs read the same"
     return RunRecord(
         name,

@@ -38,7 +38,7 @@ __all__ = [
 _FORMAT = 1
 _CONFIG = "config.json"
 _WEIGHTS = Path("checkpoints", "weights.pt")
-_PARTS = (_CONFIG, "metrics.jsonl", "metrics.json", "latents.json", "checkpoints", "figures", "report.html")
+_PARTS = (_CONFIG, "metrics.jsonl", "metrics.json", "latents.json", "checkpoints", "figures", "tensorboard", "report.html")
 
 
 _LOCK = ".lock"

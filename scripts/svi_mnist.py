@@ -43,6 +43,7 @@ from pyro_vae.data import BINARIZATIONS, DATASETS, DatasetFallbackWarning
 from pyro_vae.figures import run_figures
 from pyro_vae.own_data import read_splits
 from pyro_vae.presets import LIKELIHOODS, OBJECTIVES, Settings, fitting_likelihood
+from pyro_vae.progress import identity
 from pyro_vae.run import (
     append_jsonl,
     check_new_run,
@@ -56,6 +57,7 @@ from pyro_vae.run import (
 )
 from pyro_vae.signals import Signals
 from pyro_vae.step import NOT_TERMS
+from pyro_vae.tracking import TensorBoard
 from pyro_vae.train import PRECISIONS
 
 COMPILE = {"auto": None, "always": True, "never": False}
@@ -145,6 +147,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         default=100,
         help="draws per test image for log p(x) by importance sampling; 0: leave it out (default: %(default)s)",
     )
+    board = "write scalars, pictures and the latent embedding to RUN/tensorboard; needs pip install '.[tensorboard]'"
+    add("--tensorboard", action="store_true", help=f"{board} (default: do not)")
     add("--no-figures", action="store_true", help="skip the pictures (default: make them)")
     args = parser.parse_args(argv)
     if args.importance_samples < 0 or args.importance_samples == 1:
@@ -312,6 +316,7 @@ def run(args: argparse.Namespace, settings: Settings, signals: Signals) -> None:
         "data": args.data,
         "test_data": args.test_data,
         "data_note": train.note,
+        "test_identity": None if args.data is None else identity(test),
         "seed": args.seed,
         "device": args.device,
         "compile": args.compile,
@@ -343,7 +348,11 @@ def run(args: argparse.Namespace, settings: Settings, signals: Signals) -> None:
             print(f", going on after step {state['progress']['step']:,}" if state else ", without a checkpoint yet", end="")
         print(flush=True)
 
+    board = TensorBoard(out / "tensorboard") if args.tensorboard and main_process else None
+
     def on_epoch(record: dict[str, Any]) -> None:
+        if board is not None:
+            board.record(record)
         if main_process:
             append_jsonl(out / "metrics.jsonl", record)
             save_weights(out, vae, durable=False)
@@ -397,6 +406,11 @@ def run(args: argparse.Namespace, settings: Settings, signals: Signals) -> None:
         torch.manual_seed(args.seed)
         for name, figure in run_figures(vae, train, test, history, settings):
             figure.savefig(out / "figures" / f"{name}.png")
+            if board is not None:
+                board.figure(name, figure)
+    if board is not None:
+        board.embedding(vae, test)
+        board.close()
     warn_loudly(warning)
     print(f"trained in {seconds:.0f} s; everything is in {out}")
 

@@ -119,6 +119,9 @@ def test_values_are_those_of_torch(record, open_page):
         make_vae(latent_dim=2, likelihood=LIKELIHOODS["normal-sigmoid"]),
         make_vae(latent_dim=2, likelihood=LIKELIHOODS["normal-identity"]),
         tanh_vae(),
+        load_preset("bernoulli-z20", likelihood="learned-normal", latent_dim=3, hidden=(9,)).build_vae(
+            (3, 4, 4), moments=(torch.rand(3, 4, 4), torch.rand(3, 4, 4) + 0.1)
+        ),
     ]
     page = open_page(render([with_explorer(record, lively(vae)) for vae in vaes]))
     for i, vae in enumerate(vaes):

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_own_data
 import torch
 from conftest import equal, load_script, weights
 from pyro.infer import Predictive
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import pyro_vae
@@ -545,3 +547,55 @@ def test_direct_fit_of_real_mnist_lands_on_the_published_figure(mnist, tmp_path)
     vae = load_preset("bernoulli-z20").build_vae(train.event_shape)
     history = fit(NegativeDirectLogLikelihood(vae), train, epochs=40, batch_size=256, lr=1e-3)
     assert history[-1]["loss"] == pytest.approx(142.09, abs=0.6)
+
+
+def test_own_pictures_with_all_figures_and_tensorboard(tmp_path, svi_mnist_here):
+    for label in ("a", "b"):
+        test_own_data.save(tmp_path / "mine" / label, np.repeat(test_own_data.PIXELS, 2, 0))
+    options = ("--epochs", 2, "--hidden", 8, "--importance-samples", 0, "--tensorboard", "--out", "run")
+    code, out, err = svi_mnist_here("--data", "mine", *options)
+    assert code == 0, err
+    assert "48 colour images of 8 x 8 pixels; 5 held out as test set; likelihood normal (colours); 20 latent" in out
+    figures = {path.stem for path in (tmp_path / "run" / "figures").glob("*.png")}
+    assert figures == {
+        "training_curves",
+        "reconstructions",
+        "reconstructions_train",
+        "prior_samples",
+        "interpolation",
+        "samples_by_label",
+        "latent_pairs",
+    }  # five test images are too few for t-SNE
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["preset"], config["dataset"], config["data"]) == ("normal-z20", "mine", str(tmp_path / "mine"))
+    latents = json.loads((tmp_path / "run" / "latents.json").read_text())
+    assert (len(latents["means"]), latents["classes"], len(latents["kl_per_dimension"])) == (5, ["a", "b"], 20)
+    assert sum(latents["kl_per_dimension"]) == pytest.approx(
+        json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["kl"]["value"], rel=1e-4
+    )
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert [event.step for event in events.Scalars("test/neg_elbo")] == [1, 2]
+    assert set(events.Tags()["images"]) == figures
+    assert (tmp_path / "run" / "tensorboard" / "projector_config.pbtxt").is_file()
+    code, out, _ = svi_mnist_here("--data", "mine", "--preset", "gaussian-z4", *options[2:-3], "--epochs", 1, "--no-figures")
+    assert code == 0
+    assert "likelihood normal (as asked for); 4 latent dimensions; 1 epochs" in out
+
+
+def test_own_table_goes_on_where_it_was(tmp_path, svi_mnist_here):
+    table = 1e5 * (np.random.default_rng(0).normal(size=(200, 5)) + 3)
+    np.savez(tmp_path / "table.npz", x=table, y=np.arange(200) % 3)
+    options = ("--data", "table.npz", "--hidden", 8, "--importance-samples", 0, "--batch-size", 64)
+    code, out, err = svi_mnist_here(*options, "--epochs", 4, "--out", "whole")
+    assert code == 0, err
+    assert "likelihood learned-normal (numbers from " in out
+    assert "180 training and 20 test rows of shape (5,)" in out
+    assert {path.stem for path in (tmp_path / "whole" / "figures").glob("*")} == {"training_curves", "latent_pairs", "tsne"}
+    assert svi_mnist_here(*options, "--epochs", 2, "--out", "part", "--no-figures")[0] == 0
+    code, out, err = svi_mnist_here("--resume", "part", "--epochs", 4, "--no-figures", "--importance-samples", 0)
+    assert code == 0, err
+    assert equal(weights(load_run(tmp_path / "part")), weights(load_run(tmp_path / "whole")))
+    np.savez(tmp_path / "table.npz", x=table + 1, y=np.arange(200) % 3)
+    code, _, err = svi_mnist_here("--resume", "part", "--epochs", 5, "--no-figures")
+    assert code == 2
+    assert "error: resume: the checkpoint is of a run with other settings (saved -> asked): data: 180 of shape" in err
