@@ -347,6 +347,17 @@ def test_data_of_ones_own_are_not_taken_for_the_same(tmp_path):
 # --- nothing in a run becomes HTML, or runs ---
 
 
+def test_data_of_ones_own_are_the_same_where_their_test_images_are(tmp_path):
+    runs = [
+        small_run(
+            tmp_path / name, dataset="pictures", data="/some/pictures", test_identity=f"60 of shape (1, 4, 4), CRC-32 {crc}"
+        )
+        for name, crc in (("one", "0a"), ("two", "0a"), ("three", "0b"))
+    ]
+    one, two, three = (read_run(run).conditions for run in runs)
+    assert one == two != three
+
+
 def test_everything_is_escaped(tmp_path):
     folder = small_run(
         tmp_path / "<img src=x onerror=alert(1)>", dataset=ALERT, versions={ALERT: ALERT}, note=f"</td>{ALERT}\ud800"
