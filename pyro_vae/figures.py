@@ -67,8 +67,7 @@ def _of_images(vae: VAE, train: Data, test: Data, title: str) -> Iterator[tuple[
     some = test.batch(torch.randperm(len(test))[:8].to(device))
     decoded = vae.decode(vae.encode(some).mean)
     rows = {"test image": some, "reconstruction": decoded.mean}
-    binary = isinstance(vae.likelihood, BernoulliLikelihood)
-    if binary:  # a sample with normal noise on each pixel shows nothing
+    if isinstance(vae.likelihood, BernoulliLikelihood):  # a sample with normal noise on each pixel shows nothing
         rows["Bernoulli sample"] = decoded.sample()
     yield "reconstructions", plots.image_rows(show(rows), title=f"{title}: test images and their reconstructions")
 
@@ -85,7 +84,7 @@ def _of_images(vae: VAE, train: Data, test: Data, title: str) -> Iterator[tuple[
         rows = dict(zip(("latent space", "pixel space"), paths, strict=True))
         yield "interpolation", plots.image_rows(show(rows), title=f"{title}: from {names[0]} to {names[1]}")
 
-    if binary:
+    if _is_grey(test):
         some = test.batch(torch.randperm(len(test))[:10].to(device))
         denoised = latent.denoise(vae, some, flip_rate=0.02)
         rows = dict(zip(("thresholded", "2 % flipped", "reconstruction"), denoised, strict=True))
@@ -106,6 +105,12 @@ def _two_images(data: Data) -> tuple[Tensor, list[str]]:
     pair = [6, 9] if {6, 9} <= set(labels) else labels[:2]
     first = [int((data.labels == label).nonzero()[0]) for label in pair]
     return torch.tensor(first, device=data.x.device), [f"a {data.label_name(label)}" for label in pair]
+
+
+def _is_grey(data: Data) -> bool:
+    """One channel of values in [0, 1], which can be made black and white."""
+    channels = data.event_shape[:-2].numel()
+    return channels == 1 and (data.x.dtype == torch.uint8 or bool(data.x.min() >= 0 and data.x.max() <= 1))
 
 
 def _scaled_by(data: Data) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:

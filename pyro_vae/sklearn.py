@@ -56,8 +56,8 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     Example:
         >>> X = np.random.default_rng(0).normal(size=(200, 5))
         >>> model = VAETransformer(n_components=2, epochs=5, random_state=0).fit(X)
-        >>> model.transform(X).shape, model.score_samples(X).shape
-        ((200, 2), (200,))
+        >>> model.transform(X).shape, model.log_marginal(X).value.shape
+        ((200, 2), torch.Size([200]))
     """
 
     def __init__(

@@ -99,7 +99,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     add("--preset", choices=list(VAES), help="reference system (default: bernoulli-z20)")
     add("--dataset", choices=DATASETS, help="auto: mnist if it can be had, else digits (default: auto)")
     own = "your own data, in place of --dataset: a folder of images, or of such folders for each label; a .npy or .npz file"
-    add("--data", type=absolute, metavar="PATH", help=own)
+    add("--data", type=absolute, metavar="PATH", help=f"{own} (default: --dataset)")
     apart = "your own test data (default: train/ and test/ in --data, x_test in a .npz file, else a tenth is held out)"
     add("--test-data", type=absolute, metavar="PATH", help=apart)
     add("--image-size", type=int, help=f"height and width that images are made ({of_preset('image_size')})")

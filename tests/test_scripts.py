@@ -90,6 +90,7 @@ def test_run_folder(run):
         "checkpoints",
         "config.json",
         "figures",
+        "latents.json",
         "metrics.json",
         "metrics.jsonl",
     ]
