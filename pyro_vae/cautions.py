@@ -19,6 +19,7 @@ def cautions_of(
     finished: bool,
     train: Mapping[str, float],
     kl: Sequence[float] | None,
+    falling: bool = False,
 ) -> list[tuple[str, str]]:
     """Headlines, each with an explanation and what to do.
 
@@ -28,6 +29,7 @@ def cautions_of(
         finished: whether the run was evaluated at its end.
         train: the training's last figures.
         kl: nats per latent dimension, averaged over the test set; None where they are not known.
+        falling: whether the test figure was still falling at the end of the training.
 
     Example:
         >>> cautions_of({}, {}, finished=True, train={}, kl=[3.1, 0.001])[0][0]
@@ -53,7 +55,7 @@ def cautions_of(
         found += _importance_weights(marginal)
     if kl is not None and (dead := [f"z{i + 1}" for i, nats in enumerate(kl) if nats < _COLLAPSED]):
         text = (
-            f"{', '.join(dead)}: KL below {_COLLAPSED} nats. There the posterior is the prior whatever the image, and the "
+            f"{', '.join(dead)}: KL below {_COLLAPSED} nats. There the posterior is the prior whatever the data, and the "
             f"decoder has learned to look away. {len(kl) - len(dead)} of {len(kl)} dimensions are in use."
         )
         found.append(("Collapsed latents", text))
@@ -64,7 +66,8 @@ def cautions_of(
         if abs(gap) > _GAP * abs(scale):
             text = f"-ELBO is {train['neg_elbo']:.2f} in training and {figures['neg_elbo'].value:.2f} on the test set. "
             if gap > 0:
-                text += "The model knows its training images better than new ones: train for less long, or on more data."
+                text += "The model knows its training data better than new ones. "
+                text += "Test figures still fell: train for longer." if falling else "Train for less long, or on more data."
             else:
                 text += "Training figures are averages over an epoch in which the weights moved: train for longer."
             found.append(("Training and test differ", text))
@@ -77,12 +80,10 @@ def _importance_weights(marginal: FigureOfRun) -> list[tuple[str, str]]:
         return [("Importance weights were not checked", text)]
     if marginal.unreliable == 0:
         return []
-    ess = (
-        "" if marginal.median_ess is None else f" (median effective sample size over all images: {marginal.median_ess:,.1f})"
-    )
+    ess = "" if marginal.median_ess is None else f" (median effective sample size: {marginal.median_ess:,.1f})"
     text = (
-        f"For {marginal.unreliable:,} test images a few of the {marginal.num_samples or 0:,} draws carry nearly all the "
-        f"weight{ess}. log p(x) reads too low there, and its error bar is too small. More draws (--importance-samples) "
+        f"For {marginal.unreliable:,} test observations a few of the {marginal.num_samples or 0:,} draws carry nearly all "
+        f"the weight{ess}. log p(x) reads too low there, and its error bar is too small. More draws (--importance-samples) "
         "mend it slowly. -ELBO is not affected."
     )
     return [("Importance weights are unreliable", text)]

@@ -13,9 +13,9 @@ RANKED = {"neg_elbo": 1, "log_marginal": -1, "mean_squared_error": 1}  # 1: lowe
 _ERRORS = 2.0  # combined standard errors that a difference must pass to be told from noise
 
 _DENSITIES = {
-    ("bernoulli", True): "Bernoulli formula on grey pixels: a relaxed score, no probability of an image",
+    ("bernoulli", True): "Bernoulli formula on grey values: a relaxed score, no probability",
     ("bernoulli", False): "Bernoulli on black and white pixels: a probability",
-    ("normal", True): "normal with variance 1/2: a density over grey pixels",
+    ("normal", True): "normal with variance 1/2: a density",
     ("normal", False): "normal with variance 1/2: a density, of black and white pixels",
     ("learned-normal", True): "normal with learned variances: a density",
     ("learned-normal", False): "normal with learned variances: a density, of black and white pixels",
@@ -64,18 +64,21 @@ def conditions(config: Mapping[str, Any], event_shape: Sequence[int], *, images:
     Args:
         config: of the run; its ``dataset``, ``binarization`` and ``likelihood`` are looked at.
         event_shape: shape of one observation.
-        images: number of test images, where the run took a part of them.
+        images: number of test observations, where the run took a part of them.
 
     Example:
-        >>> conditions({"dataset": "mnist", "binarization": "none", "likelihood": "bernoulli"}, (1, 28, 28))["image size"]
-        '1 x 28 x 28'
+        >>> conditions({"dataset": "mnist", "binarization": "none", "likelihood": "bernoulli"}, (1, 28, 28))["size"]
+        '1 x 28 x 28 (channels x height x width)'
     """
     binarization, likelihood = config.get("binarization"), config.get("likelihood")
+    unit = {1: " values", 3: " (channels x height x width)"}.get(len(event_shape), "")
+    grey = len(event_shape) == 3 and event_shape[0] == 1
+    kept = f"none ({'grey pixels' if grey else 'values as they are'})"
     density = _DENSITIES.get((str(likelihood), binarization == "none"), str(likelihood))
     return {
         "data set": str(config.get("dataset", "not recorded")) + ("" if images is None else f", {images:,} test images"),
-        "image size": " x ".join(map(str, event_shape)),
-        "binarisation": {"none": "none (grey pixels)"}.get(str(binarization), str(binarization)),
+        "size": " x ".join(map(str, event_shape)) + unit,
+        "binarisation": kept if binarization == "none" else str(binarization),
         "likelihood": density,
     }
 
@@ -102,7 +105,7 @@ def compare(runs: Sequence[tuple[str, Mapping[str, str], Mapping[str, FigureOfRu
     """Groups of comparable runs, each figure ranked within its group where that can be done.
 
     A figure is the best, or not distinguishable from it: within 2 standard errors of the difference, the square root of
-    both errors' squared sum. The error is that of the latent draws on the same test images; another seed of the training
+    both errors' squared sum. The error is that of the latent draws on the same test data; another seed of the training
     moves a figure too, and is not in it.
 
     Args:

@@ -30,7 +30,7 @@ def run_figures(
     """
     title = f"{settings.preset} on {train.name}"
     yield "training_curves", plots.training_curves(history, title=title)
-    if len(train.event_shape) > 1:
+    if _is_image(train):
         yield from _of_images(vae, train, test, title)
 
     labels = None if train.labels is None else train.labels.cpu()
@@ -54,6 +54,12 @@ def run_figures(
     if len(means) >= 10:
         points = latent.tsne(means, perplexity=min(30, (len(means) - 1) / 3))
         yield "tsne", plots.latent_scatter(points, labels, title=f"{title}: t-SNE of {what}", classes=train.classes)
+
+
+def _is_image(data: Data) -> bool:
+    """``(height, width)``, or that of 1 or 3 channels."""
+    shape = data.event_shape
+    return len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3))
 
 
 def _kind(data: Data) -> str:
@@ -104,7 +110,8 @@ def _two_images(data: Data) -> tuple[Tensor, list[str]]:
     labels = data.labels.unique().tolist()
     pair = [6, 9] if {6, 9} <= set(labels) else labels[:2]
     first = [int((data.labels == label).nonzero()[0]) for label in pair]
-    return torch.tensor(first, device=data.x.device), [f"a {data.label_name(label)}" for label in pair]
+    article = "" if data.classes else "a "
+    return torch.tensor(first, device=data.x.device), [article + data.label_name(label) for label in pair]
 
 
 def _is_grey(data: Data) -> bool:

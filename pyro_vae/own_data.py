@@ -21,8 +21,8 @@ DataLike = Data | Tensor | np.ndarray[Any, Any] | Dataset[Any] | str | Path
 """What ``fit``, ``evaluate`` and ``log_marginal`` take as data."""
 
 _LARGEST = 128  # images that are no larger stay as they are
-_SIZE = 64  # height and width that others are made
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # those of torchvision's ImageFolder
+_SIZE = 32  # height and width that others are made
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 _X, _Y = ("x", "X", "images", "data", "arr_0"), ("y", "labels", "label", "targets", "target")
 
 
@@ -119,7 +119,7 @@ def read_data(path: str | Path, *, image_size: int | None = None) -> Data:
             torchvision's ``ImageFolder``). Arrays of images ``(N, H, W)`` and ``(N, H, W, channels)`` become
             ``(N, channels, H, W)``; pictures whose three channels are equal throughout become grey.
         image_size: height and width of the images: the shorter side is brought to it, and the middle kept. None: as they
-            are, if all have one size of at most 128 x 128; else 64. Of arrays: None, as they are.
+            are, if all have one size of at most 128 x 128; else 32. Of arrays: None, as they are.
 
     Raises:
         DataError: missing, unreadable, or no observations; the message names the file.
@@ -156,25 +156,26 @@ def read_splits(
         names = [(f"x_{part}", f"y_{part}" if f"y_{part}" in arrays else None) for part in ("train", "test")]
         first, held = (_of_arrays(path, arrays, x_name, y_name, image_size) for x_name, y_name in names)
     else:
-        parted = test is None and (path / "train").is_dir() and (path / "test").is_dir()
-        first = _read(path / "train" if parted else path, image_size)
+        folders = {part.name.lower(): part for part in path.iterdir() if part.is_dir()} if path.is_dir() else {}
+        parted = test is None and {"train", "test"} <= folders.keys()
+        first = _read(folders["train"] if parted else path, image_size)
         if test is None and not parted:
-            return _held_out(first, fraction)
-        place = path / "test" if test is None else Path(test).expanduser()
+            return _held_out(path, first, fraction)
+        place = folders["test"] if test is None else Path(test).expanduser()
         held = _read(place, image_size, first.event_shape[-2:])
     first, held = (replace(data, name=path.stem or str(path)) for data in (first, held))
     if held.event_shape != first.event_shape:
         found = f"{tuple(first.event_shape)} and {tuple(held.event_shape)}"
-        raise DataError(f"{path}: expected training and test data of one shape, found {found}. Give an image size.")
+        raise DataError(f"{path}: expected training and test data of one shape, found {found}. Make them equal.")
     if held.classes != first.classes:
         found = f"{', '.join(first.classes) or 'none'} and {', '.join(held.classes) or 'none'}"
         raise DataError(f"{path}: expected the same labels in training and test data, found {found}.")
     return first, held
 
 
-def _held_out(data: Data, fraction: float) -> tuple[Data, Data]:
+def _held_out(path: Path, data: Data, fraction: float) -> tuple[Data, Data]:
     if len(data) < 2:
-        raise DataError(f"{data.name}: expected at least two observations, one of them to test on, found one.")
+        raise DataError(f"{path}: expected at least two observations, one of them to test on, found one.")
     count = min(max(1, round(fraction * len(data))), 10_000)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))  # the same for every seed of training
 
@@ -218,7 +219,7 @@ def _of_arrays(path: Path, arrays: dict[str, Any], x_name: str | None, y_name: s
         is_pixels = x.dtype == torch.uint8 or (x.is_floating_point() and x.min() >= 0 and x.max() <= 1)
         if is_pixels and x.dim() == 3:
             x = x.unsqueeze(1)
-        elif is_pixels and x.dim() == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
+        elif x.dim() == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
             x, note = x.permute(0, 3, 1, 2).contiguous(), f"{note}, channels last"
         data = Data(x, labels, path.stem, classes=classes, note=note)
     except DataError as error:
@@ -262,6 +263,11 @@ def _read_folder(path: Path, size: Sequence[int] | None) -> Data:
     grey = torch.equal(x[:, 0], x[:, 1]) and torch.equal(x[:, 0], x[:, 2])
     made = "" if kinds == [(height, width)] else f", made {height} x {width}"
     note = f"{len(files):,} {'grey' if grey else 'colour'} images of {found} pixels{made}"
+    if classes:
+        some = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+        note += f"; {len(classes)} label{'s' if len(classes) > 1 else ''}: {some}"
+    if others := sum(part.is_file() for part in path.rglob("*")) - len(files):
+        note += f"; {others:,} other file{'s' if others > 1 else ''} left out"
     return Data(x[:, :1].clone() if grey else x, labels, path.name or str(path), classes=classes, note=note)
 
 

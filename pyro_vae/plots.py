@@ -74,7 +74,9 @@ def image_rows(rows: Mapping[str, Array], *, title: str = "", columns: Sequence[
     size = 0.8 if n <= 12 else 0.5
     names = max(map(len, rows)) * 0.12 + 0.1
     figure = _figure(
-        n * size + names + 0.2, len(rows) * size + (0.5 if title else 0.1) + (0.25 if columns else 0), tight=True
+        max(n * size + names + 0.2, 0.1 * len(title)),
+        len(rows) * size + (0.5 if title else 0.1) + (0.25 if columns else 0),
+        tight=True,
     )
     figure.suptitle(title, fontsize=13)
     axes = figure.subplots(len(rows), n, squeeze=False)
@@ -144,15 +146,17 @@ def _name(label: Any, classes: Sequence[str]) -> str:
 
 
 def _mark(ax: "Axes", points: Array, labels: Array | None, *, fontsize: int, classes: Sequence[str] = ()) -> None:
-    """Each label written at the median of its points, so that the picture does not rest on colour alone."""
+    """Each short label written at the median of its points, so that the picture does not rest on colour alone."""
     from matplotlib.patheffects import withStroke
 
-    for label in () if labels is None else np.unique(labels):
+    found = () if labels is None else np.unique(labels)
+    names = [_name(label, classes) for label in found]
+    if any(len(name) > 3 for name in names):  # words would lie upon one another: the legend has them
+        return
+    for label, name in zip(found, names, strict=True):
         x, y = np.median(points[labels == label], axis=0)
         outline = [withStroke(linewidth=fontsize / 5, foreground="white")]
-        name = _name(label, classes)
-        size = fontsize if len(name) < 4 else 0.7 * fontsize
-        ax.text(x, y, name, fontsize=size, weight="bold", ha="center", va="center", path_effects=outline)
+        ax.text(x, y, name, fontsize=fontsize, weight="bold", ha="center", va="center", path_effects=outline)
 
 
 def _legend(figure: "Figure", handles: Sequence[Any]) -> None:

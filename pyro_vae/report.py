@@ -113,7 +113,7 @@ def read_run(folder: str | Path, *, name: str | None = None, limit: int = _LIMIT
     images = (metrics or {}).get("images")
     common = conditions(config, event_shape, images=images if isinstance(images, int) else None)
     if isinstance(identity := config.get("test_identity"), str):
-        common["data set"] += f", test images: {identity}"
+        common["data set"] += f", test data {identity}"
     elif config.get("dataset") not in DATASETS or config.get("data") is not None:
         common["data set"] += f", as {name} read it: nothing recorded tells whether other runs read the same"
     return RunRecord(
@@ -123,13 +123,29 @@ def read_run(folder: str | Path, *, name: str | None = None, limit: int = _LIMIT
         common,
         figures,
         train,
-        tuple(cautions_of(config, figures, finished=metrics is not None, train=train, kl=(latents or {}).get("kl"))),
+        tuple(
+            cautions_of(
+                config,
+                figures,
+                finished=metrics is not None,
+                train=train,
+                kl=(latents or {}).get("kl"),
+                falling=_still_falls(history),
+            )
+        ),
         tuple(panels(history)),
         pictures,
         left_out,
         explorer,
         no_explorer,
     )
+
+
+def _still_falls(history: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last test figure is the lowest."""
+    tests = [record["test"].get("neg_elbo") for record in history if isinstance(record.get("test"), dict)]
+    numbers = [value for value in tests if _is_number(value)]
+    return len(numbers) > 1 and numbers[-1] == min(numbers)
 
 
 def _is_number(value: Any) -> bool:
@@ -197,7 +213,7 @@ def _facts(
     facts = {
         "Model": f"{kind}, {nets} {widths}, {settings.latent_dim} latent dimensions (preset {settings.preset})",
         "Likelihood": common["likelihood"],
-        "Data": f"{common['data set']}, {common['image size']} (channels x height x width)",
+        "Data": f"{common['data set']}, {common['size']}",
         "Binarisation": common["binarisation"],
         "Training": f"{objective}{weight}; {length}, batch {settings.batch_size}, learning rate {settings.lr:g}, "
         f"seed {config.get('seed', 'not recorded')}",

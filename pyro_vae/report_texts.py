@@ -7,8 +7,9 @@ FIGURES = {
     "reconstructions": (
         "Test images and their reconstructions",
         "Top: images the model has not seen; below: what the decoder makes of their latent means. What is lost from one row "
-        "to the next is what the latents did not carry: look for strokes that are gone or blurred. A row of Bernoulli "
-        "samples shows what the model says a real image looks like, pixel by pixel on its own, hence the grain.",
+        "to the next is what the latents did not carry: look for what is gone or blurred. Where there is a row "
+        "of Bernoulli samples, it shows what the model says a real image looks like, pixel by pixel on its own, hence the "
+        "grain.",
     ),
     "prior_samples": (
         "Drawn from the prior",
@@ -32,14 +33,14 @@ FIGURES = {
     ),
     "tsne": (
         "Latent means in two dimensions, by t-SNE",
-        "Each point is an image, coloured by its label, which the training never saw: islands of one colour mean that the "
-        "latents found the labels by themselves. Neighbourhoods can be trusted; distances between islands, and "
-        "their sizes, cannot.",
+        "Each point is an observation, coloured by its label if it has one, which the training never saw: islands of one "
+        "colour mean that the latents found the labels by themselves. Neighbourhoods can be trusted; distances between "
+        "islands, and their sizes, cannot.",
     ),
     "latent_pairs": (
         "Latent means, two axes at a time",
-        "Each point is an image, seen along the axes that vary most. Compare with the prior, a round cloud of standard "
-        "deviation 1: an axis whose points all lie near 0 says little about the image.",
+        "Each point is an observation, seen along the axes that vary most. Compare with the prior, a round cloud of "
+        "standard deviation 1: an axis whose points all lie near 0 says little about the data.",
     ),
     "reconstructions_train": (
         "Training images and reconstructions",
@@ -57,12 +58,12 @@ MEASURES = {
     "reconstruction": (
         "Reconstruction",
         "A part of -ELBO: ",
-        "-log p(x | z) at latents of the image, what the decoder still gets wrong. Of a normal likelihood it holds the "
+        "-log p(x | z) at latents of the data, what the decoder still gets wrong. Of a normal likelihood it holds the "
         "density's constant.",
     ),
-    "kl": ("KL", "A part of -ELBO: ", "how far an image's latents are from the prior, the nats that they say about it."),
-    "squared_error": ("Squared error", "Lower is better: ", "summed over the pixels of an image."),
-    "mean_squared_error": ("Mean squared error", "Lower is better: ", "per pixel."),
+    "kl": ("KL", "A part of -ELBO: ", "how far the latents are from the prior, the nats that they say about the data."),
+    "squared_error": ("Squared error", "Lower is better: ", "summed over the elements of x."),
+    "mean_squared_error": ("Mean squared error", "Lower is better: ", "per element of x."),
     "log_marginal": (
         "log p(x)",
         "Higher is better: ",

@@ -119,6 +119,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         if self.likelihood not in ("auto", *LIKELIHOODS):
             raise ValueError(f"likelihood: expected one of auto, {', '.join(LIKELIHOODS)}, found {self.likelihood!r}.")
         self.likelihood_ = fitting_likelihood(data)[0] if self.likelihood == "auto" else self.likelihood
+        whole_number("n_components", self.n_components)
         settings = Settings(
             "sklearn",
             self.likelihood_,
@@ -230,7 +231,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
 
     @torch.no_grad()
     def sample(self, n_samples: int = 1, random_state: Any = None) -> NDArray[Any]:
-        """New rows from the model, ``(n_samples, n_features)``."""
+        """New rows from the model, ``(n_samples, n_features)``; the same ones for the same random_state, a seed, say."""
         check_is_fitted(self)
         seed = int(check_random_state(random_state).randint(2**31 - 1))
         prior = self.vae_.prior_loc

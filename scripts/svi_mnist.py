@@ -9,6 +9,7 @@ processes share the work under torchrun --standalone --nproc-per-node N scripts/
 """
 
 import argparse
+import importlib.util
 import os
 import platform
 import sys
@@ -157,6 +158,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         parser.error("--data takes the place of --dataset: leave one of them away")
     if args.test_data is not None and args.data is None and args.resume is None:
         parser.error("--test-data needs --data")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        parser.error("--tensorboard: the package is not installed; pip install '.[tensorboard]'")
     if args.overwrite and args.out is None:
         parser.error("--overwrite needs --out: a default folder is always new")
     if args.resume is not None and args.out is not None:

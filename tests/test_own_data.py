@@ -80,8 +80,8 @@ def test_pictures_of_any_size_kind_and_colour(tmp_path):
     Image.fromarray(seen_through, "RGBA").save(folder / "alpha.png")
     (folder / "notes.txt").write_text("no picture")
     data = read_data(folder)
-    assert data.note == "5 grey images of 150 x 240 to 160 x 240 pixels, made 64 x 64"
-    assert data.x.shape == (5, 1, 64, 64)
+    assert data.note == "5 grey images of 150 x 240 to 160 x 240 pixels, made 32 x 32; 1 other file left out"
+    assert data.x.shape == (5, 1, 32, 32)
     for other in (2, 3, 4):  # 01.png is another crop
         assert (data.x[0].int() - data.x[other].int()).abs().max() <= 1
     assert read_data(folder, image_size=16).x.shape == (5, 1, 16, 16)
@@ -116,12 +116,12 @@ def test_test_sets_of_their_own(tmp_path):
     np.savez(tmp_path / "both.npz", x_train=PIXELS, y_train=np.arange(12), x_test=PIXELS[:5], y_test=np.arange(5))
     train, test = read_splits(tmp_path / "both.npz")
     assert (train.x.shape, test.x.shape, test.labels.tolist()) == ((12, 3, 8, 8), (5, 3, 8, 8), [0, 1, 2, 3, 4])
-    save(tmp_path / "parted" / "train", PIXELS)
+    save(tmp_path / "parted" / "Train", PIXELS)
     save(tmp_path / "parted" / "test", PIXELS[:3, :6])
     train, test = read_splits(tmp_path / "parted")
     assert (train.x.shape, test.x.shape) == ((12, 3, 8, 8), (3, 3, 8, 8))  # made as large as those for training
     assert (train.name, test.name) == ("parted", "parted")
-    train, test = read_splits(tmp_path / "parted" / "train", tmp_path / "parted" / "test", image_size=4)
+    train, test = read_splits(tmp_path / "parted" / "Train", tmp_path / "parted" / "test", image_size=4)
     assert (train.x.shape, test.x.shape) == ((12, 3, 4, 4), (3, 3, 4, 4))
 
 
@@ -217,7 +217,7 @@ def test_items_that_do_not_fit(data, match):
 def test_splits_that_do_not_fit(tmp_path):
     for name, shape in (("a", (5, 3)), ("b", (5, 4)), ("one", (1, 3))):
         np.save(tmp_path / f"{name}.npy", np.zeros(shape))
-    with pytest.raises(DataError, match="of one shape"):
+    with pytest.raises(DataError, match="of one shape, found .* Make them equal"):
         read_splits(tmp_path / "a.npy", tmp_path / "b.npy")
     with pytest.raises(DataError, match="at least two"):
         read_splits(tmp_path / "one.npy")
@@ -225,3 +225,21 @@ def test_splits_that_do_not_fit(tmp_path):
     save(tmp_path / "parted" / "test" / "dog")
     with pytest.raises(DataError, match="the same labels in training and test data, found cat and dog"):
         read_splits(tmp_path / "parted")
+
+
+def test_arrays_of_images_have_their_channels_first(tmp_path):
+    for x, shape in (
+        (PIXELS, (3, 8, 8)),
+        (2 * PIXELS / 255 - 1, (3, 8, 8)),
+        (PIXELS[..., 0], (1, 8, 8)),
+        (PIXELS[..., :1], (1, 8, 8)),
+        (np.moveaxis(PIXELS, 3, 1), (3, 8, 8)),
+        ((PIXELS[..., 0] > 100).astype(np.uint8), (1, 8, 8)),
+        (PIXELS[..., 0] - 300.0, (8, 8)),
+    ):
+        np.save(tmp_path / "x.npy", x)
+        assert read_data(tmp_path / "x.npy").event_shape == shape
+    np.save(tmp_path / "x.npy", (PIXELS > 100).astype(np.uint8))
+    assert read_data(tmp_path / "x.npy").batch(torch.arange(12)).unique().tolist() == [0, 1]
+    np.save(tmp_path / "x.npy", np.arange(12).reshape(6, 2))
+    assert read_data(tmp_path / "x.npy").x.dtype == torch.float32

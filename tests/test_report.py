@@ -220,7 +220,7 @@ def test_warnings():
     assert "2 of 4 dimensions are in use" in collapsed
     weights = FigureOfRun("log_marginal", -97.0, 0.01, 100, median_ess=4.6, unreliable=9306)
     text = told(figures=[weights])["Importance weights are unreliable"]
-    assert "For 9,306 test images" in text
+    assert "For 9,306 test observations" in text
     assert "100 draws" in text
     assert "4.6" in text
     assert "Importance weights were not checked" in told(figures=[FigureOfRun("log_marginal", -97.0, 0.01, 10, 9.0)])
@@ -232,13 +232,22 @@ def test_warnings():
 @pytest.mark.parametrize(
     ("train", "test", "says"),
     [
-        ({"neg_elbo": 80.0}, 100.0, "new ones"),
+        ({"neg_elbo": 80.0}, 100.0, "Train for less long"),
         ({"neg_elbo": 100.0}, 80.0, "train for longer"),
         ({"neg_elbo": 481.0, "squared_error": 25.0, "kl": 7.0}, 490.0, "new ones"),  # the constant is no part of the scale
     ],
 )
 def test_training_and_test_differ(train, test, says):
     assert says in told(figures=[FigureOfRun("neg_elbo", test, 0.01)], train=train)["Training and test differ"]
+
+
+def test_a_test_curve_that_still_falls_asks_for_more(run):
+    for figures, says in (((9.0, 8.0), "train for longer"), ((8.0, 9.0), "Train for less long")):
+        metrics = json.loads((run / "metrics.json").read_text())
+        metrics["train"]["neg_elbo"] = metrics["test"]["neg_elbo"]["value"] / 2
+        write_json(run / "metrics.json", metrics)
+        write_jsonl(run / "metrics.jsonl", [{"epoch": i, "test": {"neg_elbo": figure}} for i, figure in enumerate(figures)])
+        assert says in dict(read_run(run).warnings)["Training and test differ"]
 
 
 def test_a_nan_in_metrics_is_told(run):
@@ -275,7 +284,7 @@ def group(config=None, shape=(1, 28, 28), **changes):
         (group({"binarization": "dynamic"}), {"binarisation", "likelihood"}),  # a probability, no longer a relaxed score
         (group({"likelihood": "normal"}), {"likelihood"}),
         (group({"likelihood": "another"}), {"likelihood"}),
-        (group(shape=(1, 32, 32)), {"image size"}),
+        (group(shape=(1, 32, 32)), {"size"}),
         (group(images=500), {"data set"}),
     ],
 )
@@ -325,7 +334,7 @@ def test_a_page_of_several_runs(run, tmp_path, report, monkeypatch):
     page = (tmp_path / "report.html").read_text()
     assert "fall into 2 groups" in page
     assert "must not be compared" in page
-    assert "likelihood: normal with variance 1/2: a density over grey pixels" in page
+    assert "likelihood: normal with variance 1/2: a density" in page
     assert page.count("not distinguishable from the best") == 2  # the twin's -ELBO and log p(x)
     assert page.count('<div class="explorer"') == 3
     code, _, err = report(run, tmp_path / "run")

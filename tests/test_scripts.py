@@ -556,7 +556,10 @@ def test_own_pictures_with_all_figures_and_tensorboard(tmp_path, svi_mnist_here)
     options = ("--epochs", 2, "--hidden", 8, "--importance-samples", 0, "--tensorboard", "--out", "run")
     code, out, err = svi_mnist_here("--data", "mine", *options)
     assert code == 0, err
-    assert "48 colour images of 8 x 8 pixels; 5 held out as test set; likelihood normal (colours); 20 latent" in out
+    assert (
+        "48 colour images of 8 x 8 pixels; 2 labels: a, b; 5 held out as test set; likelihood normal (colours); 20 latent"
+        in out
+    )
     figures = {path.stem for path in (tmp_path / "run" / "figures").glob("*.png")}
     assert figures == {
         "training_curves",

@@ -105,7 +105,7 @@ def test_binary_tables_get_a_bernoulli():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"n_components": 0}, "latent_dim: expected a whole number >= 1, found 0"),
+        ({"n_components": 0}, "n_components: expected a whole number >= 1, found 0"),
         ({"likelihood": "poisson"}, "likelihood: expected one of auto, "),
         ({"epochs": 0}, "epochs"),
         ({"hidden": (0,)}, "hidden"),
