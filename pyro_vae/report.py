@@ -250,7 +250,7 @@ def _explorer(
     if not weights.exists():
         return None, "the run holds no weights: it was stopped before its first epoch ended"
     try:
-        record = decoder_record(load_run(folder), limit=min(4_000_000, limit * 3 // 4))
+        record = decoder_record(load_run(folder), limit=min(5_000_000, limit * 3 // 4))
     except NoExplorerError as error:
         return None, str(error)
     axes = list(range(min(2, latent_dim)))

@@ -459,7 +459,7 @@ def test_no_run_and_no_place_to_write(run, tmp_path, report):
         (load_preset("autoencoder-z2", hidden=(4,)).build_model((1, 8, 8)), "no prior"),
         (make_vae(event_shape=(5,)), "no images"),
         (make_vae(event_shape=(2, 4, 4)), "no images of 1 or 3 channels"),
-        (make_vae(event_shape=(1, 64, 64), hidden=(300,)), "4.9 MB"),
+        (make_vae(event_shape=(1, 64, 64), hidden=(400,)), "6.6 MB"),
         (make_vae(likelihood=LearnedNormalLikelihood()), "LearnedNormalLikelihood"),
         (
             VAE(
