@@ -9,7 +9,7 @@ import hashlib
 import os
 import socket
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,9 +111,14 @@ class Data:
         """Shape of one observation."""
         return self.x.shape[1:]
 
+    @property
+    def kind(self) -> str:
+        """What an observation is called, many of them: images, or the rows of a table."""
+        return "images" if len(self.event_shape) > 1 else "rows"
+
     def label_name(self, label: int) -> str:
         """The class of a label, or the number itself."""
-        return self.classes[label] if 0 <= label < len(self.classes) else str(label)
+        return label_name(label, self.classes)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Data":
         """The same data on another device, with batches of another floating-point type; copied only where they differ."""
@@ -159,6 +164,16 @@ class Data:
         elif self.binarization == "dynamic":
             x = (torch.rand_like(x) < x).to(x.dtype)
         return x
+
+
+def are_pixels(x: Tensor) -> bool:
+    """Whether these are grey levels or colours: uint8, or floating-point values in [0, 1]."""
+    return x.dtype == torch.uint8 or bool(x.numel() and x.min() >= 0 and x.max() <= 1)
+
+
+def label_name(label: int, classes: Sequence[str]) -> str:
+    """The class of a label, or the number itself."""
+    return classes[label] if 0 <= label < len(classes) else str(label)
 
 
 def load_data(name: str = "auto", *, data_dir: str | Path | None = None, binarization: str = "none") -> tuple[Data, Data]:

@@ -14,9 +14,9 @@ from pyro_vae.likelihoods import BernoulliLikelihood, Likelihood, NormalLikeliho
 from pyro_vae.nets import ConvDecoder, MLPDecoder
 from pyro_vae.vae import VAE
 
-__all__ = ["NoExplorerError", "decoder_record"]
+__all__ = ["LIMIT", "NoExplorerError", "decoder_record"]
 
-_LIMIT = 5_000_000  # bytes of weights; the page carries a third more
+LIMIT = 5_000_000  # bytes of weights; the page carries a third more
 _ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh"}  # those that explorer.js knows
 
 
@@ -24,7 +24,7 @@ class NoExplorerError(ValueError):
     """A model whose decoder the page cannot run; the message says why."""
 
 
-def decoder_record(model: VAE | Autoencoder, *, limit: int = _LIMIT) -> dict[str, Any]:
+def decoder_record(model: VAE | Autoencoder, *, limit: int = LIMIT) -> dict[str, Any]:
     """What ``explorer.js`` needs to decode: layers, weights, and how the decoder's output becomes an image.
 
     Args:

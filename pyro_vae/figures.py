@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae import latent, plots
-from pyro_vae.data import Data
+from pyro_vae.data import Data, are_pixels
 from pyro_vae.likelihoods import BernoulliLikelihood
 from pyro_vae.presets import Settings
 from pyro_vae.vae import VAE
@@ -50,7 +50,7 @@ def run_figures(
     else:
         means = latent.latent_means(vae, test)[:3000]
         labels = None if labels is None or test.labels is None else test.labels[:3000].cpu()
-        what = f"the {'first ' if len(means) < len(test) else ''}{len(means):,} test {_kind(test)}"
+        what = f"the {'first ' if len(means) < len(test) else ''}{len(means):,} test {test.kind}"
     if len(means) >= 10:
         points = latent.tsne(means, perplexity=min(30, (len(means) - 1) / 3))
         yield "tsne", plots.latent_scatter(points, labels, title=f"{title}: t-SNE of {what}", classes=train.classes)
@@ -60,10 +60,6 @@ def _is_image(data: Data) -> bool:
     """``(height, width)``, or that of 1 or 3 channels."""
     shape = data.event_shape
     return len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3))
-
-
-def _kind(data: Data) -> str:
-    return "images" if len(data.event_shape) > 1 else "rows"
 
 
 def _of_images(vae: VAE, train: Data, test: Data, title: str) -> Iterator[tuple[str, "Figure"]]:
@@ -116,13 +112,10 @@ def _two_images(data: Data) -> tuple[Tensor, list[str]]:
 
 def _is_grey(data: Data) -> bool:
     """One channel of values in [0, 1], which can be made black and white."""
-    channels = data.event_shape[:-2].numel()
-    return channels == 1 and (data.x.dtype == torch.uint8 or bool(data.x.min() >= 0 and data.x.max() <= 1))
+    return data.event_shape[:-2].numel() == 1 and are_pixels(data.x)
 
 
 def _scaled_by(data: Data) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     """Brings images to [0, 1] and to the CPU, as they are shown: by the range of the data where they go beyond."""
-    low, high = (0.0, 1.0) if data.x.dtype == torch.uint8 else (data.x.min().item(), data.x.max().item())
-    if low >= 0 and high <= 1:
-        low, high = 0.0, 1.0
+    low, high = (0.0, 1.0) if are_pixels(data.x) else (data.x.min().item(), data.x.max().item())
     return lambda rows: {name: (images.cpu() - low) / (high - low) for name, images in rows.items()}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pyro_vae.data import Data, DataError
+from pyro_vae.data import Data, DataError, are_pixels
 
 __all__ = ["DataLike", "as_data", "read_data", "read_splits"]
 
@@ -215,9 +215,8 @@ def _of_arrays(path: Path, arrays: dict[str, Any], x_name: str | None, y_name: s
         classes: tuple[str, ...] = ()
         labels, note = None, f"array {x_name} of shape {tuple(x.shape)}{note}"
         if y_name is not None:
-            labels, classes = _as_labels(path, arrays[y_name])
-        is_pixels = x.dtype == torch.uint8 or (x.is_floating_point() and x.min() >= 0 and x.max() <= 1)
-        if is_pixels and x.dim() == 3:
+            labels, classes = _as_labels(arrays[y_name])
+        if x.dim() == 3 and are_pixels(x):
             x = x.unsqueeze(1)
         elif x.dim() == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
             x, note = x.permute(0, 3, 1, 2).contiguous(), f"{note}, channels last"
@@ -236,7 +235,7 @@ def _as_numbers(values: np.ndarray[Any, Any]) -> tuple[Tensor, str]:
     return as_data(values).x, ""
 
 
-def _as_labels(path: Path, y: np.ndarray[Any, Any]) -> tuple[Tensor, tuple[str, ...]]:
+def _as_labels(y: np.ndarray[Any, Any]) -> tuple[Tensor, tuple[str, ...]]:
     """Whole numbers as they are; other values as numbers of the sorted values, which are the classes."""
     y = y.reshape(len(y), -1)[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
     if y.ndim != 1:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyro_vae.data import label_name
+
 if TYPE_CHECKING:
     from matplotlib.animation import FuncAnimation
     from matplotlib.axes import Axes
@@ -137,12 +139,8 @@ def _scatter(ax: "Axes", points: Array, labels: Array | None, size: float, class
     handles = []
     for label in np.unique(labels):
         mine, color = points[labels == label], _COLORS[int(label) % len(_COLORS)]
-        handles.append(ax.scatter(mine[:, 0], mine[:, 1], color=color, label=_name(label, classes), **style))
+        handles.append(ax.scatter(mine[:, 0], mine[:, 1], color=color, label=label_name(int(label), classes), **style))
     return handles
-
-
-def _name(label: Any, classes: Sequence[str]) -> str:
-    return classes[int(label)] if 0 <= label < len(classes) else str(label)
 
 
 def _mark(ax: "Axes", points: Array, labels: Array | None, *, fontsize: int, classes: Sequence[str] = ()) -> None:
@@ -150,7 +148,7 @@ def _mark(ax: "Axes", points: Array, labels: Array | None, *, fontsize: int, cla
     from matplotlib.patheffects import withStroke
 
     found = () if labels is None else np.unique(labels)
-    names = [_name(label, classes) for label in found]
+    names = [label_name(int(label), classes) for label in found]
     if any(len(name) > 3 for name in names):  # words would lie upon one another: the legend has them
         return
     for label, name in zip(found, names, strict=True):

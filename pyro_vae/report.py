@@ -20,7 +20,7 @@ from pyro_vae.cautions import cautions_of
 from pyro_vae.checkpoint import CheckpointError, whole_file
 from pyro_vae.comparison import FigureOfRun, compare, conditions
 from pyro_vae.data import DATASETS
-from pyro_vae.explorer import NoExplorerError, decoder_record
+from pyro_vae.explorer import LIMIT, NoExplorerError, decoder_record
 from pyro_vae.presets import PRESETS, Settings
 from pyro_vae.report_texts import FIGURES, MEASURES, UNKNOWN_FIGURE
 from pyro_vae.run import load_run, read_config
@@ -250,7 +250,7 @@ def _explorer(
     if not weights.exists():
         return None, "the run holds no weights: it was stopped before its first epoch ended"
     try:
-        record = decoder_record(load_run(folder), limit=min(5_000_000, limit * 3 // 4))
+        record = decoder_record(load_run(folder), limit=min(LIMIT, limit * 3 // 4))
     except NoExplorerError as error:
         return None, str(error)
     axes = list(range(min(2, latent_dim)))

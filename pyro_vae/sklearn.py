@@ -243,5 +243,5 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
 
 def _like(values: Any, result: Tensor) -> NDArray[Any]:
     """An array, float32 where the given values are float32."""
-    dtype = getattr(values, "dtype", None)
-    return result.cpu().numpy().astype(np.float32 if dtype == np.float32 else result.cpu().numpy().dtype, copy=False)
+    array = result.cpu().numpy()
+    return array.astype(np.float32, copy=False) if getattr(values, "dtype", None) == np.float32 else array

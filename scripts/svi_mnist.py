@@ -338,8 +338,7 @@ def run(args: argparse.Namespace, settings: Settings, signals: Signals) -> None:
         write_config(out, settings, event_shape=tuple(train.event_shape), **provenance)
         write_jsonl(out / "metrics.jsonl", state["progress"]["history"] if state else [])
         size = sum(p.numel() for p in vae.parameters())
-        kind = "images" if len(train.event_shape) > 1 else "rows"
-        print(f"{settings.preset} on {train.name}: {len(train):,} training and {len(test):,} test {kind}", end=" ")
+        print(f"{settings.preset} on {train.name}: {len(train):,} training and {len(test):,} test {train.kind}", end=" ")
         print(f"of shape {tuple(train.event_shape)}, binarization {settings.binarization}", end="; ")
         print(f"{size:,} parameters; {args.device}, {torch.get_num_threads()} threads", end="")
         print(f" in each of {processes.count()} processes" if processes.count() > 1 else "")

@@ -58,6 +58,14 @@ def load_script(name):
     return module
 
 
+def call_script(name, *arguments):
+    """The exit code of a script that runs in this process."""
+    try:
+        return load_script(name).main([str(argument) for argument in arguments])
+    except SystemExit as exit:  # argparse
+        return exit.code
+
+
 @pytest.fixture
 def vae() -> VAE:
     return make_vae()

@@ -21,7 +21,7 @@ import pytest
 import test_data
 import test_own_data
 import torch
-from conftest import Malicious, equal, load_script, make_vae, weights
+from conftest import Malicious, call_script, equal, make_vae, weights
 
 from pyro_vae import (
     Checkpoints,
@@ -147,10 +147,7 @@ def main(*arguments):
     """svi_mnist.py in this process: (exit code, stdout, stderr)."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = load_script("svi_mnist").main([str(argument) for argument in arguments])
-        except SystemExit as exit:  # argparse
-            code = exit.code
+        code = call_script("svi_mnist", *arguments)
     return code, out.getvalue(), err.getvalue()
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from conftest import Malicious, load_script, make_vae
+from conftest import Malicious, call_script, load_script, make_vae
 from matplotlib.image import imsave
 from test_scripts import FIGURES
 from torch import nn
@@ -47,16 +47,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def report(capsys):
-    module = load_script("report")
-
-    def run(*arguments):
-        try:
-            code = module.main([str(argument) for argument in arguments])
-        except SystemExit as exit:  # argparse
-            code = exit.code
-        return code, *capsys.readouterr()
-
-    return run
+    return lambda *arguments: (call_script("report", *arguments), *capsys.readouterr())
 
 
 def small_run(folder, settings=None, *, event_shape=(1, 4, 4), model=None, **provenance):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import test_own_data
 import torch
-from conftest import equal, load_script, weights
+from conftest import call_script, equal, load_script, weights
 from pyro.infer import Predictive
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -51,17 +51,8 @@ def svi_mnist(*arguments, cwd, **environment):
 @pytest.fixture
 def svi_mnist_here(tmp_path, monkeypatch, capsys):
     """svi_mnist.py in this process and a folder of its own: (exit code, stdout, stderr)."""
-    module = load_script("svi_mnist")
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        try:
-            code = module.main([str(argument) for argument in arguments])
-        except SystemExit as exit:  # argparse
-            code = exit.code
-        return code, *capsys.readouterr()
-
-    return run
+    return lambda *arguments: (call_script("svi_mnist", *arguments), *capsys.readouterr())
 
 
 @pytest.fixture(scope="module")
