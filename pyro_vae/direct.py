@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae.checks import whole_number
-from pyro_vae.importance import ImportanceEstimate, LogMarginal, evaluating
+from pyro_vae.importance import ImportanceEstimate, LogMarginal
+from pyro_vae.programs import evaluating
 from pyro_vae.vae import VAE
 from pyro_vae.weights import Accumulator
 

@@ -1,30 +1,25 @@
 """log p(x) by importance sampling, for any Pyro model and guide with one data plate, with its error and its health.
 
-The driver, :func:`log_marginal`, traces guide and model vectorised over draws, in chunks of bounded memory; the array part
-is in weights.py.
+The driver, :func:`log_marginal`, weighs draws in chunks of bounded memory.
 """
 
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
-from pyro import poutine
-from pyro.distributions.util import scale_and_mask
-from pyro.poutine.util import prune_subsample_sites
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_vae import processes
 from pyro_vae.checks import compile_choice, whole_number
-from pyro_vae.compiling import NotCompiledWarning, UntraceableError, inductor, reason_of, trace
-from pyro_vae.own_data import DataLike, as_data
-from pyro_vae.vae import VAE
+from pyro_vae.engine.tracing import NotCompiledWarning, UntraceableError, compiled, reason_of
+from pyro_vae.log_weights import log_weights, weigh, wrong_weights
+from pyro_vae.own_data import as_batch
+from pyro_vae.programs import ProgramPair, evaluating, programs_and_data
 from pyro_vae.weights import Accumulator
 
 __all__ = [
@@ -34,7 +29,6 @@ __all__ = [
     "LogMarginal",
     "UnreliableEstimateWarning",
     "log_marginal",
-    "log_weights",
 ]
 
 
@@ -114,9 +108,9 @@ class LogMarginal:
 
 
 def log_marginal(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    x: DataLike,
+    model: Any,
+    guide: Any,
+    x: Any = None,
     *,
     num_samples: int = 1000,
     chunk_size: int | None = None,
@@ -132,21 +126,23 @@ def log_marginal(
     from the prior. Scaling of sites (``poutine.scale``, subsampling) is left out: it is no part of the density. Works
     without gradients, in evaluation mode where model and guide are modules or methods of modules, and leaves torch's random
     state as found: the same state and chunk_size give the same draws, so seed anew between calls whose errors are to be
-    independent. Both programs are called on parts of x, so what else they need per observation (labels, masks) must be found
-    from x itself; and draws stand in a leading dimension, z ``(num_samples, B, ...)``, over which a decoder must broadcast.
+    independent. Both programs are called on parts of the batch; what else they need per observation (labels, exposures) is
+    part of it: log p(x | y) of a conditional model is ``log_marginal(model, guide, (x, y))``. Draws stand in a leading
+    dimension, z ``(num_samples, B, ...)``, over which a decoder must broadcast.
 
     Args:
-        model: Pyro program, called as ``model(x)``; every site in one plate of dimension -1 over the observations.
-        guide: Pyro program, called as ``guide(x)``.
-        x: observations, ``(B, ...)``: a tensor, as it is; or what :func:`~pyro_vae.own_data.as_data` takes, as one
-            batch.
+        model: Pyro program, called as ``model(*batch)``; every site in one plate of dimension -1 over the observations. Or a
+            module with methods ``model`` and ``guide``, followed by x: ``log_marginal(vae, x)``.
+        guide: Pyro program, called as ``guide(*batch)``.
+        x: observations, ``(B, ...)``: a tensor, as it is; a tuple of tensors with one leading dimension, ``(x, y)``; or
+            what :func:`~pyro_vae.own_data.as_data` takes, as one batch.
         num_samples: draws per observation, K.
         chunk_size: pairs (draw, observation) held at once; default: as many as hold 2^23 numbers. Memory
             grows with it and not with K or B.
         compile: trace model and guide once, and run each chunk as one compiled call: the same values for the same draws, at
             1.3 times the speed, after some 15 seconds of compiling. None: on the CPU, where there are 2,000 chunks or more
             and it pays. What cannot be compiled is run eagerly, with a
-            :class:`~pyro_vae.compiling.NotCompiledWarning`. Needs a C++ compiler.
+            :class:`~pyro_vae.engine.tracing.NotCompiledWarning`. Needs a C++ compiler.
 
     Returns:
         :class:`LogMarginal`, each field ``(B,)``, float64.
@@ -175,43 +171,38 @@ def log_marginal(
     """
     num_samples = whole_number("num_samples", num_samples)
     chunk_size = None if chunk_size is None else whole_number("chunk_size", chunk_size)
-    if not torch.is_tensor(x):
-        data = as_data(x)
-        x = data.batch(torch.arange(len(data), device=data.x.device))
-    for name, program in (("model", model), ("guide", guide)):
-        if not callable(program) or isinstance(program, VAE):
-            raise ValueError(f"{name}: expected a Pyro program, such as vae.{name}, found {type(program).__name__}.")
-    if isinstance(vae := getattr(model, "__self__", None), VAE):  # here, in our words rather than in Pyro's
-        vae.check_batch(x)
-        vae.likelihood.check(x)
-    if x.dim() == 0 or x.numel() == 0:
-        raise ValueError(f"log_marginal: expected observations of shape (B, ...), found shape {tuple(x.shape)}.")
+    pair, data = programs_and_data(model, guide, x)
+    batch = as_batch(data)
+    first = batch[0]
+    if first.dim() == 0 or first.numel() == 0:
+        raise ValueError(f"log_marginal: expected observations of shape (B, ...), found shape {tuple(first.shape)}.")
+    pair.check(*batch)
     # 2^23 numbers, 32 MiB, is the largest tensor that glibc keeps for reuse rather than asking for fresh pages each time;
     # hidden layers are rarely narrower than 128.
-    chunk_size = chunk_size or max(1, 2**23 // max(x[0].numel(), 128))
+    chunk_size = chunk_size or max(1, 2**23 // max(first[0].numel(), 128))
     draws = min(num_samples, chunk_size)  # all draws of few images rather than the reverse: the guide runs once for each
     chunks = [min(draws, num_samples - done) for done in range(0, num_samples, draws)]
-    images_at_once = max(1, chunk_size // draws)
-    compile = compile_choice(compile, x.device)
-    mine = processes.share(x)
-    pays = x.device.type == "cpu" and (len(mine) // images_at_once) * (num_samples // draws) >= _PAYS
-    weigh: Callable[[Tensor, int], Tensor] = functools.partial(log_weights, model, guide)
+    at_once = max(1, chunk_size // draws)
+    compile = compile_choice(compile, first.device)
+    mine = [processes.share(t) for t in batch]
+    pays = first.device.type == "cpu" and (len(mine[0]) // at_once) * (num_samples // draws) >= _PAYS
+    weigh: Callable[[Sequence[Tensor], int], Tensor] = functools.partial(log_weights, pair)
     if compile or (compile is None and pays):
-        weigh = CompiledWeights(model, guide, (draws, min(images_at_once, len(mine))))
+        weigh = CompiledWeights(pair, (draws, min(at_once, len(mine[0]))))
     parts = []
-    with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), evaluating(model, guide):
+    with torch.no_grad(), torch.random.fork_rng(devices=[first.device] if first.is_cuda else []), evaluating(*pair.programs):
         if processes.count() > 1:  # other noise on each of them
             torch.manual_seed(int(torch.randint(2**62, ())) + processes.rank())
-        for images in mine.split(images_at_once):
+        for part in zip(*(t.split(at_once) for t in mine), strict=True):
             accumulator = Accumulator(num_samples)
             for k in chunks:
-                accumulator.add(weigh(images, k))
+                accumulator.add(weigh(part, k))
             parts.append(accumulator.figures())
     value, error, ess, tail = (processes.gather(torch.cat(columns)) for columns in zip(*parts, strict=True))
     result = LogMarginal(value, error, ess, tail, num_samples)
     if bad := int(result.unreliable.sum()):
         warnings.warn(
-            f"log_marginal: {bad:,} of {len(x):,} observations have importance weights of too heavy a tail (Pareto k): "
+            f"log_marginal: {bad:,} of {len(first):,} observations have importance weights of too heavy a tail (Pareto k): "
             f"there the value reads low and its error too small. Draw more than {num_samples:,}, or fit a better guide.",
             UnreliableEstimateWarning,
             stacklevel=2,
@@ -224,46 +215,47 @@ _PAYS = 2000
 
 
 class CompiledWeights:
-    """:func:`log_weights` of one number of draws and images as one compiled call, traced when first called.
+    """:func:`~pyro_vae.log_weights.log_weights` of one number of draws and observations as one compiled call, traced when
+    first called.
 
     The first chunk is weighed both ways with the same draws. Where they differ, or where a program cannot be traced, all
-    are weighed eagerly, with one :class:`~pyro_vae.compiling.NotCompiledWarning`. So are chunks of another shape, and those
-    whose weights are nan or +inf, for the error that names the site.
+    are weighed eagerly, with one :class:`~pyro_vae.engine.tracing.NotCompiledWarning`. So are chunks of another shape, and
+    those whose weights are nan or +inf, for the error that names the site.
 
     Args:
-        model, guide: as for :func:`log_marginal`; what they compute from parameters and modules stays as it is when traced.
-        shape: (draws, images).
+        pair: the programs.
+        shape: (draws, observations).
     """
 
-    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], shape: tuple[int, int]) -> None:
-        self.model, self.guide, self.shape = model, guide, shape
+    def __init__(self, pair: ProgramPair, shape: tuple[int, int]) -> None:
+        self.pair, self.shape = pair, shape
         self._call: Callable[..., Any] | None = None
         self._given_up = False
 
-    def __call__(self, x: Tensor, num_samples: int) -> Tensor:
+    def __call__(self, batch: Sequence[Tensor], num_samples: int) -> Tensor:
         """``(num_samples, B)``."""
-        if self._given_up or (num_samples, len(x)) != self.shape:
-            return log_weights(self.model, self.guide, x, num_samples)
+        if self._given_up or (num_samples, len(batch[0])) != self.shape:
+            return log_weights(self.pair, batch, num_samples)
         noise = torch.get_rng_state()
         if self._call is None:
-            return self._compile(x, noise)
-        (total,) = self._call(x)
-        if bool(_wrong(total).any()):
+            return self._compile(batch, noise)
+        (total,) = self._call(*batch)
+        if bool(wrong_weights(total).any()):
             torch.set_rng_state(noise)
-            return log_weights(self.model, self.guide, x, num_samples)
+            return log_weights(self.pair, batch, num_samples)
         return total
 
-    def _compile(self, x: Tensor, noise: Tensor) -> Tensor:
-        def function(x: Tensor) -> tuple[Tensor]:
-            return (_log_weights(self.model, self.guide, x, self.shape[0])[0].clone(),)
+    def _compile(self, batch: Sequence[Tensor], noise: Tensor) -> Tensor:
+        def function(*batch: Tensor) -> tuple[Tensor]:
+            return (weigh(self.pair, batch, self.shape[0]).log_weights.clone(),)
 
-        total = log_weights(self.model, self.guide, x, self.shape[0])
+        total = log_weights(self.pair, batch, self.shape[0])
         after = torch.get_rng_state()
         try:
             with pyro.validation_enabled(False):  # it would look at values, which a graph cannot
-                call = inductor(trace(function, [x]), [x])
+                call = compiled(function, batch)
             torch.set_rng_state(noise)
-            (found,) = call(x)
+            (found,) = call(*batch)
             if not torch.allclose(found, total, rtol=1e-4, atol=1e-3):
                 raise UntraceableError("compiled, its log weights are not those of the eager call")
             self._call = call
@@ -273,138 +265,3 @@ class CompiledWeights:
         finally:
             torch.set_rng_state(after)
         return total
-
-
-@contextmanager
-def evaluating(*programs: Callable[..., Any]) -> Iterator[None]:
-    """Puts modules, and modules whose methods the programs are, into evaluation mode, and back as they were."""
-    owners = []
-    for program in programs:
-        inner: Any = poutine.unwrap(program)  # under Pyro's handlers
-        while isinstance(inner, functools.partial):
-            inner = poutine.unwrap(inner.func)
-        owners.append(getattr(inner, "__self__", inner))
-    modules = {module: module.training for owner in owners if isinstance(owner, nn.Module) for module in owner.modules()}
-    try:
-        for module in modules:
-            module.training = False
-        yield
-    finally:
-        for module, training in modules.items():
-            module.training = training
-
-
-def log_weights(model: Callable[..., Any], guide: Callable[..., Any], x: Tensor, num_samples: int) -> Tensor:
-    """log p(x, z) - log q(z | x) for fresh draws of z, all held at once: ``(num_samples, B)``; see :func:`log_marginal`."""
-    total, terms = _log_weights(model, guide, x, num_samples)
-    wrong = _wrong(total)
-    if wrong.any():
-        bad = [name for (_, name), term in terms.items() if _wrong(term).any()]
-        names = dict.fromkeys(bad or [name for _, name in terms])  # each once, in their order
-        raise ValueError(
-            f"log_marginal: nan or +inf log weight, from site {', '.join(map(repr, names))}, for {int(wrong.any(0).sum())} "
-            f"of the {len(x)} observations looked at together. Look at that distribution's parameters there."
-        )
-    return total
-
-
-def _wrong(log_weights: Tensor) -> Tensor:
-    return log_weights.isnan() | (log_weights == math.inf)
-
-
-def _log_weights(
-    model: Callable[..., Any], guide: Callable[..., Any], x: Tensor, num_samples: int
-) -> tuple[Tensor, dict[tuple[int, str], Tensor]]:
-    """Log weights ``(num_samples, B)``, and their terms by sign (model 1, guide -1) and site; values are not looked at."""
-    shape = (num_samples, len(x))
-
-    def vectorized(program: Callable[..., Any]) -> Callable[..., Any]:
-        def run() -> Any:
-            with pyro.plate("_importance_samples", num_samples, dim=-2):
-                try:
-                    return program(x)
-                except ValueError as error:
-                    if "_importance_samples" not in str(error):
-                        raise
-                    raise ValueError(
-                        "log_marginal: a plate collides with that of the draws, dimension -2. The plate of the data "
-                        "has dimension -1 and is the only one; declare the dimensions of an observation by .to_event."
-                    ) from error
-
-        return run
-
-    guide_trace = prune_subsample_sites(poutine.trace(vectorized(guide)).get_trace())
-    model_trace = prune_subsample_sites(poutine.trace(poutine.replay(vectorized(model), trace=guide_trace)).get_trace())
-    terms = {}
-    for sign, program, name in (
-        *((1, model_trace, name) for name in model_trace.nodes),
-        *((-1, guide_trace, name) for name in guide_trace.nodes),
-    ):
-        site = program.nodes[name]
-        if site["type"] != "sample" or site["infer"].get("_deterministic"):
-            continue
-        if program is guide_trace and site["is_observed"]:
-            raise ValueError(
-                f"log_marginal: the guide observes site {name!r}, but a guide only draws. Leave obs= and pyro.factor to "
-                "the model."
-            )
-        if program is guide_trace and name not in model_trace.nodes:
-            raise ValueError(
-                f"log_marginal: site {name!r} is in the guide but not in the model. Draw it in both "
-                "(Pyro's autoguides add such sites of their own: write the guide by hand)."
-            )
-        plates = [frame.dim for frame in site["cond_indep_stack"]]
-        if -1 not in plates:
-            raise ValueError(
-                f"log_marginal: site {name!r} is outside the data plate, so observations are not independent. Put it into "
-                "with pyro.plate('data', len(x)), of dimension -1."
-            )
-        if program is guide_trace:
-            _require_density(name, site["fn"], model_trace.nodes[name]["fn"])
-        # Unit: pyro.factor, which has no value; Delta: computed from draws by a reparameterisation.
-        is_data = site["is_observed"] and not isinstance(_base(site["fn"]), dist.Unit | dist.Delta)
-        observed = site["value"].shape[: site["value"].dim() - site["fn"].event_dim] if is_data else ()
-        if any(size != 1 for size in observed[:-1]):
-            raise ValueError(
-                f"log_marginal: site {name!r} observes values of batch shape {tuple(observed)}, expected {shape[1:]}. "
-                "Declare the dimensions of one observation by .to_event, or squeeze them."
-            )
-        if program is model_trace and not site["is_observed"] and name not in guide_trace.nodes:
-            continue  # drawn from the model itself, which cancels from the weight
-        log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
-        if log_prob.dim() > 2 or log_prob.shape[-1:] != shape[-1:]:
-            raise ValueError(
-                f"log_marginal: site {name!r} has log-probabilities of shape {tuple(log_prob.shape)}, expected {shape}: "
-                "(draws, observations). Put it in the data plate, and declare all other dimensions by .to_event."
-            )
-        terms[sign, name] = sign * log_prob
-    if not any(model_trace.nodes[name]["is_observed"] for sign, name in terms if sign > 0):
-        raise ValueError("log_marginal: the model observes nothing. Pass x as obs= to a pyro.sample of the model.")
-    total: Tensor = sum(terms.values(), torch.zeros(shape, device=x.device))
-    return total.expand(shape), terms
-
-
-def _base(fn: Any) -> Any:
-    """The distribution under .to_event, .expand and .mask."""
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
-
-
-def _require_density(name: str, guide: Any, model: Any) -> None:
-    """A weight p(z) / q(z) needs both to be densities, or both to be probabilities."""
-    kinds = []
-    for fn in (guide, model):
-        fn = _base(fn)
-        if isinstance(fn, dist.Delta):
-            kinds.append("a point mass")
-        else:
-            try:
-                kinds.append("discrete" if fn.support.is_discrete else "continuous")
-            except NotImplementedError:  # a distribution that does not say
-                return
-    if kinds[0] != kinds[1]:
-        raise ValueError(
-            f"log_marginal: site {name!r} is {kinds[0]} in the guide ({type(guide).__name__}) and {kinds[1]} in the model "
-            f"({type(model).__name__}): their ratio is no importance weight. Draw it from a distribution of the same kind."
-        )

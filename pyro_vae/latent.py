@@ -16,7 +16,7 @@ from torch.distributions import kl_divergence
 from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.checks import whole_number
 from pyro_vae.data import Data
-from pyro_vae.importance import evaluating
+from pyro_vae.programs import evaluating
 from pyro_vae.own_data import DataLike, as_data
 from pyro_vae.vae import VAE
 

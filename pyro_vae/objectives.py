@@ -5,21 +5,22 @@ training loop knows nothing else of an objective.
 """
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pyro.distributions.util import scale_and_mask
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
-from pyro.poutine import Trace
 from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
 
 from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.checks import number, whole_number
 from pyro_vae.direct import direct_log_prob
+from pyro_vae.log_weights import Weights, weigh
+from pyro_vae.programs import ProgramPair
+from pyro_vae.schedules import Schedule
 from pyro_vae.vae import VAE
 
 __all__ = [
@@ -36,17 +37,30 @@ ESTIMATORS = ("trace", "mean-field")
 
 
 class Objective(nn.Module):
-    """Base of all objectives: ``objective(x) -> {"loss": ..., ...}``, scalars, mean nats per image."""
+    """Base of all objectives: ``objective(*batch) -> {"loss": ..., ...}``, scalars, mean nats per observation.
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        raise NotImplementedError(f"{type(self).__name__} must define forward(x) -> dict of scalar tensors with 'loss'.")
+    A batch is what :meth:`pyro_vae.Data.batch` gives: tensors with one leading dimension, ``(x,)`` or ``(x, y)``, say.
+    """
 
-    def check(self, x: Tensor) -> None:
-        """Raise a ``ValueError`` if the objective is not defined for these observations; called once, before training."""
+    def forward(self, *batch: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError(f"{type(self).__name__} must define forward(*batch) -> dict of scalar tensors with 'loss'.")
 
-    def diagnose(self, x: Tensor) -> str:
+    def prepare(self, *batch: Tensor) -> None:
+        """Make what is made at the first call, parameters in Pyro's store, say; called once, before training."""
+
+    def check(self, *batch: Tensor) -> None:
+        """Raise a ``ValueError`` if the objective is not defined for these observations; called before training."""
+
+    def identity(self) -> str:
+        """What tells one objective from another: a run that is resumed must have the same."""
+        return type(self).__name__
+
+    def at_step(self, step: int, steps: int) -> None:
+        """Set what changes in the course of training; called before each step, of which ``step`` of ``steps`` were made."""
+
+    def diagnose(self, *batch: Tensor) -> str:
         """What to tell of a batch whose loss or gradient is not finite."""
-        return f"largest |x| {x.abs().max().item():g}"
+        return f"largest |x| {batch[0].abs().max().item():g}"
 
 
 class _ScaleLatents(ScaleMessenger):
@@ -70,94 +84,147 @@ LEAST_BETA = 1e-30  # a KL times less is 0 in float32, and would be recorded as 
 
 
 class NegativeELBO(Objective):
-    r"""Negative evidence lower bound, in nats per image.
+    r"""Negative evidence lower bound, in nats per observation.
 
     .. math:: -\mathrm{ELBO} = \underbrace{E_{q(z|x)}[-\log p(x \mid z)]}_{\text{reconstruction}}
         + \underbrace{\mathrm{KL}(q(z \mid x) \,\|\, p(z))}_{\text{kl}}, \qquad
         \text{loss} = \text{reconstruction} + \beta \, \text{kl}
 
-    Traces model and guide by Pyro's own ELBO classes; the value and gradient of ``loss`` are those of the chosen class's
-    ``differentiable_loss`` divided by the batch size, for the same noise. Differently from them it keeps the terms apart
-    and per image, and reads nothing back from the device.
+    For any Pyro model and guide with one data plate, see :class:`~pyro_vae.programs.ProgramPair`: with several latent sites,
+    kl is the sum over them. The value and gradient of ``loss`` are those of Pyro's
+    ``differentiable_loss`` divided by the batch size, for the same noise. Differently from it, the terms are kept apart
+    and per observation, and nothing is read back from the device. Where ``poutine.scale`` stands around model or guide,
+    ``loss`` has its factors; the other terms are those of the densities.
 
     Args:
-        vae: the model and guide. Its likelihood's normalising constant is part of ``reconstruction``.
+        model: the model; or a module with methods ``model`` and ``guide``, a :class:`~pyro_vae.VAE`, say, without a second
+            argument. Normalising constants of its likelihood are part of ``reconstruction``.
+        guide: the guide. Its draws must be reparameterised (``rsample``).
         estimator: ``"trace"`` estimates kl by log q(z | x) - log p(z) at the drawn z (:class:`pyro.infer.Trace_ELBO`);
-            ``"mean-field"`` uses the closed form (:class:`pyro.infer.TraceMeanField_ELBO`).
-        num_particles: latent draws per image, evaluated in one vectorised pass.
-        beta: weight of kl in the loss. ``neg_elbo`` is always the unweighted bound.
+            ``"mean-field"`` uses the closed form (:class:`pyro.infer.TraceMeanField_ELBO`), and is refused where there is
+            none.
+        num_particles: latent draws per observation, evaluated in one vectorised pass, in a leading dimension.
+        beta: weight of kl in the loss (Higgins et al. 2017); or a schedule of it, such as
+            :class:`~pyro_vae.schedules.LinearWarmup`. ``neg_elbo`` is always the unweighted bound.
+        free_bits: nats of each latent dimension's kl, averaged over the batch, that cost nothing more when lowered: the
+            loss has max(kl of the dimension, free_bits) (Kingma et al. 2016, arXiv:1606.04934). 0: none.
 
-    A call on a batch ``(batch, *event_shape)`` returns the scalars ``loss``, ``neg_elbo``, ``reconstruction``, ``kl``, and
+    A call on a batch returns the scalars ``loss``, ``neg_elbo``, ``reconstruction``, ``kl``, and
     what the likelihood adds (``squared_error`` for :class:`~pyro_vae.likelihoods.NormalLikelihood`).
 
     Raises:
-        ValueError: unknown estimator, fewer than one particle, beta not positive.
+        ValueError: no model and guide, unknown estimator, fewer than one particle, beta not positive.
     """
 
-    def __init__(self, vae: VAE, *, estimator: str = "trace", num_particles: int = 1, beta: float = 1.0) -> None:
+    beta: Tensor
+
+    def __init__(
+        self,
+        model: Any,
+        guide: Callable[..., Any] | None = None,
+        *,
+        estimator: str = "trace",
+        num_particles: int = 1,
+        beta: float | Schedule = 1.0,
+        free_bits: float = 0.0,
+    ) -> None:
         super().__init__()
         if estimator not in ESTIMATORS:
             raise ValueError(f"NegativeELBO: estimator must be one of {', '.join(ESTIMATORS)}, found {estimator!r}.")
-        self.vae = _require_vae(vae)
+        self.pair = ProgramPair(model, guide)
         self.estimator = estimator
         self.num_particles = whole_number("num_particles", num_particles)
-        self.beta = number("beta", beta, least=LEAST_BETA)
+        self.schedule = beta if callable(beta) else None
+        first = beta(0) if callable(beta) else number("beta", beta, least=LEAST_BETA)
+        # A buffer, so that a compiled step takes it as it is at each step.
+        self.register_buffer("beta", torch.tensor(float(first), dtype=torch.float64), persistent=False)
+        self.free_bits = number("free_bits", free_bits) if free_bits else 0.0
 
-    def per_image(self, x: Tensor, num_particles: int | None = None) -> tuple[Tensor, Tensor]:
-        """Reconstruction and beta-weighted kl per draw and image, each ``(num_particles, batch)``, nats."""
-        self.vae.check_batch(x)
-        num_particles = self.num_particles if num_particles is None else num_particles
+    def per_observation(self, *batch: Tensor, num_particles: int | None = None) -> tuple[Tensor, Tensor]:
+        """reconstruction and kl per draw and observation, each ``(num_particles, batch)``, nats."""
+        weights = self._weigh(batch, num_particles)
+        return weights.reconstruction(), weights.kl(analytic=self.estimator == "mean-field")
+
+    def forward(self, *batch: Tensor) -> dict[str, Tensor]:
+        weights = self._weigh(batch)
         analytic = self.estimator == "mean-field"
-        elbo = (TraceMeanField_ELBO if analytic else Trace_ELBO)(
-            num_particles=num_particles, vectorize_particles=num_particles > 1, max_plate_nesting=1
-        )
-        model, guide = self.vae.generate, self.vae.infer
-        if self.beta != 1:
-            model, guide = scale_latents(model, self.beta), scale_latents(guide, self.beta)
-        (traces,) = elbo._get_traces(model, guide, (x,), {})
-        return _terms(*traces, analytic=analytic, shape=(num_particles, len(x)))
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        reconstruction, weighted_kl = (term.mean() for term in self.per_image(x))
-        loss = reconstruction + weighted_kl
-        kl = weighted_kl / self.beta
+        reconstruction, kl = weights.reconstruction().mean(), weights.kl(analytic=analytic).mean()
+        if weights.scaled:
+            loss = weights.reconstruction(scaled=True).mean() + self.beta * weights.kl(analytic=analytic, scaled=True).mean()
+        elif self.free_bits:
+            loss = reconstruction + self.beta * weights.kl_per_dimension(analytic=analytic).clamp_min(self.free_bits).sum()
+        else:
+            loss = reconstruction + self.beta * kl
         terms = {"loss": loss, "neg_elbo": reconstruction + kl, "reconstruction": reconstruction, "kl": kl}
-        return terms | self.vae.likelihood.terms(reconstruction, self.vae.event_shape)
+        return terms | self.pair.terms(reconstruction)
 
-    def check(self, x: Tensor) -> None:
-        self.vae.likelihood.check(x)
+    def _weigh(self, batch: Sequence[Tensor], num_particles: int | None = None) -> Weights:
+        weights = weigh(self.pair, batch, self.num_particles if num_particles is None else num_particles)
+        for site in weights.sites:
+            if site.q is not None and not site.q.has_rsample:
+                raise ValueError(
+                    f"{type(self).__name__}: expected a reparameterised guide, found {site.q} at site {site.name!r}, whose "
+                    "draws carry no gradient. Use a distribution with rsample, or train by pyro.infer.SVI with Trace_ELBO."
+                )
+        return weights
 
-    def diagnose(self, x: Tensor) -> str:
-        with torch.no_grad():
-            log_scale = self.vae.encode(x).base_dist.scale.log().max().item()
-        return f"largest log-scale of the encoder {log_scale:g}, {super().diagnose(x)}"
+    def prepare(self, *batch: Tensor) -> None:
+        self.pair.prepare(*batch)
+
+    def check(self, *batch: Tensor) -> None:
+        self.pair.check(*batch)
+
+    def identity(self) -> str:
+        beta = f"{self.beta.item():g}" if self.schedule is None else _name(self.schedule)
+        return (
+            f"{type(self).__name__}(estimator={self.estimator}, num_particles={self.num_particles}, beta={beta}, "
+            f"free_bits={self.free_bits:g})"
+        )
+
+    def at_step(self, step: int, steps: int) -> None:
+        if self.schedule is None:
+            return
+        if step == 0 and (final := self.schedule(steps - 1)) < 1:
+            warnings.warn(
+                f"the schedule of beta ends this run of {steps:,} steps at {final:g}, below 1: what is fitted is not the "
+                "ELBO. Train longer, or shorten the warm-up.",
+                UserWarning,
+                stacklevel=3,
+            )
+        self.beta.fill_(self.schedule(step))
+
+
+def _name(schedule: Schedule) -> str:
+    """The same in every process, as the address of a function is not."""
+    return repr(schedule) if is_dataclass(schedule) else getattr(schedule, "__qualname__", type(schedule).__name__)
 
 
 class NegativeIWAE(NegativeELBO):
-    r"""Negative importance-weighted bound with K draws per image (Burda et al. 2016, arXiv:1509.00519), nats per image.
+    r"""Negative importance-weighted bound with K draws per observation (Burda et al. 2016, arXiv:1509.00519), nats.
 
     .. math:: \mathcal L_K(x) = E_{z_1 \dots z_K \sim q(z|x)} \Big[ \log \frac1K \sum_k
         \frac{p(x, z_k)}{q(z_k \mid x)} \Big], \qquad \mathrm{ELBO} = \mathcal L_1 \le \mathcal L_K \le \log p(x)
 
-    The weights are normalised per image. (:class:`pyro.infer.RenyiELBO` with alpha = 0 is the same on a batch of one; on a
-    larger one it weighs the batch as a whole, which is looser.)
+    The weights are normalised per observation. (:class:`pyro.infer.RenyiELBO` with alpha = 0 is the same on a batch of one;
+    on a larger one it weighs the batch as a whole, which is looser.)
 
     Args:
-        vae: the model and guide.
-        num_particles: draws per image, K.
+        model: the model, or a module with methods ``model`` and ``guide``; see :class:`NegativeELBO`.
+        guide: the guide.
+        num_particles: draws per observation, K.
 
     A call returns ``loss``, the negative bound, and ``neg_elbo``, ``reconstruction``, ``kl`` of the same draws.
     """
 
-    def __init__(self, vae: VAE, *, num_particles: int = 5) -> None:
-        super().__init__(vae, num_particles=num_particles)
+    def __init__(self, model: Any, guide: Callable[..., Any] | None = None, *, num_particles: int = 5) -> None:
+        super().__init__(model, guide, num_particles=num_particles)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        reconstruction, kl = self.per_image(x)  # (num_particles, batch)
-        log_weights = -(reconstruction + kl)
-        bound = log_weights.logsumexp(0) - math.log(self.num_particles)
-        terms = {"neg_elbo": -log_weights.mean(), "reconstruction": reconstruction.mean(), "kl": kl.mean()}
-        return {"loss": -bound.mean()} | terms | self.vae.likelihood.terms(terms["reconstruction"], self.vae.event_shape)
+    def forward(self, *batch: Tensor) -> dict[str, Tensor]:
+        weights = self._weigh(batch)
+        bound = weights.log_weights.logsumexp(0) - math.log(self.num_particles)
+        reconstruction, kl = weights.reconstruction().mean(), weights.kl().mean()
+        terms = {"neg_elbo": reconstruction + kl, "reconstruction": reconstruction, "kl": kl}
+        return {"loss": -bound.mean()} | terms | self.pair.terms(reconstruction)
 
 
 class NegativeDirectLogLikelihood(Objective):
@@ -188,13 +255,14 @@ class NegativeDirectLogLikelihood(Objective):
         self.redraw = redraw
         self.register_buffer("z", vae.prior().sample((whole_number("num_draws", num_draws),)))  # (num_draws, latent_dim)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
+    def forward(self, *batch: Tensor) -> dict[str, Tensor]:
+        (x,) = batch
         self.vae.check_batch(x)
         z = torch.randn_like(self.z) if self.redraw else self.z
         return {"loss": -direct_log_prob(self.vae, z, x).mean()}
 
-    def check(self, x: Tensor) -> None:
-        self.vae.likelihood.check(x)
+    def check(self, *batch: Tensor) -> None:
+        self.vae.likelihood.check(batch[0])
 
 
 class ReconstructionError(Objective):
@@ -212,7 +280,8 @@ class ReconstructionError(Objective):
             raise ValueError(f"ReconstructionError: expected an Autoencoder, found {type(autoencoder).__name__}.")
         self.autoencoder = autoencoder
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
+    def forward(self, *batch: Tensor) -> dict[str, Tensor]:
+        (x,) = batch
         loss = F.mse_loss(self.autoencoder(x), x)
         return {"loss": loss, "squared_error": loss * x[0].numel()}
 
@@ -221,26 +290,3 @@ def _require_vae(vae: VAE) -> VAE:
     if not isinstance(vae, VAE):
         raise ValueError(f"expected a VAE, found {type(vae).__name__}. Put encoder and decoder into a pyro_vae.VAE first.")
     return vae
-
-
-def _terms(model_trace: Trace, guide_trace: Trace, *, analytic: bool, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Sums a pair of traces into -log p(x | z) of the observed sites and the kl of the latent ones, each of ``shape``."""
-    reconstruction, kl = torch.zeros(()), torch.zeros(())
-    for name, site in model_trace.nodes.items():
-        if site["type"] != "sample":
-            continue
-        if site["is_observed"]:
-            reconstruction = reconstruction - site["log_prob"]
-            continue
-        guide_site = guide_trace.nodes[name]
-        if not guide_site["fn"].has_rsample:
-            raise ValueError(
-                f"NegativeELBO: expected a reparameterised guide, found {guide_site['fn']} at site {name!r}, whose draws "
-                "carry no gradient. Use a distribution with rsample, or train by pyro.infer.SVI with Trace_ELBO."
-            )
-        if analytic:
-            kl_site = kl_divergence(guide_site["fn"], site["fn"])
-            kl = kl + scale_and_mask(kl_site, scale=guide_site["scale"], mask=guide_site["mask"])
-        else:
-            kl = kl + guide_site["log_prob"] - site["log_prob"]
-    return reconstruction.expand(shape), kl.expand(shape)

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from pyro_vae.data import Data, DataError, are_pixels
 
-__all__ = ["DataLike", "as_data", "read_data", "read_splits"]
+__all__ = ["DataLike", "as_batch", "as_data", "read_data", "read_splits"]
 
 DataLike = Data | Tensor | np.ndarray[Any, Any] | Dataset[Any] | str | Path
 """What ``fit``, ``evaluate`` and ``log_marginal`` take as data."""
@@ -63,6 +63,23 @@ def as_data(x: DataLike) -> Data:
     if x.layout != torch.strided or x.is_meta:
         raise DataError(f"expected a dense tensor with values, found {x.layout} on {x.device}: x.to_dense().")
     return Data(x)
+
+
+def as_batch(data: Any) -> tuple[Tensor, ...]:
+    """A tensor, or a tuple of tensors of one length, as it is; all else as one batch of :func:`as_data`.
+
+    Raises:
+        DataError: as by :func:`as_data`; or tensors of different lengths.
+    """
+    if torch.is_tensor(data):
+        return (data,)
+    if isinstance(data, tuple) and data and all(map(torch.is_tensor, data)):
+        if len({t.shape[:1] for t in data}) > 1 or data[0].dim() == 0:
+            found = ", ".join(str(tuple(t.shape)) for t in data)
+            raise DataError(f"expected tensors of one length, found shapes {found}.")
+        return data
+    held = as_data(data)
+    return held.batch(torch.arange(len(held), device=held.x.device))
 
 
 def _of_dataset(dataset: Any) -> Data:

@@ -17,6 +17,7 @@ from pyro_vae import processes
 from pyro_vae.checkpoint import CheckpointError, Checkpoints
 from pyro_vae.data import Data
 from pyro_vae.objectives import Objective
+from pyro_vae.records import TrainingRecord
 from pyro_vae.step import EagerStep
 
 __all__ = ["Keeper", "NotTheSameWarning", "Progress", "TrainingStoppedError", "identity", "restore", "set_noise"]
@@ -43,8 +44,35 @@ class Progress:
     seen: int = 0  # observations
     seconds: float = 0.0  # of training
     compile_seconds: float = 0.0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best: float = math.inf  # test loss of a record
+    history: list[TrainingRecord] = field(default_factory=list)
+    best: float = math.inf  # score of a record
+    since_best: int = 0  # records
+
+    def add(self, terms: dict[str, float], size: int) -> None:
+        """A step on so many observations was made."""
+        for name, value in terms.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value * size
+        self.seen += size
+        self.step += 1
+
+    def record(self, epoch: int) -> TrainingRecord:
+        """What came since the last record; counting begins anew."""
+        train = {name: total / self.seen for name, total in self.totals.items()}
+        timing = {"seconds": self.seconds, "observations_per_second": self.seen / self.seconds}
+        timing["compile_seconds"] = self.compile_seconds
+        self.totals, self.seen, self.seconds, self.compile_seconds = {}, 0, 0.0, 0.0
+        return TrainingRecord(epoch, self.step, train, timing=timing)
+
+    def note(self, record: TrainingRecord) -> None:
+        """Add a record to the history."""
+        self.history.append(record)
+        self.since_best += 1
+        if record.score < self.best:
+            self.best, self.since_best = record.score, 0
+
+    def has_stalled(self, patience: int | None) -> bool:
+        """Whether so many records have gone by since the best one."""
+        return patience is not None and self.since_best >= patience
 
 
 class Keeper:
@@ -57,10 +85,11 @@ class Keeper:
         stop: Callable[[], bool] | None,
         settings: dict[str, Any],
         step: EagerStep,
+        scheduler: Any,
         progress: Progress,
     ) -> None:
         self._checkpoints, self._every, self._stop = checkpoints, every, stop
-        self._settings, self._step, self._progress = settings, step, progress
+        self._settings, self._step, self._scheduler, self._progress = settings, step, scheduler, progress
         self._best: dict[str, Any] | None = None  # not written yet
         self._written, self._took = time.monotonic(), 0.0
 
@@ -76,11 +105,9 @@ class Keeper:
         if stopping and not last:
             raise TrainingStoppedError(self._progress.step)
 
-    def recorded(self, record: dict[str, Any]) -> None:
-        """Note the weights after a record, if they are the best so far."""
-        terms = record.get("test", record)
-        if self._checkpoints is not None and (score := terms.get("neg_elbo", terms["loss"])) < self._progress.best:
-            self._progress.best = score
+    def recorded(self) -> None:
+        """Keep the weights after a record, if they are the best so far."""
+        if self._checkpoints is not None and self._progress.since_best == 0:
             self._best = copy.deepcopy(self._content())
 
     def _is_due(self) -> bool:
@@ -94,6 +121,7 @@ class Keeper:
             "conditions": _conditions(),
             "tensors": _tensors(self._step.objective),
             "optimizer": self._step.optimizer.state_dict(),
+            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
             "noise": processes.gather_objects(_noise(self._step.data.x.device)),
             "not_compiled": self._step.not_compiled,
             "progress": asdict(self._progress),
@@ -135,11 +163,18 @@ def _conditions() -> dict[str, Any]:
     }
 
 
-def restore(resume: dict[str, Any], settings: dict[str, Any], objective: Objective, optimizer: torch.optim.Adam) -> Progress:
-    """Parameters, buffers and optimiser from a checkpoint of the same settings; how far it had come."""
+def restore(
+    resume: dict[str, Any],
+    settings: dict[str, Any],
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any = None,
+) -> Progress:
+    """Parameters, buffers, optimiser and schedule from a checkpoint of the same settings; how far it had come."""
     try:
         saved, conditions, tensors = resume["settings"], resume["conditions"], resume["tensors"]
         progress = Progress(**resume["progress"])
+        progress.history = [TrainingRecord(**record) for record in resume["progress"]["history"]]
         resume["noise"][0]["cpu"], resume["not_compiled"]
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         changed = [f"{name}: {saved.get(name)} -> {value}" for name, value in settings.items() if saved.get(name) != value]
@@ -167,6 +202,8 @@ def restore(resume: dict[str, Any], settings: dict[str, Any], objective: Objecti
         for name, tensor in expected.items():
             tensor.copy_(tensors[name])
     optimizer.load_state_dict(resume["optimizer"])
+    if scheduler is not None:
+        scheduler.load_state_dict(resume["scheduler"])
     return progress
 
 

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from pyro_vae.checks import whole_number
 from pyro_vae.data import Data
-from pyro_vae.importance import LogMarginal, UnreliableEstimateWarning, evaluating
+from pyro_vae.importance import LogMarginal, UnreliableEstimateWarning
 from pyro_vae.objectives import NegativeELBO
 from pyro_vae.presets import LIKELIHOODS, Settings, fitting_likelihood
+from pyro_vae.programs import evaluating
+from pyro_vae.programs import evaluating
 from pyro_vae.train import fit
 from pyro_vae.vae import VAE
 from pyro_vae.weights import Accumulator

@@ -1,11 +1,10 @@
-"""One step of training: batch, loss, backward, Adam; eager, or all of it as one compiled graph.
+"""One step of training: batch, loss, backward, optimiser; eager, or all of it as one compiled graph.
 
 A compiled step traces the objective once per batch size, Pyro's handlers, plates and distributions included, down to the
 tensor operations of loss, gradient and update, and compiles these by Inductor. Nothing of Pyro is left in it. It draws the
 same noise from the same generator as the eager step, and the two may take turns on the same optimiser.
 """
 
-import copy
 import math
 import time
 import warnings
@@ -13,18 +12,16 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.compiling import NotCompiledWarning, UntraceableError, inductor, reason_of, trace
 from pyro_vae.data import Data
+from pyro_vae.engine.guards import held_by
+from pyro_vae.engine.tracing import Compiled, NotCompiledWarning, UntraceableError, compiled, reason_of
 from pyro_vae.objectives import Objective
+from pyro_vae.updates import flush_moments, update_of
 
-__all__ = ["NOT_TERMS", "CompiledStep", "EagerStep", "NonFiniteStepError"]
-
-# What fit adds to an objective's terms in its records.
-NOT_TERMS = ("epoch", "step", "seconds", "images_per_second", "compile_seconds", "test")
+__all__ = ["CompiledStep", "EagerStep", "NonFiniteStepError"]
 
 
 class NonFiniteStepError(Exception):
@@ -42,14 +39,15 @@ class NonFiniteStepError(Exception):
 
 
 class EagerStep:
-    """``step(index)``: one step of Adam on the batch at these places of the data. Returns the objective's terms.
+    """``step(index)``: one step of the optimiser on the batch at these places of the data. Returns the objective's terms.
 
     Args:
         objective: see :class:`~pyro_vae.objectives.Objective`.
         data: observations, on the device of the parameters.
-        optimizer: Adam, one group; after steps made before, its state is theirs.
+        optimizer: of the parameters that are trained; after steps made before, its state is theirs.
         clip_grad_norm: the gradient is scaled down to this norm, over all parameters, where it is longer. None: it is not.
         done: steps made before.
+        steps: steps that the run will have made at its end, for what changes in its course.
 
     Attributes:
         not_compiled: why an objective that was to be compiled is trained eagerly, if it is.
@@ -62,14 +60,15 @@ class EagerStep:
         self,
         objective: Objective,
         data: Data,
-        optimizer: torch.optim.Adam,
+        optimizer: torch.optim.Optimizer,
         *,
         clip_grad_norm: float | None = None,
         done: int = 0,
+        steps: int | None = None,
     ) -> None:
         self.objective, self.data, self.optimizer = objective, data, optimizer
-        self.parameters: list[nn.Parameter] = optimizer.param_groups[0]["params"]
-        self.clip_grad_norm, self.count = clip_grad_norm, done
+        self.parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+        self.clip_grad_norm, self.count, self.steps = clip_grad_norm, done, steps
         self.compile_seconds = 0.0
         self.not_compiled = ""
 
@@ -80,11 +79,15 @@ class EagerStep:
         """After them: the optimiser's state is all up to date, and every step was finite."""
 
     def __call__(self, index: Tensor) -> dict[str, float]:
-        self.count += 1
+        self._next()
         terms = self._eager(index)
         if self.count % _FLUSH_EVERY == 0:
-            _flush(self.optimizer)
+            flush_moments(self.optimizer, _FLUSH_EVERY)
         return terms
+
+    def _next(self) -> None:
+        self.objective.at_step(self.count, self.count + 1 if self.steps is None else self.steps)
+        self.count += 1
 
     def _eager(self, index: Tensor) -> dict[str, float]:
         self.optimizer.zero_grad(set_to_none=True)
@@ -102,27 +105,51 @@ class EagerStep:
 
     def _backward(self, index: Tensor) -> dict[str, Tensor]:
         """The objective's terms on a batch; the gradient of its loss goes into the parameters."""
-        terms = self.objective(self.data.batch(index))
+        terms = self.objective(*self.data.batch(index))
         if self.count == 1:
             _check_terms(self.objective, terms)
         terms["loss"].backward()
         return terms
 
 
+@dataclass
+class _Graph:
+    call: Compiled
+    names: list[str]  # of the terms
+    trained: list[int]  # the places of parameters that have a gradient
+    steps: int = 0  # made of it
+
+
+@dataclass
+class _Copy:
+    """All that a step changes."""
+
+    tensors: list[Tensor]
+    update: Any
+
+
 class CompiledStep(EagerStep):
     """The same as one graph per batch size, traced and compiled when that size is first seen.
 
     What Python decides while it is traced stays decided until :meth:`begin`, which looks at what all modules hold beside
-    their tensors (the weight of a KL, say). Where that has changed, steps are eager until it has stayed the same from one
-    ``begin`` to the next; then they are traced anew. An objective that cannot be traced, because it decides by the value of
+    their tensors (a flag, a number). Where that has changed, steps are eager until it has stayed the same from one
+    ``begin`` to the next; then they are traced anew. Tensors are live, wherever they are. An objective that cannot be
+    traced, because it decides by the value of
     a tensor or changes Python's state as it goes, is trained eagerly, with one :class:`NotCompiledWarning`. So is one
     whose compiled step does not equal the eager one for the same noise, which is checked at steps 1, 2, 4, 8 and so on, at
     the first after ``begin``, and every 1,000 steps. What counts in these steps is the compiled one, so that the weights do
     not depend on when there was a check.
 
+    A difference as large as rounding makes it is no fault of the graph: a ReLU at its kink passes all of an image's gradient or
+    none, as the last digit of its input has it. The check finds how far the eager gradient itself moves when the
+    parameters move by their last digit, and allows for that.
+
     A copy is kept at ``begin`` and every 1,000 steps, and where a check fails, the steps since then are made again, eagerly.
     So they are where a loss is not finite, or Adam's first moments are not, which keep every NaN and infinity of a
     gradient, so that a look at them before each copy tells of all steps since the last.
+
+    The update is part of the graph for :class:`torch.optim.Adam` without weight decay; any other optimiser steps after the
+    compiled gradient, as it is.
 
     Args:
         sizes: batch sizes to compile; the others are stepped eagerly. None: all.
@@ -137,19 +164,13 @@ class CompiledStep(EagerStep):
         self, *args: Any, sizes: Collection[int] | None = None, say: Callable[[str], None] | None = None, **options: Any
     ) -> None:
         super().__init__(*args, **options)
-        objective, optimizer = self.objective, self.optimizer
         self._sizes, self._say = sizes, say
         self._all_graphs: dict[Any, dict[int, _Graph]] = {}  # by what the modules hold, then by batch size
         self._last_held: Any = None  # by the modules, at the last begin()
-        # Made by the optimiser.
-        self._updates = [int(state["step"]) if (state := optimizer.state.get(p)) else 0 for p in self.parameters]
-        self._names = [name for name, _ in (*objective.named_parameters(), *objective.named_buffers())]
-        # These stand for Adam's moments until it makes them.
-        self._zeros = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters}
-        self._kept = [torch.empty_like(t) for t in self._state()]
+        self._update = update_of(self.optimizer, self.parameters)
 
     def begin(self) -> None:
-        held = _held(self.objective)
+        held = held_by(self.objective)
         self._settled = held in self._all_graphs or self._last_held in (None, held)
         self._last_held = held
         self._graphs = self._all_graphs.setdefault(held, {}) if self._settled else {}
@@ -157,13 +178,14 @@ class CompiledStep(EagerStep):
 
     def end(self) -> None:
         self._verify()
-        self._count_updates()
+        self._update.settle()
 
     def __call__(self, index: Tensor) -> dict[str, float]:
         if self.not_compiled:
             return super().__call__(index)
-        self.count += 1
-        self._since.append((index, torch.get_rng_state()))
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._since.append((index, torch.get_rng_state(), self.count, rates))
+        self._next()
         try:
             terms = self._step(index)
         except NonFiniteStepError:  # by this step, or by one before it that nobody has looked at
@@ -171,7 +193,7 @@ class CompiledStep(EagerStep):
         if not math.isfinite(terms["loss"]):
             terms = self._again()
         if self.count % _FLUSH_EVERY == 0:
-            _flush(self.optimizer)
+            flush_moments(self.optimizer, _FLUSH_EVERY)
         if self.count % _KEEP_EVERY == 0:
             self._verify()
             self._keep()
@@ -185,259 +207,216 @@ class CompiledStep(EagerStep):
         if graph is None or size not in self._checked or (graph.steps & (graph.steps - 1)) == 0:  # a power of two were made
             self._checked.add(size)
             return self._check(size, index)
+        return self._run(graph, index)
+
+    def _run(self, graph: _Graph, index: Tensor) -> dict[str, float]:
         graph.steps += 1
         with torch.no_grad():
-            (values,) = graph.call(*self._arguments, self._scalars(), self.data.x, index)
-        for place in graph.updates:
-            self._updates[place] += 1
-        return dict(zip(graph.names, values.tolist(), strict=True))
-
-    def _eager(self, index: Tensor) -> dict[str, float]:
-        self._count_updates()
-        terms = super()._eager(index)
-        for place, p in enumerate(self.parameters):
-            self._updates[place] += p.grad is not None
-        self._arguments = self._state()  # Adam makes its moments at a parameter's first gradient
+            values, *gradients = graph.call(*self._arguments, self._update.numbers(), *self._held_data, index)
+        *numbers, total = values.tolist()
+        terms = dict(zip(graph.names, numbers, strict=True))
+        if not math.isfinite(total):
+            raise NonFiniteStepError(index, terms["loss"])
+        self._update.after(graph.trained, gradients)
         return terms
 
-    def _count_updates(self) -> None:
-        for p, updates in zip(self.parameters, self._updates, strict=True):
-            if state := self.optimizer.state.get(p):
-                state["step"].fill_(updates)
+    def _eager(self, index: Tensor) -> dict[str, float]:
+        self._update.settle()
+        terms = super()._eager(index)
+        self._update.made([place for place, p in enumerate(self.parameters) if p.grad is not None])
+        self._look_up()
+        return terms
+
+    def _look_up(self) -> None:
+        """The tensors themselves; optimisers make theirs at a parameter's first gradient, and forward() may rebind buffers."""
+        self._live = [*self.objective.parameters(), *self.objective.buffers(), *self._update.tensors()]
+        self._arguments = [t.detach() for t in self._live]
+        self._held_data = list(self.data.held)
+
+    def _copy(self) -> _Copy:
+        return _Copy([t.detach().clone() for t in self._live], self._update.copy())
+
+    def _restore(self, copied: _Copy) -> None:
+        self._look_up()
+        with torch.no_grad():
+            for tensor, kept in zip(self._live, copied.tensors, strict=True):
+                tensor.copy_(kept)
+        self._update.restore(copied.update)
 
     def _keep(self) -> None:
-        """A copy to go back to, and from here on what it takes to make the steps again: batches and states of the noise."""
-        self._arguments = self._state()
-        for kept, tensor in zip(self._kept, self._arguments, strict=True):
-            kept.copy_(tensor)
-        self._kept_updates = list(self._updates)
-        self._since: list[tuple[Tensor, Tensor]] = []
+        """A copy to go back to, and from here on what it takes to make the steps again."""
+        self._look_up()
+        self._kept = self._copy()
+        self._since: list[tuple[Tensor, Tensor, int, list[float]]] = []
         self._checked: set[int] = set()  # batch sizes
 
     def _verify(self) -> None:
-        firsts = self._arguments[-2 * len(self.parameters) : -len(self.parameters)]
-        if not self.not_compiled and not torch.stack([first.sum() for first in firsts]).sum().isfinite():
+        if not self.not_compiled and not self._update.finite():
             self._again()
 
     def _again(self) -> dict[str, float]:
         """The steps since the copy, eagerly, which raises at the first that is not finite; the terms of the last one."""
-        for tensor, kept in zip(self._arguments, self._kept, strict=True):
-            tensor.copy_(kept)
-        self._updates = list(self._kept_updates)
+        self._restore(self._kept)
+        groups = self.optimizer.param_groups
+        rates_now = [group["lr"] for group in groups]
         with torch.random.fork_rng(devices=[]):
-            for made, (index, noise) in enumerate(self._since, start=1):
+            for made, (index, noise, count, rates) in enumerate(self._since, start=1):
                 torch.set_rng_state(noise)
+                for group, rate in zip(groups, rates, strict=True):
+                    group["lr"] = rate
+                self.objective.at_step(count, count + 1 if self.steps is None else self.steps)
                 try:
                     terms = self._eager(index)
                 except NonFiniteStepError as error:
                     error.ago = len(self._since) - made
                     raise
+                if (count + 1) % _FLUSH_EVERY == 0:
+                    flush_moments(self.optimizer, _FLUSH_EVERY)
+        for group, rate in zip(groups, rates_now, strict=True):
+            group["lr"] = rate
         return terms
 
     def _check(self, size: int, index: Tensor) -> dict[str, float]:
         """The eager step, and the compiled one from where it began with the same noise, which is the one that counts."""
-        copies = [t.clone() for t in self._arguments]
-        scalars, noise = self._scalars(), torch.get_rng_state()
+        noise, before = torch.get_rng_state(), self._copy()
         terms = self._eager(index)
-        after = torch.get_rng_state()
+        after, eager, moved = torch.get_rng_state(), self._copy(), self._update.moved()
         try:
             if size not in self._graphs:
+                self._restore(before)
                 torch.set_rng_state(noise)
-                self._graphs[size] = self._compile(copies, scalars, index)
-            graph = self._graphs[size]
-            graph.steps += 1
+                self._graphs[size] = self._compile(index)
+            self._restore(before)
             torch.set_rng_state(noise)
-            with torch.no_grad():
-                (values,) = graph.call(*copies, scalars, self.data.x, index)
+            found = self._run(self._graphs[size], index)
         except Exception as error:  # whatever Python, Pyro, the tracer and the compiler raise
+            self._restore(eager)
             torch.set_rng_state(after)
             self._verify()
             self._give_up(reason_of(error))
             return terms
-        found = dict(zip(graph.names, values.tolist(), strict=True))
-        number = len(self.parameters)
-        buffers, firsts = slice(-2 * number - len(list(self.objective.buffers())), -2 * number), slice(-2 * number, -number)
-        problem = _difference(found, terms, copies[firsts], self._arguments[firsts])
-        if problem := problem or _other_buffers(copies[buffers], self._arguments[buffers]):
+        problem = _other_terms(found, terms) or self._other_buffers(eager)
+        if not problem and not self._near(self._update.moved(), moved):
+            compiled, found_noise = self._copy(), torch.get_rng_state()
+            problem = "" if self._is_rounding(before, noise, index, self._update.moved(), moved) else _GRADIENT
+            self._restore(compiled)
+            torch.set_rng_state(found_noise)
+        if problem:
+            self._restore(eager)
             torch.set_rng_state(after)
             self._give_up(f"compiled, {problem}")
             return self._again()
-        for tensor, compiled in zip(self._arguments, copies, strict=True):
-            tensor.copy_(compiled)
         return found
+
+    def _near(self, found: Sequence[Tensor], expected: Sequence[Tensor], spread: Sequence[float] | None = None) -> bool:
+        size = torch.stack([m.norm() for m in expected]).norm()
+        return all(
+            bool((one - other).norm() <= 1e-3 * other.norm() + 1e-4 * size + extra)  # 1e-4: of rounding errors alone
+            for one, other, extra in zip(found, expected, spread or [0.0] * len(expected), strict=True)
+        )
+
+    def _is_rounding(
+        self, before: _Copy, noise: Tensor, index: Tensor, found: Sequence[Tensor], expected: Sequence[Tensor]
+    ) -> bool:
+        """Whether the eager gradient moves as far when the parameters move by their last digits."""
+        generator = torch.Generator().manual_seed(self.count)
+        gradients = []
+        for trial in range(9):
+            self._restore(before)
+            with torch.no_grad():
+                for p in self.parameters if trial else ():
+                    digits = torch.randn(p.shape, generator=generator, dtype=p.dtype) * 2 * torch.finfo(p.dtype).eps
+                    p.mul_(1 + digits)
+            torch.set_rng_state(noise)
+            self.optimizer.zero_grad(set_to_none=True)
+            self._backward(index)
+            if self.clip_grad_norm is not None:
+                nn.utils.clip_grad_norm_(self.parameters, self.clip_grad_norm)
+            gradients.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters])
+        spread = [
+            2 * self._update.share * max((other - one).norm().item() for other in others)
+            for one, *others in zip(*gradients, strict=True)
+        ]
+        return self._near(found, expected, spread)
+
+    def _other_buffers(self, eager: _Copy) -> str:
+        first = len(list(self.objective.parameters()))
+        places = range(first, first + len(list(self.objective.buffers())))
+        pairs = [(self._live[place], eager.tensors[place]) for place in places]
+        same = all(torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True) for a, b in pairs)
+        return "" if same else "its buffers are not those of the eager step"
 
     def _give_up(self, reason: str) -> None:
         self.not_compiled = reason
         warnings.warn(f"trained eagerly, not compiled: {reason}", NotCompiledWarning, stacklevel=6)
 
-    def _state(self) -> list[Tensor]:
-        """Parameters, buffers, and Adam's first and second moments: what a step changes, without a copy."""
-        moments = [
-            (state["exp_avg"], state["exp_avg_sq"]) if (state := self.optimizer.state.get(p)) else self._zeros[p]
-            for p in self.parameters
-        ]
-        firsts, seconds = zip(*moments, strict=True)
-        return [t.detach() for t in (*self.objective.parameters(), *self.objective.buffers(), *firsts, *seconds)]
-
-    def _scalars(self) -> Tensor:
-        """What changes from step to step in Adam, by parameter: lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t)."""
-        group = self.optimizer.param_groups[0]
-        beta1, beta2 = group["betas"]
-        rows = {n: (group["lr"] / (1 - beta1 ** (n + 1)), 1 / math.sqrt(1 - beta2 ** (n + 1))) for n in set(self._updates)}
-        return torch.tensor([rows[n] for n in self._updates], dtype=self.parameters[0].dtype)
-
-    def _compile(self, state: Sequence[Tensor], scalars: Tensor, index: Tensor) -> "_Graph":
+    def _compile(self, index: Tensor) -> _Graph:
+        """Traces a step, which runs it: the caller restores what it changes."""
         start = time.perf_counter()
         names: list[str] = []
-        number = len(self.parameters)
-        places = {id(p): place for place, p in enumerate(self.objective.parameters())}
-        trained = [places[id(p)] for p in self.parameters]
-        updates: list[int] = []
-        beta1, beta2 = self.optimizer.param_groups[0]["betas"]
-        eps = self.optimizer.param_groups[0]["eps"]
+        trained: list[int] = []
+        numbers = self._update.numbers()
+        self._look_up()
 
-        def function(*tensors: Tensor) -> tuple[Tensor]:
-            *held, scalars, x, chosen = tensors
-            held, firsts, seconds = held[: -2 * number], held[-2 * number : -number], held[-number:]
-            leaves = list(held)
-            for place in trained:
-                leaves[place] = held[place].detach().requires_grad_()
-            data = copy.copy(self.data)
-            object.__setattr__(data, "x", x)  # not replace(), which would look at the values again
-            named = dict(zip(self._names, leaves, strict=True))
-            terms = torch.func.functional_call(self.objective, named, (data.batch(chosen),))
-            for name, old in zip(self._names[len(places) :], held[len(places) :], strict=True):
-                if (new := named[name]) is not old:  # a buffer that forward() has put another tensor in the place of
-                    if (new.shape, new.dtype) != (old.shape, old.dtype):
-                        raise UntraceableError(f"the buffer {name} changes its shape or type in forward()")
-                    old.copy_(new.detach())
-            gradients = torch.autograd.grad(terms["loss"], [leaves[place] for place in trained], allow_unused=True)
+        def function(*inputs: Tensor) -> tuple[Tensor, ...]:  # known again wherever they are met, as objects
+            bound = [(module, name, b) for module in self.objective.modules() for name, b in module._buffers.items()]
+            terms = self.objective(*self.data.batch(index))
+            for module, name, old in bound:
+                _rebind(module, name, old)
+            gradients = torch.autograd.grad(terms["loss"], self.parameters, allow_unused=True)
             names[:] = terms
-            updates[:] = [place for place, g in enumerate(gradients) if g is not None]
+            trained[:] = [place for place, g in enumerate(gradients) if g is not None]
+            some = [gradients[place] for place in trained]
             if self.clip_grad_norm is not None:  # as torch's clip_grad_norm_ does it
-                norm = torch.stack([g.norm() for g in gradients if g is not None]).norm()
+                norm = torch.stack([g.norm() for g in some]).norm()
                 scale = (self.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-                gradients = tuple(None if g is None else g * scale for g in gradients)
-            for place, g, first, second, (rate, root) in zip(trained, gradients, firsts, seconds, scalars, strict=True):
-                if g is None:
-                    continue
-                first_new = first + (1 - beta1) * (g - first)
-                second_new = beta2 * second + (1 - beta2) * g * g
-                change = rate * first_new / (second_new.sqrt() * root + eps)
-                for old, new in ((held[place], held[place] - change), (first, first_new), (second, second_new)):
-                    old.copy_(new)
-            return (torch.stack([value.detach() for value in terms.values()]),)
+                some = [g * scale for g in some]
+            with torch.no_grad():
+                total, *rest = self._update.trace(trained, some, numbers)
+            values = [value.detach() for value in terms.values()]
+            return torch.stack([*values, terms["loss"].detach() if total is None else total]), *rest
 
-        held = _held(self.objective)
-        inputs = (*(t.clone() for t in state), scalars, self.data.x, index)  # tracing runs the operations
-        graph = trace(function, inputs)
-        if _held(self.objective) != held:
+        held = held_by(self.objective)
+        call = compiled(function, [*self._live, numbers, *self._held_data, index])
+        if held_by(self.objective) != held:
             raise UntraceableError("the objective changes its own Python attributes in forward()")
-        call = inductor(graph, inputs)
         seconds = time.perf_counter() - start
         self.compile_seconds += seconds
         if self._say is not None:
             self._say(f"compiled for batches of {len(index):,} in {seconds:.1f} s")
-        return _Graph(call, names, updates)
+        return _Graph(call, names, trained)
 
 
-@dataclass
-class _Graph:
-    call: Callable[..., Any]
-    names: list[str]  # of the terms
-    updates: list[int]  # the parameters that have a gradient
-    steps: int = 0  # made of it
+_GRADIENT = "its gradient is not that of the eager step"
 
 
-class _Same:
-    """An object that equals itself alone, and lives on, so that no other takes its identity."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.value is self.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
+def _rebind(module: nn.Module, name: str, old: Tensor | None) -> None:
+    """A buffer that forward() has put another tensor in the place of: its value goes into the old one."""
+    new = module._buffers[name]
+    if new is old:
+        return
+    if old is None or new is None or (new.shape, new.dtype) != (old.shape, old.dtype):
+        raise UntraceableError(f"the buffer {name} changes its shape or type in forward()")
+    old.copy_(new.detach())
+    module._buffers[name] = old
 
 
-def _held(objective: nn.Module) -> Any:
-    """What the modules hold beside what a step is given: numbers, flags and words by value, all else by identity."""
-
-    def held(module: nn.Module) -> Any:
-        others = dict(vars(module))
-        parameters, buffers, children = (others.pop(name) for name in ("_parameters", "_buffers", "_modules"))
-        return (
-            type(module),
-            tuple((name, _Same(p), p is not None and p.requires_grad) for name, p in parameters.items()),
-            tuple((name, b if b is None else (b.shape, b.dtype)) for name, b in buffers.items()),
-            tuple((name, _Same(child)) for name, child in children.items()),
-            _constant(others),
-        )
-
-    return tuple(held(module) for module in objective.modules())
-
-
-def _constant(value: Any, depth: int = 4) -> Any:
-    if isinstance(value, bool | int | float | str | None):
-        return value
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Tensor):
-        return _Same(value), value._version
-    if depth == 0 or isinstance(value, type | nn.Module):
-        return _Same(value)
-    if isinstance(value, list | tuple):
-        return tuple(_constant(v, depth - 1) for v in value)
-    if isinstance(value, dict):
-        return tuple((_constant(k, depth - 1), _constant(v, depth - 1)) for k, v in value.items())
-    if isinstance(value, set | frozenset):
-        return frozenset(_constant(v, depth - 1) for v in value)
-    if hasattr(value, "__dict__") and type(value).__module__.split(".")[0] not in _OTHERS:
-        return _Same(value), _constant(vars(value), depth - 1)
-    return _Same(value)
-
-
-# Libraries whose objects keep caches, which change without a change of what they compute.
-_OTHERS = ("builtins", "functools", "numpy", "pyro", "torch")
-
-
-def _difference(
-    found: dict[str, float], terms: dict[str, float], found_moments: Sequence[Tensor], moments: Sequence[Tensor]
-) -> str:
-    """How a compiled step differs from the eager one by more than rounding; empty if it does not."""
+def _other_terms(found: dict[str, float], terms: dict[str, float]) -> str:
+    """Which term of a compiled step differs from the eager one's by more than rounding; empty if none does."""
     if not all(map(math.isfinite, terms.values())):
         return ""  # for fit to tell
     for name, value in terms.items():
         if not math.isclose(found.get(name, math.nan), value, rel_tol=1e-4, abs_tol=1e-5):
             return f"its {name} is {found.get(name)}, where the eager step has {value}"
-    size = torch.stack([m.norm() for m in moments]).norm()
-    for one, other in zip(found_moments, moments, strict=True):  # a gradient of rounding errors alone may differ
-        if not (one - other).norm() <= 1e-3 * other.norm() + 1e-4 * size:
-            return "its gradient is not that of the eager step"
     return ""
 
 
-def _other_buffers(found: Sequence[Tensor], buffers: Sequence[Tensor]) -> str:
-    same = all(torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True) for a, b in zip(found, buffers, strict=True))
-    return "" if same else "its buffers are not those of the eager step"
-
-
-# Moments of a parameter without gradient decay until they are denormal, and Adam then takes ten times as long: on MNIST,
-# whose outer pixels are almost never set, twice as long from the second epoch on. What is left decays by no more than
-# 0.9^200 until the next time, and what is set to zero would not change any parameter by more than 1e-22.
+# What is flushed every so many steps; see flush_moments.
 _FLUSH_EVERY = 200
 
 
 # One eager step and a copy in so many compiled ones: 0.5 % of the time.
 _KEEP_EVERY = 1000
-
-
-def _flush(optimizer: torch.optim.Adam) -> None:
-    for state in optimizer.state.values():
-        for moment in (state["exp_avg"], state["exp_avg_sq"]):
-            moment.masked_fill_(moment.abs() < min(torch.finfo(moment.dtype).tiny / 0.9**_FLUSH_EVERY, 1e-28), 0)
 
 
 def _check_terms(objective: Objective, terms: Any) -> None:
@@ -448,5 +427,3 @@ def _check_terms(objective: Objective, terms: Any) -> None:
         raise ValueError(
             f"fit: expected {type(objective).__name__} to return a dict of scalar tensors with 'loss', found {found}."
         )
-    if clash := [name for name in terms if name in NOT_TERMS]:
-        raise ValueError(f"fit: {type(objective).__name__} returns {', '.join(clash)}, which fit itself records. Rename it.")

@@ -1,4 +1,4 @@
-"""What a run shows in TensorBoard; any other tracker is a function given to ``fit(on_epoch=...)``."""
+"""What a run shows in TensorBoard; any other tracker is a function given to ``fit(on_record=...)``."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ class TensorBoard:
 
     Example:
         >>> board = TensorBoard("runs/mine/tensorboard")  # doctest: +SKIP
-        >>> fit(objective, data, epochs=3, on_epoch=board.record)  # doctest: +SKIP
+        >>> fit(objective, data, epochs=3, on_record=board.record)  # doctest: +SKIP
     """
 
     def __init__(self, folder: str | Path) -> None:

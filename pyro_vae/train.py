@@ -5,12 +5,15 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from pyro_vae import processes
@@ -21,12 +24,13 @@ from pyro_vae.distributed import DistributedStep
 from pyro_vae.objectives import Objective
 from pyro_vae.own_data import DataLike, as_data
 from pyro_vae.progress import Keeper, Progress, identity, restore, set_noise
+from pyro_vae.records import TrainingRecord
 from pyro_vae.step import CompiledStep, EagerStep, NonFiniteStepError
-from pyro_vae.vae import VAE
 
-__all__ = ["PRECISIONS", "NonFiniteError", "fit", "format_epoch"]
+__all__ = ["PRECISIONS", "NonFiniteError", "fit", "format_record"]
 
 PRECISIONS = ("highest", "high", "medium")
+SCHEDULE_UNITS = ("epoch", "step")
 
 
 class NonFiniteError(FloatingPointError):
@@ -42,21 +46,24 @@ def fit(
     record_every: int | None = None,
     batch_size: int = 128,
     lr: float = 1e-3,
-    eps: float = 1e-8,
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
+    schedule_by: str = "epoch",
+    patience: int | None = None,
     seed: int = 0,
     compile: bool | None = None,
     precision: str = "highest",
     clip_grad_norm: float | None = None,
     test: DataLike | None = None,
     device: torch.device | str | None = None,
-    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    on_record: Callable[[TrainingRecord], None] | None = None,
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int | None = None,
     resume: dict[str, Any] | None = None,
     stop: Callable[[], bool] | None = None,
     verbose: bool = True,
-) -> list[dict[str, Any]]:
-    """Minimise ``objective(batch)["loss"]`` over the parameters of the objective by Adam.
+) -> list[TrainingRecord]:
+    """Minimise ``objective(*batch)["loss"]`` over the parameters of the objective, by Adam or another optimiser.
 
     Data order and noise are functions of (seed, epoch), and do not depend on when records are made; torch's global random
     state is left as found. Parameters that do not require a gradient stay fixed.
@@ -79,12 +86,19 @@ def fit(
         record_every: steps from record to record; default: a record at the end of each epoch. The last record, at the end,
             may hold fewer.
         batch_size: observations per step; the last batch of an epoch holds what is left.
-        lr: Adam's learning rate.
-        eps: added to the root of Adam's second moment.
+        lr: learning rate.
+        optimizer: called as ``optimizer(parameters, lr=lr)``: a class of :mod:`torch.optim`, or one with arguments,
+            ``functools.partial(torch.optim.SGD, momentum=0.9)``. None: Adam, which is the fastest when compiled.
+        schedule: called with the optimiser: a class of :mod:`torch.optim.lr_scheduler` with its arguments,
+            ``functools.partial(CosineAnnealingLR, T_max=40)``. None: the learning rate stays.
+        schedule_by: ``"epoch"``: the schedule takes a step at the end of each epoch (``ReduceLROnPlateau`` at each record,
+            with its test loss, of the training loss without ``test``); ``"step"``: after each step of the optimiser.
+        patience: stop after so many records without a lower test loss (``neg_elbo`` where there is one) than the best, the
+            weights being those of the last step. None: never.
         compile: trace each step once per batch size, Pyro's handlers included, and run it as one compiled graph: the same
             values, gradients and noise at two to four times the speed, after some seconds of compiling. None: on the CPU,
             for batch sizes of which there are at least 4,000 steps to make. What cannot be compiled is trained eagerly,
-            with a :class:`~pyro_vae.compiling.NotCompiledWarning`. Needs a C++ compiler.
+            with a :class:`~pyro_vae.engine.tracing.NotCompiledWarning`. Needs a C++ compiler.
         precision: of matrix products in float32, for the time of training: ``"highest"``, or ``"high"`` or ``"medium"``, see
             :func:`torch.set_float32_matmul_precision`: faster where the hardware has units for it.
         seed: of data order and noise, a whole number >= 0; not of the initial weights, which are drawn
@@ -92,21 +106,19 @@ def fit(
         clip_grad_norm: scale the gradient down to this norm, over all parameters together, where it is longer. None: never.
         test: held-out data; the objective is evaluated on all of it for each record, with the same noise every time.
         device: where to train; default: where the objective's parameters are.
-        on_epoch: called with each record as soon as it exists.
+        on_record: called with each record as soon as it exists.
         checkpoints: where to keep the state of the run: its last two, and as ``best.pt`` that after the record of the lowest
             test loss (``neg_elbo`` where there is one; of the training loss without ``test``).
         checkpoint_every: steps from checkpoint to checkpoint; None: about every 10 seconds, and for no more than 2 % of the
             time. There is always one at the end.
         resume: a checkpoint of the same settings, to go on from; None: start anew. Only epochs, steps, device and what is
-            said or called may change. What ``on_epoch`` changes other than parameters and buffers is not in it.
+            said or called may change. What ``on_record`` changes other than parameters and buffers is not in it.
         stop: asked after each step; when it answers True, a checkpoint is written and training ends.
         verbose: print a line per record on stdout and, on a terminal, a progress bar on stderr.
 
     Returns:
-        One record per epoch, or per ``record_every`` steps: ``epoch``; ``step`` where steps or record_every were given; the
-        objective's terms averaged over the observations since the last record (nats per observation, made while the weights
-        move); ``test``, the same terms on the held-out data; ``seconds`` and ``images_per_second`` of training, and
-        ``compile_seconds`` before them where something was compiled. Those made before ``resume`` come first.
+        One :class:`~pyro_vae.records.TrainingRecord` per epoch, or per ``record_every`` steps. Those made before
+        ``resume`` come first.
 
     Raises:
         ValueError: unusable settings, or data that do not suit the objective.
@@ -119,60 +131,156 @@ def fit(
         NotTheSameWarning: ``resume`` was made with another number of threads or processes, or version of torch.
     """
     if not isinstance(objective, Objective):
-        hint = "NegativeELBO(vae)" if isinstance(objective, VAE) else "a subclass of pyro_vae.Objective"
+        hint = "NegativeELBO(vae)" if hasattr(objective, "guide") else "a subclass of pyro_vae.Objective"
         raise ValueError(f"fit: expected an objective, found {type(objective).__name__}. Use {hint}.")
-    if (epochs is None) == (steps is None):
-        raise ValueError(f"fit: expected either epochs or steps, found epochs={epochs}, steps={steps}.")
-    batch_size = whole_number("batch_size", batch_size)
-    lr, eps, seed = number("lr", lr), number("eps", eps), whole_number("seed", seed, minimum=0)
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, found {precision!r}.")
-    parameters = [p for p in objective.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError("fit: the objective has no parameter that requires a gradient; nothing to train.")
-    for name, function in (("stop", stop), ("on_epoch", on_epoch)):
-        if function is not None and not callable(function):
-            raise ValueError(f"{name}: expected a function, found {function!r}.")
-    if not isinstance(checkpoints, Checkpoints | None):
-        raise ValueError(f"checkpoints: expected Checkpoints(folder), found {checkpoints!r}.")
-    device = parameters[0].device if device is None else usable_device(device)
-    data = as_data(data).to(device, parameters[0].dtype)
-    held_out = None if test is None else as_data(test).to(device, parameters[0].dtype)
-    for part in (data, held_out):
-        if part is not None and part.x.is_floating_point():  # uint8 is scaled into [0, 1], which suits every likelihood
-            objective.check(part.x)
-    if held_out is not None and held_out.event_shape != data.event_shape:
-        raise ValueError(
-            f"test: expected observations of shape {tuple(data.event_shape)} like those of the training data, found "
-            f"{tuple(held_out.event_shape)}. Reshape one of the two."
-        )
-    objective.to(device)
-    compile = compile_choice(compile, device)
-    if compile and processes.count() > 1:
-        raise ValueError(f"compile: expected None or False in a group of processes, found {compile!r}.")
+    batch_size, lr = whole_number("batch_size", batch_size), number("lr", lr)
+    seed = whole_number("seed", seed, minimum=0)
     clip_grad_norm = None if clip_grad_norm is None else number("clip_grad_norm", clip_grad_norm)
     checkpoint_every = None if checkpoint_every is None else whole_number("checkpoint_every", checkpoint_every)
-    optimizer = torch.optim.Adam(parameters, lr=lr, eps=eps, fused=True)
-
-    per_epoch = math.ceil(len(data) / batch_size)
-    last = whole_number("steps", steps) if epochs is None else whole_number("epochs", epochs) * per_epoch
-    by_steps = steps is not None or record_every is not None
-    every = per_epoch if record_every is None else whole_number("record_every", record_every)
-    verbose = verbose and processes.rank() == 0
+    patience = None if patience is None else whole_number("patience", patience)
+    _one_of("precision", precision, PRECISIONS)
+    _one_of("schedule_by", schedule_by, SCHEDULE_UNITS)
+    _functions(stop=stop, on_record=on_record, optimizer=optimizer, schedule=schedule)
+    if not isinstance(checkpoints, Checkpoints | None):
+        raise ValueError(f"checkpoints: expected Checkpoints(folder), found {checkpoints!r}.")
+    if patience is not None and test is None:
+        raise ValueError("patience: expected test data, whose loss tells when to stop, found none. Pass test=...")
+    data, held_out = _prepare(objective, data, test, device, batch_size)
+    length = _length(len(data), batch_size, epochs, steps, record_every)
+    compile = compile_choice(compile, data.x.device)
+    if compile and processes.count() > 1:
+        raise ValueError(f"compile: expected None or False in a group of processes, found {compile!r}.")
+    adam, scheduler = _optimizer(objective, lr, optimizer, schedule)
 
     settings = {
-        "objective": type(objective).__name__,
+        "objective": objective.identity(),
         "data": identity(data) if checkpoints or resume else "",
         "test": identity(held_out) if held_out is not None and (checkpoints or resume) else "",
         "batch_size": batch_size,
         "record_every": record_every,
         "lr": lr,
-        "eps": eps,
+        "optimizer": _plain(adam, adam.defaults),
+        "schedule": "" if scheduler is None else f"{_plain(scheduler, vars(scheduler))}, by {schedule_by}",
         "clip_grad_norm": clip_grad_norm,
         "seed": seed,
         "precision": precision,
         "compile": compile,
+        "patience": patience,
     }
+    progress = _progress(checkpoints, resume, settings, length, objective, adam, scheduler)
+    verbose = verbose and processes.rank() == 0
+    say = tqdm.write if verbose else None
+    step = _make_step(objective, data, adam, compile, length, say, done=progress.step, clip_grad_norm=clip_grad_norm)
+    step.not_compiled = "" if resume is None else resume["not_compiled"]
+    keeper = Keeper(checkpoints, checkpoint_every, stop, settings, step, scheduler, progress)
+    noise = None if resume is None else resume["noise"]
+    batches = _batches(len(data), batch_size, seed, data.x.device, progress.step, noise)
+
+    with _training(objective, data.x.device, precision):
+        while progress.step < length.last and not progress.has_stalled(patience):
+            record = _train(step, batches, length, progress, keeper, _Schedule(scheduler, schedule_by), verbose)
+            with _apart(data.x.device):  # the noise of training goes on as if nothing had been drawn here
+                if held_out is not None:
+                    torch.manual_seed(_streams(seed, 0)[1])
+                    record = replace(record, test=_mean_terms(objective, held_out, batch_size=1024))
+                if isinstance(scheduler, ReduceLROnPlateau):
+                    scheduler.step(record.score)
+                progress.note(record)
+                if on_record is not None:  # before the line, so that a record that was announced has been kept
+                    on_record(record)
+            keeper.recorded()
+            keeper.look(last=progress.step == length.last or progress.has_stalled(patience))
+            if verbose:
+                tqdm.write(format_record(record, by_steps=length.by_steps), file=sys.stdout)
+                sys.stdout.flush()
+    return progress.history
+
+
+def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {value!r}.")
+
+
+def _functions(**functions: Any) -> None:
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise ValueError(f"{name}: expected a function, found {function!r}.")
+
+
+@dataclass(frozen=True)
+class _Length:
+    """How long a run is."""
+
+    per_epoch: int  # steps
+    last: int  # step
+    every: int  # steps from record to record
+    batch_size: int
+    observations: int
+    by_steps: bool  # whether it is measured in them
+
+
+def _length(size: int, batch_size: int, epochs: int | None, steps: int | None, record_every: int | None) -> _Length:
+    if (epochs is None) == (steps is None):
+        raise ValueError(f"fit: expected either epochs or steps, found epochs={epochs}, steps={steps}.")
+    per_epoch = math.ceil(size / batch_size)
+    last = whole_number("steps", steps) if epochs is None else whole_number("epochs", epochs) * per_epoch
+    every = per_epoch if record_every is None else whole_number("record_every", record_every)
+    return _Length(per_epoch, last, every, batch_size, size, steps is not None or record_every is not None)
+
+
+def _prepare(
+    objective: Objective, data: DataLike, test: DataLike | None, device: torch.device | str | None, batch_size: int
+) -> tuple[Data, Data | None]:
+    """Data as the objective takes them, checked; the objective on their device, with all of its parameters."""
+    tensors = (*objective.parameters(), *objective.buffers())
+    like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+    place = like.device if device is None else usable_device(device)
+    train = as_data(data).to(place, like.dtype)
+    held_out = None if test is None else as_data(test).to(place, like.dtype)
+    for part in (train, held_out):
+        if part is not None:
+            part.check(objective.check)
+    if held_out is not None and held_out.event_shape != train.event_shape:
+        raise ValueError(
+            f"test: expected observations of shape {tuple(train.event_shape)} like those of the training data, found "
+            f"{tuple(held_out.event_shape)}. Reshape one of the two."
+        )
+    objective.to(place)
+    with pyro.validation_enabled(False):
+        objective.prepare(*train.batch(torch.arange(min(batch_size, len(train)), device=place)))
+    return train, held_out
+
+
+def _optimizer(
+    objective: Objective,
+    lr: float,
+    optimizer: Callable[..., torch.optim.Optimizer] | None,
+    schedule: Callable[[torch.optim.Optimizer], Any] | None,
+) -> tuple[torch.optim.Optimizer, Any]:
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("fit: the objective has no parameter that requires a gradient; nothing to train.")
+    made = torch.optim.Adam(parameters, lr=lr, fused=True) if optimizer is None else optimizer(parameters, lr=lr)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ValueError(f"optimizer: expected what makes an optimiser of torch.optim, found {type(made).__name__}.")
+    return made, None if schedule is None else schedule(made)
+
+
+def _plain(thing: Any, settings: dict[str, Any]) -> str:
+    """Its class and those settings that are numbers, flags or words: what tells one from another in a checkpoint."""
+    how = ("fused", "foreach")  # of the same arithmetic
+    plain = {
+        name: value
+        for name, value in settings.items()
+        if name not in how and not name.startswith("_") and isinstance(value, bool | int | float | str | list | tuple)
+    }
+    return f"{type(thing).__name__}({', '.join(f'{name}={value}' for name, value in sorted(plain.items()))})"
+
+
+def _progress(
+    checkpoints: Checkpoints | None, resume: dict[str, Any] | None, settings: dict[str, Any], length: _Length, *parts: Any
+) -> Progress:
+    """How far the run has come: not at all, or as the checkpoint says."""
     if checkpoints is not None and resume is None and checkpoints.paths():
         raise CheckpointError(
             f"{checkpoints.folder}: holds the checkpoints of an earlier run, which a new one would replace. Name another "
@@ -181,56 +289,66 @@ def fit(
     if checkpoints is not None:
         folder = checkpoints.folder
         processes.first(lambda: check_writable(folder))
-    progress = Progress() if resume is None else restore(resume, settings, objective, optimizer)
-    if progress.step > last:
-        raise CheckpointError(f"resume: {progress.step:,} steps were made, and only {last:,} are asked for. Ask for more.")
-
+    progress = Progress() if resume is None else restore(resume, settings, *parts)
+    if progress.step > length.last:
+        raise CheckpointError(
+            f"resume: {progress.step:,} steps were made, and only {length.last:,} are asked for. Ask for more."
+        )
     if len(found := set(processes.gather_objects(progress.step))) > 1:
         raise CheckpointError(f"resume: the processes go on after different steps, {sorted(found)}. Give all one folder.")
+    return progress
 
-    options: dict[str, Any] = {"clip_grad_norm": clip_grad_norm, "done": progress.step}
-    sizes = None if compile else _worth_compiling(len(data), batch_size, last)
-    step: EagerStep
+
+def _make_step(
+    objective: Objective,
+    data: Data,
+    optimizer: torch.optim.Optimizer,
+    compile: bool | None,
+    length: _Length,
+    say: Callable[[str], None] | None,
+    **options: Any,
+) -> EagerStep:
+    options["steps"] = length.last
     if processes.count() > 1:
-        step = DistributedStep(objective, data, optimizer, **options)
-    elif compile or (compile is None and device.type == "cpu" and sizes):
-        say = tqdm.write if verbose else None
-        step = CompiledStep(objective, data, optimizer, sizes=sizes, say=say, **options)
-    else:
-        step = EagerStep(objective, data, optimizer, **options)
-    step.not_compiled = "" if resume is None else resume["not_compiled"]
-    keeper = Keeper(checkpoints, checkpoint_every, stop, settings, step, progress)
+        return DistributedStep(objective, data, optimizer, **options)
+    sizes = None if compile else _worth_compiling(length.observations, length.batch_size, length.last)
+    if compile or (compile is None and data.x.device.type == "cpu" and sizes):
+        return CompiledStep(objective, data, optimizer, sizes=sizes, say=say, **options)
+    return EagerStep(objective, data, optimizer, **options)
 
-    was_training = objective.training
-    was_precision = torch.get_float32_matmul_precision()
-    cuda = [device] if device.type == "cuda" else []
+
+@contextmanager
+def _apart(device: torch.device) -> Iterator[None]:
+    """With torch's random state put back at the end."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+@contextmanager
+def _training(objective: Objective, device: torch.device, precision: str) -> Iterator[None]:
+    """Training mode, precision and random state; all as found afterwards."""
+    was_training, was_precision = objective.training, torch.get_float32_matmul_precision()
     try:
         # The data have been checked as a whole, so Pyro need not check them in every step.
-        with torch.random.fork_rng(devices=cuda), pyro.validation_enabled(False):
+        with _apart(device), pyro.validation_enabled(False):
             torch.set_float32_matmul_precision(precision)
-            noise = None if resume is None else resume["noise"]
-            batches = _batches(len(data), batch_size, seed, device, progress.step, noise)
-            while progress.step < last:
-                done = min(last, (progress.step // every + 1) * every)  # when the next record is made
-                record = _train(step, batches, done - progress.step, progress, keeper, per_epoch, verbose)
-                if by_steps:
-                    record = {"epoch": record.pop("epoch"), "step": done, **record}
-                with torch.random.fork_rng(devices=cuda):  # the noise of training goes on as if nothing had been drawn here
-                    if held_out is not None:
-                        torch.manual_seed(_streams(seed, 0)[1])
-                        record["test"] = _mean_terms(objective, held_out, batch_size=1024)
-                    progress.history.append(record)
-                    if on_epoch is not None:  # before the line, so that an epoch that was announced has been kept
-                        on_epoch(record)
-                keeper.recorded(record)
-                keeper.look(last=done == last)
-                if verbose:
-                    tqdm.write(format_epoch(record), file=sys.stdout)
-                    sys.stdout.flush()
+            yield
     finally:
         torch.set_float32_matmul_precision(was_precision)
         objective.train(was_training)
-    return progress.history
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """Steps a scheduler of the learning rate when its time has come."""
+
+    scheduler: Any
+    unit: str
+
+    def after(self, step: int, per_epoch: int) -> None:
+        due = self.unit == "step" or step % per_epoch == 0
+        if due and self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step()
 
 
 # Steps of one batch size for which compiling pays by default: it takes 8 to 15 seconds and then saves some 5 ms a step.
@@ -265,16 +383,17 @@ def _batches(
 def _train(
     step: EagerStep,
     batches: Iterator[Tensor],
-    steps: int,
+    length: _Length,
     progress: Progress,
     keeper: Keeper,
-    per_epoch: int,
+    schedule: _Schedule,
     verbose: bool,
-) -> dict[str, Any]:
-    """So many steps: the terms averaged over the observations seen since the last record, and the time it took."""
+) -> TrainingRecord:
+    """The steps up to the next record."""
     step.objective.train()
     step.begin()
     first = progress.step
+    steps = min(length.last, (first // length.every + 1) * length.every) - first
     start = time.perf_counter() - progress.seconds - progress.compile_seconds
     compiled = step.compile_seconds - progress.compile_seconds
 
@@ -286,13 +405,11 @@ def _train(
         try:
             for number, index in enumerate(itertools.islice(batches, steps), start=1):
                 terms = step(index)
-                size = index.shape[0]
-                for name, value in terms.items():
-                    progress.totals[name] = progress.totals.get(name, 0.0) + value * size
-                progress.seen += size
-                progress.step += 1
+                progress.add(terms, len(index))
+                schedule.after(progress.step, length.per_epoch)
                 if number % 20 == 0 or number == steps:
-                    bar.set_postfix(epoch=math.ceil(progress.step / per_epoch), loss=f"{terms['loss']:.2f}", refresh=False)
+                    epoch = math.ceil(progress.step / length.per_epoch)
+                    bar.set_postfix(epoch=epoch, loss=f"{terms['loss']:.2f}", refresh=False)
                     bar.update(number - bar.n)
                 if number < steps:
                     look_at_the_clock()
@@ -300,15 +417,11 @@ def _train(
             step.end()
         except NonFiniteStepError as error:
             failed = first + number - error.ago
-            x = step.data.batch(error.index)
-            raise NonFiniteError(_describe(step.objective, x, math.ceil(failed / per_epoch), failed, error.loss)) from None
+            batch = step.data.batch(error.index)
+            message = _describe(step.objective, batch, math.ceil(failed / length.per_epoch), failed, error.loss)
+            raise NonFiniteError(message) from None
     look_at_the_clock()
-    record: dict[str, Any] = {"epoch": math.ceil(progress.step / per_epoch)}
-    record |= {name: total / progress.seen for name, total in progress.totals.items()}
-    record |= {"seconds": progress.seconds, "images_per_second": progress.seen / progress.seconds}
-    record |= {"compile_seconds": progress.compile_seconds} if progress.compile_seconds else {}
-    progress.totals, progress.seen, progress.seconds, progress.compile_seconds = {}, 0, 0.0, 0.0
-    return record
+    return progress.record(math.ceil(progress.step / length.per_epoch))
 
 
 def _streams(seed: int, epoch: int) -> tuple[int, int]:
@@ -322,12 +435,12 @@ def _streams(seed: int, epoch: int) -> tuple[int, int]:
     return int(order), int(noise)
 
 
-def _describe(objective: Objective, x: Tensor, epoch: int, step: int, loss: float) -> str:
+def _describe(objective: Objective, batch: tuple[Tensor, ...], epoch: int, step: int, loss: float) -> str:
     what = "the loss" if not np.isfinite(loss) else "the gradient"
     first = step == 1
     advice = "No step was taken yet: look at the nets and the data." if first else "Lower the learning rate."
     return (
-        f"{what} is not finite in epoch {epoch}, step {step}: loss {loss:g}, {objective.diagnose(x)}. The weights are "
+        f"{what} is not finite in epoch {epoch}, step {step}: loss {loss:g}, {objective.diagnose(*batch)}. The weights are "
         f"those before this batch. {advice}"
     )
 
@@ -339,7 +452,7 @@ def _mean_terms(objective: Objective, data: Data, *, batch_size: int) -> dict[st
     with torch.no_grad():
         for index in processes.share(torch.arange(len(data), device=data.x.device)).split(batch_size):
             if len(index):  # a process may have no share
-                for name, value in objective(data.batch(index)).items():
+                for name, value in objective(*data.batch(index)).items():
                     totals[name] = totals.get(name, 0.0) + value.item() * len(index)
     shares = processes.gather_objects(totals)  # the first process has a share
     return {name: sum(share.get(name, 0.0) for share in shares) / len(data) for name in shares[0]}
@@ -348,19 +461,20 @@ def _mean_terms(objective: Objective, data: Data, *, batch_size: int) -> dict[st
 _LABELS = {"reconstruction": "rec", "kl": "kl", "neg_elbo": "-ELBO", "squared_error": "squared error"}
 
 
-def format_epoch(record: dict[str, Any]) -> str:
+def format_record(record: TrainingRecord, *, by_steps: bool = False) -> str:
     """One line for people: ``epoch  1  rec=150.72  kl=14.92  -ELBO=165.64  test -ELBO=...``; by steps, ``step   250  ...``.
 
     ``loss`` is shown where it is not the negative ELBO already shown.
     """
-    names: list[str] = [name for name in ("reconstruction", "squared_error", "kl", "neg_elbo") if name in record]
-    if "neg_elbo" not in record or abs(record["loss"] - record["neg_elbo"]) > 1e-6 * abs(record["loss"]):
+    train = record.train
+    names: list[str] = [name for name in ("reconstruction", "squared_error", "kl", "neg_elbo") if name in train]
+    if "neg_elbo" not in train or abs(train["loss"] - train["neg_elbo"]) > 1e-6 * abs(train["loss"]):
         names.append("loss")
-    when = f"step {record['step']:5d}" if "step" in record else f"epoch {record['epoch']:2d}"
-    parts = [when, *(f"{_LABELS.get(name, name)}={_figure(name, record[name])}" for name in names)]
-    if "test" in record:
-        name = "neg_elbo" if "neg_elbo" in record["test"] else "loss"
-        parts.append(f"test {_LABELS.get(name, name)}={_figure(name, record['test'][name])}")
+    when = f"step {record.step:5d}" if by_steps else f"epoch {record.epoch:2d}"
+    parts = [when, *(f"{_LABELS.get(name, name)}={_figure(name, train[name])}" for name in names)]
+    if record.test is not None:
+        name = "neg_elbo" if "neg_elbo" in record.test else "loss"
+        parts.append(f"test {_LABELS.get(name, name)}={_figure(name, record.test[name])}")
     return "  ".join(parts)
 
 

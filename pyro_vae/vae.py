@@ -155,7 +155,7 @@ class VAE(nn.Module):
         Raises:
             ValueError: x is no batch of observations, or size is no whole number >= 1.
         """
-        pyro.module(_param_prefix(self), self)
+        self._register()
         return self.generate(x, size=size)
 
     def guide(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
@@ -164,8 +164,14 @@ class VAE(nn.Module):
         Raises:
             ValueError: x is None, since q(z | x) needs it.
         """
-        pyro.module(_param_prefix(self), self)
+        self._register()
         return self.infer(x, size=size)
+
+    def _register(self) -> None:
+        """As pyro.module does it, which would warn of parameters that are frozen."""
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                pyro.param(f"{_param_prefix(self)}$$${name}", parameter)
 
     def generate(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
         """:meth:`model` without registering parameters in Pyro's store: for optimisers that hold the module's own."""

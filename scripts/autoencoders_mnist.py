@@ -123,7 +123,7 @@ def train_run(
 
     start = time.perf_counter()
     objective = settings.build_objective(model)
-    history = fit(objective, train, test=test, seed=args.seed, on_epoch=on_record, verbose=False, **settings.training())
+    history = fit(objective, train, test=test, seed=args.seed, on_record=on_record, verbose=False, **settings.training())
     seconds = time.perf_counter() - start
     model.eval()
     if codes:

@@ -99,10 +99,10 @@ def fit_direct(args: argparse.Namespace, train: Data, out: Path) -> tuple[VAE, l
     how = "redrawn" if args.redraw else "fixed"
     print(f"direct fit, {args.num_draws} {how} draws")
 
-    def on_epoch(record: dict[str, Any]) -> None:
+    def on_record(record: dict[str, Any]) -> None:
         append_jsonl(out / "metrics.jsonl", record)
 
-    history = fit(objective, train, epochs=args.epochs, batch_size=256, lr=1e-3, seed=args.seed, on_epoch=on_epoch)
+    history = fit(objective, train, epochs=args.epochs, batch_size=256, lr=1e-3, seed=args.seed, on_record=on_record)
     vae.decoder.requires_grad_(False)
     print("encoder for the frozen decoder")
     fit(SETTINGS.build_objective(vae), train, epochs=args.encoder_epochs, batch_size=128, lr=1e-3, seed=args.seed)

@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
     shown = snapshots(args.epochs)
     panels = {"truth": train.numpy()}
 
-    def on_epoch(record: dict[str, Any]) -> None:
+    def on_record(record: dict[str, Any]) -> None:
         append_jsonl(out / "metrics.jsonl", record)
         if record["epoch"] in shown:
             torch.manual_seed(args.seed)
@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> None:
 
     training: dict[str, Any] = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
     objective = NegativeELBO(vae, num_particles=args.num_mc)
-    history = fit(objective, train, test=test, on_epoch=on_epoch, verbose=False, **training)
+    history = fit(objective, train, test=test, on_record=on_record, verbose=False, **training)
     save_weights(out, vae)
     print(f"VAE fitted in {time.perf_counter() - start:.0f} s", flush=True)
 

@@ -156,7 +156,7 @@ def train_stages(args: argparse.Namespace, name: str, train: Data, signals: Sign
             print(f"{name} stage {stage}: going on after step {state['progress']['step']:,}", flush=True)
         write_jsonl(log, records)  # without what a killed process has added after its last checkpoint
 
-        def on_epoch(record: dict[str, Any], stage: int = stage, epochs: int = epochs) -> None:
+        def on_record(record: dict[str, Any], stage: int = stage, epochs: int = epochs) -> None:
             records.append({"stage": stage, **record})
             append_jsonl(log, records[-1])
             if record["epoch"] % max(1, epochs // 9) == 0:
@@ -173,7 +173,7 @@ def train_stages(args: argparse.Namespace, name: str, train: Data, signals: Sign
                 seed=STAGES * args.seed + stage,  # another order and other noise than in the stages before
                 compile=True,
                 precision=args.precision,
-                on_epoch=on_epoch,
+                on_record=on_record,
                 checkpoints=checkpoints,
                 resume=state,
                 stop=signals.came,

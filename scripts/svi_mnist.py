@@ -352,7 +352,7 @@ def run(args: argparse.Namespace, settings: Settings, signals: Signals) -> None:
 
     board = TensorBoard(out / "tensorboard") if args.tensorboard and main_process else None
 
-    def on_epoch(record: dict[str, Any]) -> None:
+    def on_record(record: dict[str, Any]) -> None:
         if board is not None:
             board.record(record)
         if main_process:
@@ -366,7 +366,7 @@ def run(args: argparse.Namespace, settings: Settings, signals: Signals) -> None:
                 train,
                 seed=args.seed,
                 test=test,
-                on_epoch=on_epoch,
+                on_record=on_record,
                 compile=COMPILE[args.compile],
                 precision=args.precision,
                 clip_grad_norm=args.clip_grad_norm,

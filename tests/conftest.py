@@ -10,7 +10,7 @@ import pyro
 import pytest
 import torch
 
-import pyro_vae.step
+import pyro_vae.engine.tracing
 from pyro_vae import VAE, BernoulliLikelihood, MLPDecoder, MLPEncoder, NormalLikelihood, load_data
 
 LIKELIHOODS = {
@@ -79,7 +79,7 @@ def vae64() -> VAE:
 @pytest.fixture
 def traced(monkeypatch):
     """The traced graph itself, without the minutes that Inductor would take for all of these."""
-    monkeypatch.setattr(pyro_vae.step, "inductor", lambda graph, inputs: graph)
+    monkeypatch.setattr(pyro_vae.engine.tracing, "inductor", lambda graph, inputs: graph)
 
 
 @pytest.fixture(scope="session")

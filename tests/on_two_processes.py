@@ -60,7 +60,7 @@ def training(folder):
     data = Data(images(), binarization="dynamic")
     straight = build("elbo")
     noises = []
-    history = fit(straight, data, **options, on_epoch=lambda record: noises.append(torch.get_rng_state()))
+    history = fit(straight, data, **options, on_record=lambda record: noises.append(torch.get_rng_state()))
     checkpoints = Checkpoints(folder)
     asked = iter(range(1, 100))
     stop = (lambda: next(asked) >= 7) if processes.rank() == 1 else (lambda: False)
@@ -76,7 +76,7 @@ def training(folder):
     return {
         "stopped": processes.gather_objects(stopped),
         "equal": all(w == everywhere[0][0] for rank in everywhere for w in rank),
-        "losses": processes.gather_objects([record["loss"] for record in history]),
+        "losses": processes.gather_objects([record.train["loss"] for record in history]),
         "noises differ": not torch.equal(*processes.gather_objects(noises[-1])),
     }
 
@@ -107,7 +107,7 @@ def whole_sets():
             log_marginal(model, guide, x, num_samples=50).value.tolist(),
             dist.Normal(0, 2**0.5).log_prob(x).tolist(),
         ],
-        "test loss": [history[0]["test"]["loss"], test_loss],
+        "test loss": [history[0].test["loss"], test_loss],
         "kl": [evaluate(vae, data)["kl"].value, kl],
         "evaluate": processes.gather_objects([e.value for e in evaluate(vae, data, importance_samples=30).values()]),
     }

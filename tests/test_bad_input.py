@@ -51,8 +51,8 @@ def train(data=FEW, vae=None, **options):
         (record,) = fit(NegativeELBO(vae), data, **{"steps": 1, "verbose": False} | options)
     except ValueError as error:
         return str(error)
-    assert np.isfinite(record["loss"])
-    return f"trains: loss {record['loss']:.1f}"
+    assert np.isfinite(record.train["loss"])
+    return f"trains: loss {record.train["loss"]:.1f}"
 
 
 def refused(function, *arguments, **options):
@@ -91,7 +91,9 @@ LIBRARY = {
     "lr -1": lambda: train(lr=-1),
     "lr NaN": lambda: train(lr=float("nan")),
     "lr 1e30, later a loss that is not finite": lambda: _explodes(),
-    "eps 0": lambda: train(eps=0),
+    "patience without test data": lambda: train(patience=3),
+    "an optimiser in place of its class": lambda: train(optimizer=torch.optim.SGD([torch.zeros(1)], lr=0.1)),
+    "a schedule by the hour": lambda: train(schedule_by="hour"),
     "seed -1": lambda: train(seed=-1),
     "clip_grad_norm 0": lambda: train(clip_grad_norm=0),
     "checkpoint_every 0": lambda: train(checkpoint_every=0),

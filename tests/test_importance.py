@@ -13,7 +13,7 @@ from torch import nn
 
 import pyro_vae.importance
 from pyro_vae import evaluate, log_marginal
-from pyro_vae.compiling import NotCompiledWarning
+from pyro_vae.engine.tracing import NotCompiledWarning
 from pyro_vae.importance import UnreliableEstimateWarning
 from pyro_vae.weights import Accumulator, pareto_k
 
@@ -568,7 +568,7 @@ def traced(monkeypatch):
         shapes.append(tuple(inputs[0].shape))
         return graph
 
-    monkeypatch.setattr(pyro_vae.importance, "inductor", inductor)
+    monkeypatch.setattr(pyro_vae.engine.tracing, "inductor", inductor)
     return shapes
 
 
@@ -632,7 +632,7 @@ def test_what_cannot_be_compiled_is_said_and_run_eagerly(traced, monkeypatch):
     assert len(caught) == 1
     assert torch.equal(eager.value, compiled.value)
     wrong = lambda graph, inputs: lambda x: (graph(x)[0] + 0.1,)  # noqa: E731
-    monkeypatch.setattr(pyro_vae.importance, "inductor", wrong)
+    monkeypatch.setattr(pyro_vae.engine.tracing, "inductor", wrong)
     prior = lambda x: None  # noqa: E731
     with pytest.warns(NotCompiledWarning, match="its log weights are not those of the eager call"):
         eager, compiled = twice(model, prior, torch.ones(6), num_samples=10, chunk_size=20)

@@ -72,7 +72,7 @@ def test_closed_form_kl_within_pyros_estimate(vae64):
     """Value: Pyro's log q(z|x) - log p(z) over many draws, within 5 of its own standard errors."""
     n = 20_000
     with torch.no_grad():
-        _, draws = NegativeELBO(vae64).per_image(X, num_particles=n)  # (n, images)
+        _, draws = NegativeELBO(vae64).per_observation(X, num_particles=n)  # (n, images)
         exact = kl_divergence(vae64.encode(X), vae64.prior().expand((len(X),)))
     error = draws.std(0) / math.sqrt(n)
     assert (error > 0).all()
@@ -126,7 +126,7 @@ class LinearGaussian(VAE):
 def test_exact_posterior_as_guide_gives_log_marginal_without_variance():
     model = LinearGaussian()
     x = torch.randn(6, 2, dtype=torch.float64)
-    reconstruction, kl = NegativeELBO(model).per_image(x, num_particles=50)
+    reconstruction, kl = NegativeELBO(model).per_observation(x, num_particles=50)
     torch.testing.assert_close(-(reconstruction + kl), model.log_marginal(x).expand(50, 6), rtol=1e-10, atol=1e-10)
 
 
@@ -135,7 +135,7 @@ def test_elbo_is_log_marginal_minus_kl_to_the_posterior(estimator):
     model = LinearGaussian(shift=0.3, stretch=1.5)
     x, n = torch.randn(6, 2, dtype=torch.float64), 40_000
     gap = kl_divergence(model.encode(x), model.posterior(x))
-    reconstruction, kl = NegativeELBO(model, estimator=estimator).per_image(x, num_particles=n)
+    reconstruction, kl = NegativeELBO(model, estimator=estimator).per_observation(x, num_particles=n)
     elbo = -(reconstruction + kl)
     error = elbo.std(0) / math.sqrt(n)
     assert (gap > 0.05).all()
@@ -168,8 +168,8 @@ def test_squared_error_is_that_of_the_drawn_latents():
 def test_each_image_is_scored_by_itself(vae64):
     """No mixing over the batch: an image's terms are the same whatever stands beside it."""
     objective = NegativeELBO(vae64, estimator="mean-field")
-    _, together = objective.per_image(X)
-    alone = torch.cat([objective.per_image(x.unsqueeze(0))[1] for x in X], dim=1)
+    _, together = objective.per_observation(X)
+    alone = torch.cat([objective.per_observation(x.unsqueeze(0))[1] for x in X], dim=1)
     torch.testing.assert_close(together, alone)
 
 
@@ -238,7 +238,7 @@ def test_iwae_equals_pyros_renyi_elbo_image_by_image(vae64, particles):
 def test_iwae_of_a_batch_is_the_mean_over_images_and_not_the_joint_weight(vae64):
     objective = NegativeIWAE(vae64, num_particles=4)
     torch.manual_seed(3)
-    reconstruction, kl = objective.per_image(X)
+    reconstruction, kl = objective.per_observation(X)
     log_weights = -(reconstruction + kl)
     torch.manual_seed(3)
     torch.testing.assert_close(objective(X)["loss"], -(log_weights.logsumexp(0) - math.log(4)).mean())
@@ -246,7 +246,7 @@ def test_iwae_of_a_batch_is_the_mean_over_images_and_not_the_joint_weight(vae64)
     with torch.no_grad():
         off = NegativeIWAE(LinearGaussian(shift=0.5, stretch=0.6), num_particles=4)
         x = torch.randn(7, 2, dtype=torch.float64)
-        draws = -torch.stack([sum(off.per_image(x)) for _ in range(1000)])  # (1000, 4, batch)
+        draws = -torch.stack([sum(off.per_observation(x)) for _ in range(1000)])  # (1000, 4, batch)
     per_image = (draws.logsumexp(1) - math.log(4)).mean(1)
     joint = (draws.sum(2).logsumexp(1) - math.log(4)) / len(x)
     difference = per_image - joint

@@ -67,7 +67,7 @@ def test_fit_evaluate_and_log_marginal_take_them(tmp_path):
         torch.manual_seed(1)
         tensor = x / 255 if data is x else data
         log_p = log_marginal(vae.generate, vae.infer, tensor, num_samples=5)
-        results.append((record["loss"], record["test"]["loss"], estimate, log_p.mean.value))
+        results.append((record.train["loss"], record.test["loss"], estimate, log_p.mean.value))
     assert all(result == results[0] for result in results)
 
 

@@ -87,7 +87,7 @@ def test_partial_fit_goes_on_and_keeps_the_scale():
     for _ in range(30):
         model.partial_fit(TABLE)
     assert len(model.history_) == 30
-    assert model.history_[-1]["loss"] < model.history_[0]["loss"]
+    assert model.history_[-1].train["loss"] < model.history_[0].train["loss"]
     first = model.vae_.likelihood.loc.clone()
     model.partial_fit(TABLE + 1)
     assert torch.equal(model.vae_.likelihood.loc, first)

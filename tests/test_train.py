@@ -8,7 +8,8 @@ from conftest import equal, make_vae, weights
 from torch import nn
 
 from pyro_vae import Data, NegativeELBO, NonFiniteError, NormalLikelihood, Objective, evaluate, fit, load_preset
-from pyro_vae.train import format_epoch
+from pyro_vae.records import TrainingRecord
+from pyro_vae.train import format_record
 
 
 class Mean(Objective):
@@ -32,8 +33,8 @@ X = torch.rand(53, 1, 4, 4, generator=torch.Generator().manual_seed(1))
 def test_epoch_average_weighs_a_short_last_batch_by_what_it_holds(batch_size):
     x = torch.arange(53.0).unsqueeze(1)
     (record,) = fit(Mean(), x, epochs=1, batch_size=batch_size, test=x[:7], verbose=False)
-    assert record["loss"] == pytest.approx(26.0, rel=1e-6)
-    assert record["test"]["loss"] == pytest.approx(3.0, rel=1e-6)
+    assert record.train["loss"] == pytest.approx(26.0, rel=1e-6)
+    assert record.test["loss"] == pytest.approx(3.0, rel=1e-6)
 
 
 def test_each_epoch_sees_every_observation_once_in_a_new_order():
@@ -53,7 +54,7 @@ def test_same_seed_same_run_and_other_seeds_differ():
         vae.load_state_dict(start.state_dict())
         torch.manual_seed(hash(name) % 1000)  # the caller's state must not matter
         history = fit(NegativeELBO(vae), X, epochs=2, batch_size=10, seed=seed, verbose=False)
-        results[name] = weights(vae), [record["loss"] for record in history]
+        results[name] = weights(vae), [record.train["loss"] for record in history]
     assert equal(results["a"][0], results["b"][0])
     assert results["a"][1] == results["b"][1]
     assert not equal(results["a"][0], results["c"][0])
@@ -80,8 +81,8 @@ def test_testing_is_without_a_step_in_evaluation_mode_with_the_same_noise():
     objective = Mean()
     history = fit(objective, X, epochs=3, batch_size=53, test=X, verbose=False)
     assert objective.modes == [True, False] * 3
-    assert len({record["test"]["noise"] for record in history}) == 1
-    assert len({record["noise"] for record in history}) == 3
+    assert len({record.test["noise"] for record in history}) == 1
+    assert len({record.train["noise"] for record in history}) == 3
 
 
 def test_callers_state_is_left_as_found(vae):
@@ -112,32 +113,33 @@ def test_frozen_parameters_stay(vae):
 def test_kinds_of_data(vae, kind):
     x = {"tensor": X, "numpy": X.numpy().astype(np.float64), "uint8": (X * 255).byte(), "Data": Data(X)}[kind]
     (record,) = fit(NegativeELBO(vae), x, epochs=1, verbose=False)
-    assert math.isfinite(record["loss"])
+    assert math.isfinite(record.train["loss"])
 
 
 def test_records_and_line_per_epoch(vae, capsys):
     seen = []
-    history = fit(NegativeELBO(vae), X, epochs=2, test=X[:5], on_epoch=seen.append)
+    history = fit(NegativeELBO(vae), X, epochs=2, test=X[:5], on_record=seen.append)
     assert seen == history
-    assert [record["epoch"] for record in history] == [1, 2]
+    assert [record.epoch for record in history] == [1, 2]
     for record in history:
-        assert record["neg_elbo"] == pytest.approx(record["reconstruction"] + record["kl"], rel=1e-5)
-        assert set(record["test"]) == {"loss", "neg_elbo", "reconstruction", "kl"}
-        assert record["images_per_second"] == pytest.approx(53 / record["seconds"])
+        assert record.train["neg_elbo"] == pytest.approx(record.train["reconstruction"] + record.train["kl"], rel=1e-5)
+        assert set(record.test) == {"loss", "neg_elbo", "reconstruction", "kl"}
+        assert record.timing["observations_per_second"] == pytest.approx(53 / record.timing["seconds"])
     out, err = capsys.readouterr()
-    assert out.splitlines() == [format_epoch(record) for record in history]
+    assert out.splitlines() == [format_record(record) for record in history]
     assert err == ""  # no progress bar where stderr is no terminal
 
 
 def test_format_of_a_line():
-    record = {"epoch": 1, "loss": 165.64, "neg_elbo": 165.64, "reconstruction": 150.72, "kl": 14.92}
-    assert format_epoch(record) == "epoch  1  rec=150.72  kl=14.92  -ELBO=165.64"
-    record |= {"loss": 210.4, "test": {"neg_elbo": 130.0}}
-    assert format_epoch(record) == "epoch  1  rec=150.72  kl=14.92  -ELBO=165.64  loss=210.40  test -ELBO=130.00"
-    assert format_epoch({"epoch": 12, "loss": 0.5, "test": {"loss": 0.25}}) == "epoch 12  loss=0.50  test loss=0.25"
-    assert format_epoch({"epoch": 2, "step": 250, "loss": 0.05, "squared_error": 51.2}) == (
-        "step   250  squared error=51.20  loss=0.05000"
-    )
+    terms = {"loss": 165.64, "neg_elbo": 165.64, "reconstruction": 150.72, "kl": 14.92}
+    record = TrainingRecord(1, 469, terms)
+    assert format_record(record) == "epoch  1  rec=150.72  kl=14.92  -ELBO=165.64"
+    record = TrainingRecord(1, 469, terms | {"loss": 210.4}, {"neg_elbo": 130.0})
+    assert format_record(record) == "epoch  1  rec=150.72  kl=14.92  -ELBO=165.64  loss=210.40  test -ELBO=130.00"
+    record = TrainingRecord(12, 50, {"loss": 0.5}, {"loss": 0.25})
+    assert format_record(record) == "epoch 12  loss=0.50  test loss=0.25"
+    record = TrainingRecord(2, 250, {"loss": 0.05, "squared_error": 51.2})
+    assert format_record(record, by_steps=True) == "step   250  squared error=51.20  loss=0.05000"
 
 
 @pytest.mark.parametrize("record_every", [None, 1, 4, 7, 100])
@@ -149,12 +151,12 @@ def test_steps_are_those_of_the_epochs_whenever_records_are_made(record_every):
     seen = [x for x, training in zip(cut.seen, cut.modes, strict=True) if training]
     assert all(torch.equal(a, b) for a, b in zip(whole.seen[:15], seen, strict=True))
     every = record_every or 6
-    assert [record["step"] for record in history] == [*range(every, 15, every), 15]
-    assert [record["epoch"] for record in history] == [math.ceil(record["step"] / 6) for record in history]
+    assert [record.step for record in history] == [*range(every, 15, every), 15]
+    assert [record.epoch for record in history] == [math.ceil(record.step / 6) for record in history]
     for record, first in zip(history, range(0, 15, every), strict=True):
-        expected = torch.cat(seen[first : record["step"]]).mean().item()
-        assert record["loss"] == pytest.approx(expected, rel=1e-6)
-        assert record["test"]["loss"] == pytest.approx(X[:3].mean().item(), rel=1e-6)
+        expected = torch.cat(seen[first : record.step]).mean().item()
+        assert record.train["loss"] == pytest.approx(expected, rel=1e-6)
+        assert record.test["loss"] == pytest.approx(X[:3].mean().item(), rel=1e-6)
 
 
 def test_noise_of_training_does_not_depend_on_when_records_are_made():
@@ -163,7 +165,7 @@ def test_noise_of_training_does_not_depend_on_when_records_are_made():
         torch.manual_seed(0)
         vae = make_vae()
         settings = {"steps": 9, "record_every": record_every, "batch_size": 10, "verbose": False}
-        fit(NegativeELBO(vae), X, test=X, on_epoch=lambda record: torch.randn(3), **settings)
+        fit(NegativeELBO(vae), X, test=X, on_record=lambda record: torch.randn(3), **settings)
         trained.append(weights(vae))
     assert equal(*trained)
 
@@ -208,7 +210,7 @@ def test_exploding_learning_rate_names_the_log_scale(vae):
     with pytest.raises(
         NonFiniteError, match=r"epoch \d+, step \d+: loss .*largest log-scale of the encoder .*learning rate"
     ):
-        fit(NegativeELBO(vae), X, epochs=200, batch_size=10, lr=1e30, verbose=False, on_epoch=seen.append)
+        fit(NegativeELBO(vae), X, epochs=200, batch_size=10, lr=1e30, verbose=False, on_record=seen.append)
     assert all(p.isfinite().all() for p in vae.parameters())
 
 
@@ -302,8 +304,8 @@ def test_real_mnist_first_epoch_lands_on_the_published_figure(mnist):
     settings = load_preset("bernoulli-z20")
     vae = settings.build_vae(train.event_shape)
     (record,) = fit(settings.build_objective(vae), train, epochs=1, batch_size=128, lr=1e-3, verbose=False)
-    assert record["neg_elbo"] == pytest.approx(165.64, abs=1.5)
-    assert record["kl"] == pytest.approx(14.92, abs=1.0)
+    assert record.train["neg_elbo"] == pytest.approx(165.64, abs=1.5)
+    assert record.train["kl"] == pytest.approx(14.92, abs=1.0)
 
 
 @pytest.mark.slow
@@ -312,9 +314,9 @@ def test_real_mnist_40_epochs_of_system_a(mnist):
     settings = load_preset("bernoulli-z20")
     vae = settings.build_vae(train.event_shape)
     record = fit(settings.build_objective(vae), train, epochs=40, batch_size=128, lr=1e-3)[-1]
-    assert record["neg_elbo"] == pytest.approx(102.28, abs=0.35)
-    assert record["reconstruction"] == pytest.approx(76.8, abs=0.5)
-    assert record["kl"] == pytest.approx(25.5, abs=0.3)
+    assert record.train["neg_elbo"] == pytest.approx(102.28, abs=0.35)
+    assert record.train["reconstruction"] == pytest.approx(76.8, abs=0.5)
+    assert record.train["kl"] == pytest.approx(25.5, abs=0.3)
 
 
 @pytest.mark.slow
@@ -323,4 +325,4 @@ def test_real_mnist_5_epochs_of_system_b(mnist):
     settings = load_preset("bernoulli-z10")
     vae = settings.build_vae(train.event_shape)
     history = fit(settings.build_objective(vae), train, epochs=5, batch_size=128, lr=1e-2)
-    assert history[-1]["neg_elbo"] == pytest.approx(117.06, abs=0.5)
+    assert history[-1].train["neg_elbo"] == pytest.approx(117.06, abs=0.5)

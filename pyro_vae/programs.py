@@ -1,0 +1,172 @@
+"""A program pair: a Pyro model and guide, whoever wrote them, as one module that holds all of their parameters."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+__all__ = ["ProgramPair", "evaluating", "owner_of", "programs_and_data"]
+
+Program = Callable[..., Any]
+
+
+def owner_of(program: Any) -> Any:
+    """The object whose method a program is, under Pyro's handlers and ``functools.partial``; or the program itself."""
+    inner: Any = poutine.unwrap(program)
+    while isinstance(inner, functools.partial):
+        inner = poutine.unwrap(inner.func)
+    return getattr(inner, "__self__", inner)
+
+
+class ProgramPair(nn.Module):
+    r"""A model p(x, z) and a guide q(z | x), called alike as ``model(*batch)`` and ``guide(*batch)``.
+
+    Each is any Pyro program: a function, a method, a module, with Pyro's handlers around it or not. Sites have names of
+    their own, and stand in one plate of dimension -1 over the observations. Parameters are those of the modules that the
+    programs are, or are methods of; and, from :meth:`prepare` on, those that the programs register in Pyro's store by
+    ``pyro.param`` and ``pyro.module``, constrained ones as the unconstrained tensors that the store holds.
+
+    A parameter that a module holds is used as it is, without Pyro's store: two modules that register under one name
+    are both trained, and the store keeps no reference to them.
+
+    Args:
+        model: the model; or a module with methods ``model`` and ``guide``, without a second argument.
+        guide: the guide.
+
+    Attributes:
+        module: the module that both programs belong to; None if they do not belong to one. What it says of itself is used
+            where it is there: ``check(*batch)`` raises a ``ValueError`` for data that the model is not defined for,
+            ``terms(reconstruction)`` gives other names under which the literature reports the reconstruction term.
+
+    Raises:
+        ValueError: no pair of programs.
+    """
+
+    def __init__(self, model: Any, guide: Program | None = None) -> None:
+        super().__init__()
+        if isinstance(model, ProgramPair) and guide is None:
+            model, guide = model._programs
+        elif guide is None:
+            if isinstance(model, type) or not all(callable(getattr(model, name, None)) for name in ("model", "guide")):
+                found = f"the class {model.__name__}" if isinstance(model, type) else f"one {type(model).__name__}"
+                raise ValueError(
+                    "expected a model and a guide, two Pyro programs, or a module that has methods model and guide; "
+                    f"found {found}. Pass both programs."
+                )
+            model, guide = model.model, model.guide
+        for name, program in (("model", model), ("guide", guide)):
+            if not callable(program):
+                raise ValueError(f"{name}: expected a Pyro program, a function, say, found {type(program).__name__}.")
+            owner = owner_of(program)
+            if owner is program and not isinstance(program, type) and callable(getattr(program, name, None)):
+                raise ValueError(
+                    f"{name}: expected a Pyro program, such as its method {name}, found {type(program).__name__} itself."
+                )
+        self._programs = (model, guide)  # a tuple, so that they are not registered as modules under these names too
+        owners = [owner for program in self._programs if isinstance(owner := owner_of(program), nn.Module)]
+        if len(owners) == 2 and owners[0] is owners[1]:
+            owners.pop()
+        self.module = owners[0] if len(owners) == 1 and owner_of(model) is owner_of(guide) else None
+        if self.module is None:
+            self.owners = nn.ModuleList(owners)
+
+    @property
+    def programs(self) -> tuple[Program, Program]:
+        """Model and guide as they were given."""
+        return self._programs
+
+    def model(self, *batch: Any) -> Any:
+        """Run the model."""
+        with _OwnParameters(self):
+            return self._programs[0](*batch)
+
+    def guide(self, *batch: Any) -> Any:
+        """Run the guide."""
+        with _OwnParameters(self):
+            return self._programs[1](*batch)
+
+    def prepare(self, *batch: Tensor) -> None:
+        """Run both once, so that what is made at the first call is there, and take in parameters from Pyro's store.
+
+        Torch's random state is left as found. Without effect on programs whose parameters are all in their modules.
+        """
+        devices = [t.device for t in batch if t.is_cuda][:1]
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), poutine.block():
+            with poutine.trace(param_only=True) as capture:
+                poutine.replay(self.model, trace=poutine.trace(self.guide).get_trace(*batch))(*batch)
+        held = {id(p) for p in self.parameters()}
+        for name, site in capture.trace.nodes.items():
+            if site["type"] != "param":
+                continue
+            tensor = _own_tensor(site)
+            if tensor is None:
+                tensor = pyro.get_param_store()._params[name]
+            if id(tensor) not in held:
+                held.add(id(tensor))
+                # Not by register_parameter, which wants an nn.Parameter: gradients must reach the store's own tensor.
+                self._parameters[name] = tensor  # type: ignore[assignment]
+
+    def check(self, *batch: Tensor) -> None:
+        """What the module says of such data, see above."""
+        if (check := getattr(self.module, "check", None)) is not None:
+            check(*batch)
+
+    def terms(self, reconstruction: Tensor) -> dict[str, Tensor]:
+        """Other names of the reconstruction term, see above."""
+        terms = getattr(self.module, "terms", None)
+        return {} if terms is None else terms(reconstruction)
+
+    def example(self) -> Tensor | None:
+        """A floating-point parameter or buffer, of whose type and device observations are to be; None if there is none."""
+        tensors = (*self.parameters(), *self.buffers())
+        return next((t for t in tensors if t.is_floating_point()), None)
+
+
+def programs_and_data(model: Any, guide: Any, data: Any) -> tuple[ProgramPair, Any]:
+    """Of the arguments ``(model, guide, data)``, or ``(module, data)``."""
+    if data is not None:
+        return ProgramPair(model, guide), data
+    if callable(guide):
+        raise ValueError("expected data after model and guide, found none.")
+    return ProgramPair(model), guide
+
+
+class _OwnParameters(Messenger):
+    """Answers ``pyro.param`` for parameters that the pair holds, in place of Pyro's store."""
+
+    def __init__(self, pair: ProgramPair) -> None:
+        super().__init__()
+        self._held = {id(p) for p in pair.parameters()}
+
+    def _pyro_param(self, msg: Any) -> None:
+        tensor = _own_tensor(msg)
+        if tensor is not None and id(tensor) in self._held:
+            msg["value"], msg["done"], msg["stop"] = tensor, True, True
+
+
+def _own_tensor(site: Any) -> Tensor | None:
+    """The parameter that a ``pyro.param`` statement brings along, as ``pyro.module`` and ``PyroModule`` do."""
+    initial = site["args"][1] if len(site["args"]) > 1 else None
+    constrained = site["kwargs"].get("constraint", constraints.real) is not constraints.real
+    return None if constrained or not isinstance(initial, nn.Parameter) else initial
+
+
+@contextmanager
+def evaluating(*programs: Any) -> Iterator[None]:
+    """Puts modules, and modules whose methods the programs are, into evaluation mode, and back as they were."""
+    owners = [owner_of(program) for program in programs]
+    modules = {module: module.training for owner in owners if isinstance(owner, nn.Module) for module in owner.modules()}
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, training in modules.items():
+            module.training = training
