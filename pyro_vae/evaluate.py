@@ -58,10 +58,10 @@ def evaluate(
     if importance_samples == 1:
         raise ValueError("importance_samples: expected 0 or a whole number >= 2, found 1.")
     batch_size, seed = whole_number("batch_size", batch_size), whole_number("seed", seed, minimum=0)
-    device = vae.prior_loc.device
-    data = as_data(data).to(device, vae.prior_loc.dtype)
+    device = vae.like.device
+    data = as_data(data).to(device, vae.like.dtype)
     if data.x.is_floating_point():
-        vae.likelihood.check(data.x)
+        vae.check(data.x)
     means, variances, kls, observations = [], [], [], []
     random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with torch.no_grad(), random_state, evaluating(vae):
@@ -89,8 +89,8 @@ def evaluate(
         "reconstruction": Estimate(reconstruction.item(), error, num_samples),
         "kl": Estimate(kl, 0.0, 0),
     }
-    extra = vae.likelihood.terms(reconstruction, vae.event_shape)
-    moved = vae.likelihood.terms(reconstruction + error, vae.event_shape)  # the terms are affine, so this scales the error
+    extra = vae.terms(reconstruction)
+    moved = vae.terms(reconstruction + error)  # the terms are affine, so this scales the error
     for name, value in extra.items():
         figures[name] = Estimate(value.item(), abs((moved[name] - value).item()), num_samples)
     if importance_samples:

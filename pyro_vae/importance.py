@@ -183,7 +183,7 @@ def log_marginal(
             raise ValueError(f"{name}: expected a Pyro program, such as vae.{name}, found {type(program).__name__}.")
     if isinstance(vae := getattr(model, "__self__", None), VAE):  # here, in our words rather than in Pyro's
         vae.check_batch(x)
-        vae.likelihood.check(x)
+        vae.check(x)
     if x.dim() == 0 or x.numel() == 0:
         raise ValueError(f"log_marginal: expected observations of shape (B, ...), found shape {tuple(x.shape)}.")
     # 2^23 numbers, 32 MiB, is the largest tensor that glibc keeps for reuse rather than asking for fresh pages each time;

@@ -19,7 +19,7 @@ from torch.distributions import kl_divergence
 
 from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.checks import number, whole_number
-from pyro_vae.direct import direct_log_prob
+from pyro_vae.direct import direct_log_prob, pairwise_log_prob
 from pyro_vae.vae import VAE
 
 __all__ = [
@@ -122,14 +122,14 @@ class NegativeELBO(Objective):
         loss = reconstruction + weighted_kl
         kl = weighted_kl / self.beta
         terms = {"loss": loss, "neg_elbo": reconstruction + kl, "reconstruction": reconstruction, "kl": kl}
-        return terms | self.vae.likelihood.terms(reconstruction, self.vae.event_shape)
+        return terms | self.vae.terms(reconstruction)
 
     def check(self, x: Tensor) -> None:
-        self.vae.likelihood.check(x)
+        self.vae.check(x)
 
     def diagnose(self, x: Tensor) -> str:
         with torch.no_grad():
-            log_scale = self.vae.encode(x).base_dist.scale.log().max().item()
+            log_scale = self.vae.encode(x).stddev.log().max().item()
         return f"largest log-scale of the encoder {log_scale:g}, {super().diagnose(x)}"
 
 
@@ -157,13 +157,13 @@ class NegativeIWAE(NegativeELBO):
         log_weights = -(reconstruction + kl)
         bound = log_weights.logsumexp(0) - math.log(self.num_particles)
         terms = {"neg_elbo": -log_weights.mean(), "reconstruction": reconstruction.mean(), "kl": kl.mean()}
-        return {"loss": -bound.mean()} | terms | self.vae.likelihood.terms(terms["reconstruction"], self.vae.event_shape)
+        return {"loss": -bound.mean()} | terms | self.vae.terms(terms["reconstruction"])
 
 
 class NegativeDirectLogLikelihood(Objective):
     r"""Direct Monte-Carlo maximum likelihood: decoder and prior alone, no encoder. Nats per image.
 
-    .. math:: \text{loss} = -\frac1B \sum_i \log \frac1M \sum_m p(x_i \mid z_m), \qquad z_m \sim N(0, I)
+    .. math:: \text{loss} = -\frac1B \sum_i \log \frac1M \sum_m p(x_i \mid z_m), \qquad z_m \sim p(z)
 
     The draws are shared by all images, so that all pairs are one matrix product. Two ways to draw, both biased for log p(x)
     from below by Jensen's inequality, by about Var(p-hat) / (2 p^2):
@@ -175,9 +175,13 @@ class NegativeDirectLogLikelihood(Objective):
       fitted, and the decoder must be good all over the prior.
 
     Args:
-        vae: its decoder, likelihood and prior are used; the encoder's parameters get no gradient.
+        vae: its decoder, likelihood and prior are used; the encoder's parameters get no gradient, nor do those of a prior
+            whose draws carry none, such as :class:`~pyro_vae.priors.NormalMixture`.
         num_draws: number of draws, M.
         redraw: draw anew at each call, instead of once, here, from torch's global random state.
+
+    Raises:
+        ValueError: the likelihood has no ``pairwise_log_prob``.
     """
 
     z: Tensor
@@ -185,16 +189,20 @@ class NegativeDirectLogLikelihood(Objective):
     def __init__(self, vae: VAE, *, num_draws: int = 64, redraw: bool = False) -> None:
         super().__init__()
         self.vae = _require_vae(vae)
+        pairwise_log_prob(vae)
         self.redraw = redraw
-        self.register_buffer("z", vae.prior().sample((whole_number("num_draws", num_draws),)))  # (num_draws, latent_dim)
+        num_draws = whole_number("num_draws", num_draws)
+        self.register_buffer("z", vae.prior_of().sample((num_draws,)))  # (num_draws, latent_dim)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         self.vae.check_batch(x)
-        z = torch.randn_like(self.z) if self.redraw else self.z
+        prior, shape = self.vae.prior_of(), self.z.shape[:1]
+        draw = prior.rsample if prior.has_rsample else prior.sample
+        z = draw(shape) if self.redraw else self.z
         return {"loss": -direct_log_prob(self.vae, z, x).mean()}
 
     def check(self, x: Tensor) -> None:
-        self.vae.likelihood.check(x)
+        self.vae.check(x)
 
 
 class ReconstructionError(Objective):

@@ -82,7 +82,7 @@ def test_code_is_the_flattened_image_and_heads_are_apart():
         (lambda: ConvEncoder((1, 32, 32), channels=(8, 4)), "found 2 channels, 3 kernels"),
         (lambda: ConvDecoder((1, 28, 28), code_shape=(4, 4, 4)), r"to \(1, 32, 32\), expected \(1, 28, 28\)"),
         (lambda: ConvDecoder((1, 32, 32), code_shape=(4, 4, 4), kernels=(3, 2)), "channels, and those of the image"),
-        (lambda: ConvEncoder((1, 32, 32), heads=3), "heads: expected 2"),
+        (lambda: ConvEncoder((1, 32, 32), heads=0), "heads: expected a whole number >= 1"),
     ],
 )
 def test_convolutions_that_do_not_fit_are_refused(make, match):
