@@ -381,8 +381,8 @@ class PoissonLikelihood:
         index = self.exposure or 0
         if len(context) <= index:
             raise ValueError(
-                f"PoissonLikelihood: expected context tensor {index}, the exposure, counted from 0, found {len(context)} "
-                "context tensors. Give it, or leave exposure out of the likelihood."
+                f"PoissonLikelihood: expected context tensor {index}, the exposure, counted from 0, found a context of "
+                f"{len(context)}. Give it, or leave exposure out of the likelihood."
             )
         return context[index]
 

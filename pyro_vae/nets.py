@@ -43,7 +43,7 @@ def _with_context(net: str, h: Tensor, context: Sequence[Tensor], context_dim: i
     if sum(widths) != context_dim or any(c.shape[: len(batch)] != batch for c in context):
         raise ValueError(
             f"{net}: expected context of {context_dim} numbers per observation, its context_dim, for {tuple(batch)} "
-            f"observations, found {len(context)} tensors of shapes {[tuple(c.shape) for c in context]}. Make context_dim "
+            f"observations, found shapes {[tuple(c.shape) for c in context]}. Make context_dim "
             "and the context agree; class labels are best given as torch.nn.functional.one_hot(labels)."
         )
     rows = (c.reshape(*batch, width).to(h.dtype) for c, width in zip(context, widths, strict=True))

@@ -59,8 +59,8 @@ class NormalMixture(nn.Module):
 
     Example:
         >>> prior = NormalMixture(2, components=5)
-        >>> prior().sample((7,)).shape, prior().mixture_distribution.probs
-        (torch.Size([7, 2]), tensor([0.2000, 0.2000, 0.2000, 0.2000, 0.2000], grad_fn=<...>))
+        >>> prior().sample((7,)).shape, prior().batch_shape
+        (torch.Size([7, 2]), torch.Size([]))
     """
 
     def __init__(self, latent_dim: int, components: int = 10) -> None:

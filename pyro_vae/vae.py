@@ -224,8 +224,8 @@ class VAE(nn.Module):
             )
         if not any(_context_sizes(getattr(self, name), own)[1] for name, own in _TAKERS.items()):
             raise ValueError(
-                f"VAE: found {len(context)} context tensors, and none of {', '.join(_TAKERS)} takes any. Leave them out, or "
-                "give the model a part that takes them, such as MLPDecoder(..., context_dim=...)."
+                f"VAE: found context, and none of {', '.join(_TAKERS)} takes any. Leave it out, or "
+                "give the model a part that takes it, such as MLPDecoder(..., context_dim=...)."
             )
 
     def _call(self, name: str, *own: Tensor, context: Sequence[Tensor] = ()) -> Any:
@@ -237,9 +237,9 @@ class VAE(nn.Module):
         if not least <= len(context) <= most:
             expected = f"at least {least}" if most == math.inf else f"{least}" if least >= most else f"{least} to {most}"
             raise ValueError(
-                f"VAE: expected {expected} context tensors for the {name}, which takes them, found {len(context)}. Pass "
-                "them after x or z, as model(x, *context) or decode(z, *context); where it takes none, set "
-                "its takes_context to False."
+                f"VAE: context tensors for the {name}, which takes them: expected {expected}, found {len(context)}. Pass "
+                "them after x or z, as model(x, *context) or decode(z, *context); where it takes none, set its "
+                "takes_context to False."
             )
         return part(*own, *context)
 
