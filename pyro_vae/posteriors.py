@@ -56,7 +56,11 @@ class FullCovarianceNormal(nn.Module):
     that of L; its diagonal is a log-variance, whose :func:`~pyro_vae.likelihoods.bounded_scale` is the diagonal of L; what
     is above the diagonal is not used. With the diagonal alone it is :class:`DiagonalNormal`.
 
-    Its KL to independent normals, the standard normal prior among them, has a closed form, see :func:`_kl_full_diagonal`.
+    Its KL to independent normals, those of the standard normal prior, say, has a closed form, which
+    ``torch.distributions.kl_divergence`` and ``NegativeELBO(vae, estimator="mean-field")`` use:
+
+    .. math:: \mathrm{KL}\big(N(\mu, L L^\top) \,\|\, N(m, \mathrm{diag}\, s^2)\big)
+        = \sum_j \frac{(\mu_j - m_j)^2 + \sum_k L_{jk}^2}{2 s_j^2} - \frac12 + \log s_j - \log L_{jj}
 
     Args:
         latent_dim: number of latent dimensions.
@@ -117,11 +121,8 @@ def check_heads(output: Any, names: Sequence[str], shape: Sequence[int] | None =
 
 
 @register_kl(MultivariateNormal, Independent)  # type: ignore[untyped-decorator]
-def _kl_full_diagonal(q: MultivariateNormal, p: Independent[Any]) -> Tensor:
-    r"""KL(N(mu, L L') || N(m, diag s^2)) in nats, batch shapes broadcast.
-
-    .. math:: \sum_j \tfrac12 \frac{(\mu_j - m_j)^2 + \sum_k L_{jk}^2}{s_j^2} - \tfrac12 + \log s_j - \log L_{jj}
-    """
+def _kl_full_diagonal(q: MultivariateNormal, p: "Independent[Any]") -> Tensor:  # no generic in older versions of torch
+    """KL(N(mu, L L') || N(m, diag s^2)) in nats, see :class:`FullCovarianceNormal`; batch shapes are broadcast."""
     if not (isinstance(p.base_dist, Normal) and p.reinterpreted_batch_ndims == 1):
         raise NotImplementedError(f"KL of a multivariate normal has no closed form here to {p}.")
     m, s = p.base_dist.loc, p.base_dist.scale

@@ -36,8 +36,8 @@ class VAE(nn.Module):
     representation using deep conditional generative models). Context tensors c, one row per observation, follow x or z in
     every call. Encoder, prior, decoder and likelihood each get all of them if they take any: a part's attribute
     ``takes_context`` says so, or else the signature of its ``forward`` or ``__call__``, by more positional parameters than
-    the one it needs (the prior: none). Rows belong to the last leading dimension of x or z, and are the same along the
-    others.
+    the one it needs (the prior: none), without a default or with None. Rows belong to the last leading dimension of x or z,
+    and are the same along the others.
 
     Args:
         encoder: maps x ``(batch, *event_shape)`` to what posterior takes: a pair ``(loc, log_variance)``, each
@@ -327,8 +327,10 @@ def _context_sizes(part: Any, own: int) -> tuple[int, float]:
         return (1, math.inf) if takes else (0, 0)
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needed = sum(p.default is p.empty for p in positional)
-    most = math.inf if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(positional) - own
-    return max(needed - own, 1 if takes else 0), max(most, 0)
+    # y=None is a tensor that may be left out; scale=0.3 is an option, in whose place no label must come by accident.
+    rest = list(itertools.takewhile(lambda p: p.default is p.empty or p.default is None or takes, positional[own:]))
+    open_ended = any(p.kind is p.VAR_POSITIONAL for p in parameters) and len(rest) == len(positional[own:])
+    return max(needed - own, 1 if takes else 0), math.inf if open_ended else len(rest)
 
 
 def _length(context: Any) -> int:

@@ -467,6 +467,14 @@ def test_parts_are_asked_by_signature_and_by_word():
     with pytest.raises(ValueError, match="none of encoder, prior, decoder, likelihood takes any"):
         vae.decode(z, *context)
 
+    class Option(Labelled):
+        def forward(self, z, scale=1.0):
+            return self.net(z * scale)
+
+    vae.decoder = Option(plain).double()  # labels are no scale
+    with pytest.raises(ValueError, match="none of encoder, prior, decoder, likelihood takes any"):
+        vae.decode(z, *context)
+
     class Any(Labelled):
         takes_context = True
 
