@@ -10,6 +10,7 @@ from pyro_vae.likelihoods import (
     BernoulliLikelihood,
     LearnedNormalLikelihood,
     NormalLikelihood,
+    PoissonLikelihood,
     StandardizedNormalLikelihood,
 )
 from pyro_vae.nets import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
@@ -21,7 +22,9 @@ from pyro_vae.objectives import (
     ReconstructionError,
     scale_latents,
 )
+from pyro_vae.posteriors import DiagonalNormal, FullCovarianceNormal
 from pyro_vae.presets import PRESETS, load_preset
+from pyro_vae.priors import NormalMixture, StandardNormal
 from pyro_vae.progress import TrainingStoppedError
 from pyro_vae.run import load_run
 from pyro_vae.train import NonFiniteError, fit
@@ -40,7 +43,9 @@ __all__ = [
     "ConvEncoder",
     "Data",
     "DataError",
+    "DiagonalNormal",
     "Estimate",
+    "FullCovarianceNormal",
     "LearnedNormalLikelihood",
     "MLPDecoder",
     "MLPEncoder",
@@ -49,8 +54,11 @@ __all__ = [
     "NegativeIWAE",
     "NonFiniteError",
     "NormalLikelihood",
+    "NormalMixture",
     "Objective",
+    "PoissonLikelihood",
     "ReconstructionError",
+    "StandardNormal",
     "StandardizedNormalLikelihood",
     "TrainingStoppedError",
     "direct_log_marginal",

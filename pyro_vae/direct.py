@@ -1,12 +1,13 @@
 """The decoder and the prior alone, no encoder: Monte-Carlo log-likelihood, and reconstruction by search in the prior.
 
-.. math:: \\log p(x) \\approx \\log \\frac1M \\sum_m p(x \\mid z_m), \\qquad z_m \\sim N(0, I)
+.. math:: \\log p(x) \\approx \\log \\frac1M \\sum_m p(x \\mid z_m), \\qquad z_m \\sim p(z)
 
 The same M draws serve all images, so the log-likelihoods of all pairs (draw, image) are one matrix product
 (``likelihood.pairwise_log_prob``) and memory is O(M x B), never O(M x B x pixels).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,12 +19,28 @@ from pyro_vae.programs import evaluating
 from pyro_vae.vae import VAE
 from pyro_vae.weights import Accumulator
 
-__all__ = ["DirectLogMarginal", "direct_log_marginal", "direct_log_prob", "prior_search"]
+__all__ = ["DirectLogMarginal", "direct_log_marginal", "direct_log_prob", "pairwise_log_prob", "prior_search"]
+
+
+def pairwise_log_prob(vae: VAE) -> Callable[[Tensor, Tensor], Tensor]:
+    """The likelihood's method of that name: decoder outputs ``(M, ...)``, x ``(B, *event_shape)`` -> ``(M, B)``, nats.
+
+    Raises:
+        ValueError: the likelihood has none.
+    """
+    method: Callable[[Tensor, Tensor], Tensor] | None = getattr(vae.likelihood, "pairwise_log_prob", None)
+    if method is None:
+        raise ValueError(
+            "The direct fit scores all pairs of draws and observations: expected a likelihood with a method "
+            f"pairwise_log_prob(output, x), found {vae.likelihood}. Add it, or use NegativeELBO and log_marginal, which do "
+            "without."
+        )
+    return method
 
 
 def direct_log_prob(vae: VAE, z: Tensor, x: Tensor) -> Tensor:
     """log (1/M) sum_m p(x_i | z_m) for given draws: z ``(M, latent_dim)``, x ``(B, *event_shape)`` -> ``(B,)``, nats."""
-    return vae.likelihood.pairwise_log_prob(vae.decoder_output(z), x).logsumexp(0) - math.log(len(z))
+    return pairwise_log_prob(vae)(vae.decoder_output(z), x).logsumexp(0) - math.log(len(z))
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,22 +72,22 @@ def direct_log_marginal(vae: VAE, x: Tensor, *, num_samples: int = 10_000) -> Di
         num_samples: draws M, shared by all observations.
 
     Raises:
-        ValueError: fewer draws than the 20 groups whose spread gives the error, or x is no batch of observations.
+        ValueError: fewer draws than the 20 groups whose spread gives the error, x is no batch of observations, or the
+            likelihood has no ``pairwise_log_prob``.
     """
     num_samples = whole_number("num_samples", num_samples, minimum=20)
     vae.check_batch(x)
-    vae.likelihood.check(x)
+    vae.check(x)
+    log_prob = pairwise_log_prob(vae)
     groups = max(20, math.ceil(num_samples / 5000))
     sizes = [num_samples * (g + 1) // groups - num_samples * g // groups for g in range(groups)]
-    draws = vae.prior().sample((num_samples,)).split(sizes)
+    draws = vae.prior_of().sample((num_samples,)).split(sizes)
     images = x.split(max(1, 2**20 // max(sizes)))  # pairs of 4 MB at once: what stays in a cache
     accumulators, logs = [Accumulator(num_samples) for _ in images], []
     with evaluating(vae):
         for z in draws:
             output = vae.decoder_output(z)  # (group, *event_shape)
-            sums = [
-                a.add(vae.likelihood.pairwise_log_prob(output, part)) for a, part in zip(accumulators, images, strict=True)
-            ]
+            sums = [a.add(log_prob(output, part)) for a, part in zip(accumulators, images, strict=True)]
             logs.append(torch.cat(sums) - math.log(len(z)))  # (B,)
     value, error, ess, tail = (torch.cat(columns) for columns in zip(*(a.figures() for a in accumulators), strict=True))
     # Delta method: the mean of log p(x) moves by the mean over images of the relative deviation of p(x), group by group.
@@ -95,17 +112,18 @@ def prior_search(vae: VAE, x: Tensor, *, num_samples: int = 20_000) -> tuple[Ten
         the decoder's outputs for all draws and of their log-likelihoods for 500 observations.
 
     Raises:
-        ValueError: no draws, or x is no batch of observations.
+        ValueError: no draws, x is no batch of observations, or the likelihood has no ``pairwise_log_prob``.
     """
     vae.check_batch(x)
-    vae.likelihood.check(x)
-    z = vae.prior().sample((whole_number("num_samples", num_samples),))
+    vae.check(x)
+    log_prob = pairwise_log_prob(vae)
+    z = vae.prior_of().sample((whole_number("num_samples", num_samples),))
     with evaluating(vae):
         outputs = torch.cat([vae.decoder_output(part) for part in z.split(5000)])  # (num_samples, *event_shape)
     means = vae.likelihood(outputs).mean
     best, average = [], []
     for images in x.split(500):  # (num_samples, 500) log-likelihoods at once
-        log_p = vae.likelihood.pairwise_log_prob(outputs, images)
+        log_p = log_prob(outputs, images)
         best.append(means[log_p.argmax(0)])
         average.append((log_p.softmax(0).T @ means.flatten(1)).unflatten(-1, vae.event_shape))
     return torch.cat(best), torch.cat(average)

@@ -52,6 +52,8 @@ def decoder_record(model: VAE | Autoencoder, *, limit: int = LIMIT) -> dict[str,
         raise NoExplorerError("its decoder is convolutional, and a page computes fully connected ones only")
     if not isinstance(decoder, MLPDecoder):
         raise NoExplorerError(f"its decoder is a {type(decoder).__name__}, and a page computes an MLPDecoder only")
+    if decoder.takes_context:
+        raise NoExplorerError("its decoder takes context, which the page has no place for")
     shape = tuple(model.event_shape)
     shape = (1, *shape) if len(shape) == 2 else shape
     if len(shape) != 3 or shape[0] not in (1, 3):

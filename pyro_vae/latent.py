@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import Independent, Normal, kl_divergence
 
 from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.checks import whole_number
@@ -72,13 +72,18 @@ def kl_per_dimension(vae: VAE, data: DataLike, *, batch_size: int = 1000) -> Ten
     Their sum is the KL term of the ELBO. A dimension near 0 carries nothing: its posterior is the prior whatever x.
     """
     _require_posterior("kl_per_dimension", vae)
-    data = as_data(data).to(vae.prior_loc.device, vae.prior_loc.dtype)
-    total = torch.zeros_like(vae.prior_loc, dtype=torch.float64)
+    data = as_data(data).to(vae.like.device, vae.like.dtype)
+    total = torch.zeros(vae.latent_dim, dtype=torch.float64, device=vae.like.device)
     with evaluating(vae):
         for index in torch.arange(len(data), device=data.x.device).split(batch_size):
-            q = vae.encode(data.batch(index))  # both are independent normals: the KL of each dimension is that of the parts
-            total += kl_divergence(q.base_dist, vae.prior().base_dist).sum(0, dtype=torch.float64)
-    return (total / len(data)).to(vae.prior_loc.dtype)
+            q, p = vae.encode(data.batch(index)), vae.prior_of()
+            if not all(isinstance(d, Independent) and isinstance(d.base_dist, Normal) for d in (q, p)):
+                raise ValueError(
+                    f"kl_per_dimension: expected posterior and prior of independent normals, found {q} and {p}. Only of "
+                    "those is the KL a sum over dimensions; NegativeELBO and log_marginal take others."
+                )
+            total += kl_divergence(q.base_dist, p.base_dist).sum(0, dtype=torch.float64)
+    return (total / len(data)).to(vae.like.dtype)
 
 
 def active_units(vae: VAE, data: DataLike, *, threshold: float = 0.01) -> Tensor:

@@ -1,17 +1,20 @@
 """Likelihoods p(x | z): decoder output -> Pyro distribution over one observation.
 
-A likelihood is a callable ``likelihood(output) -> distribution`` over elements (no event dimensions; the VAE adds them),
-with three methods:
+A likelihood is any callable ``likelihood(output) -> distribution`` over elements (no event dimensions; the VAE adds them):
+a module, an object or a function. Where it takes context too, ``likelihood(output, *context)``, each context tensor comes
+with the leading dimensions of output. It may have three methods:
 
-- ``pairwise_log_prob(output, x)``: log p(x | z) of ALL pairs by matrix products: no (B, M, elements) tensor exists;
-- ``check(x)``: raises a ``ValueError`` where the density is not defined for such data;
-- ``terms(reconstruction, event_shape)``: other names under which the literature reports E[-log p(x | z)], if any.
+- ``check(x)``: raises a ``ValueError`` where the density is not defined for such data; ``check(x, *context)`` looks at the
+  context too;
+- ``terms(reconstruction, event_shape)``: other names under which the literature reports E[-log p(x | z)];
+- ``pairwise_log_prob(output, x)``: log p(x | z) of ALL pairs by matrix products: no (B, M, elements) tensor exists. Only the
+  direct fit, :mod:`pyro_vae.direct`, asks for it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import pyro.distributions as dist
 import torch
@@ -19,28 +22,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_vae.checks import number
+from pyro_vae.checks import number, whole_number
 
 __all__ = [
     "BernoulliLikelihood",
     "LearnedNormalLikelihood",
     "Likelihood",
     "NormalLikelihood",
+    "PoissonLikelihood",
     "StandardizedNormalLikelihood",
     "bounded_scale",
 ]
 
 
-class Likelihood(Protocol):
-    """What a VAE asks of a likelihood; see the head of this file."""
-
-    def __call__(self, output: Tensor) -> dist.TorchDistribution: ...
-
-    def pairwise_log_prob(self, output: Tensor, x: Tensor) -> Tensor: ...
-
-    def check(self, x: Tensor) -> None: ...
-
-    def terms(self, reconstruction: Tensor, event_shape: Sequence[int]) -> dict[str, Tensor]: ...
+Likelihood: TypeAlias = Callable[..., dist.TorchDistribution]  # see the head of this file
 
 
 class _RelaxedBernoulli(dist.Bernoulli):
@@ -140,21 +135,24 @@ def _bernoulli_rows(logits: Tensor, signs: Tensor) -> Tensor:
     return 0.5 * linear - size.exp_().add_(1).unflatten(-1, (-1, _block(logits.shape[-1]))).prod(-1).log_().sum(-1)
 
 
-# Log-scales are their own up to +-7 (scales from 1/1100 to 1100) and bend smoothly to stay within +-10.
-_FREE, _LIMIT = 7.0, 10.0
+def _bent(value: Tensor, free: float, limit: float) -> Tensor:
+    """The value itself up to +-free, beyond it bent twice differentiably into +-limit, never a zero gradient.
+
+    atan (not tanh) leaves a gradient large enough to come back.
+    """
+    inner = value.clamp(-free, free)
+    room = (limit - free) * 2 / math.pi
+    return inner + room * torch.atan((value - inner) / room)
 
 
 def bounded_scale(log_variance: Tensor) -> Tensor:
     """exp(log_variance / 2), with the log-scale bent twice differentiably into +-10, never a zero gradient.
 
-    Exactly the plain value where the log-scale lies within +-7, so it changes nothing in a normal training. Outside, atan
-    (not tanh) leaves a gradient large enough to come back. At the upper limit the squared scale is 5e8 and the lower one
-    stays above float32's resolution of the mean, so that densities are finite and right on both sides.
+    Exactly the plain value where the log-scale lies within +-7 (scales from 1/1100 to 1100), so it changes nothing in a
+    normal training. At the upper limit the squared scale is 5e8 and the lower one stays above float32's resolution of the
+    mean, so that densities are finite and right on both sides.
     """
-    log_scale = 0.5 * log_variance
-    inner = log_scale.clamp(-_FREE, _FREE)
-    room = (_LIMIT - _FREE) * 2 / math.pi
-    return (inner + room * torch.atan((log_scale - inner) / room)).exp()
+    return _bent(0.5 * log_variance, 7.0, 10.0).exp()
 
 
 @dataclass(frozen=True)
@@ -329,6 +327,97 @@ class StandardizedNormalLikelihood(nn.Module):
 
     def terms(self, reconstruction: Tensor, event_shape: Sequence[int]) -> dict[str, Tensor]:
         return {}
+
+
+@dataclass(frozen=True)
+class PoissonLikelihood:
+    r"""Independent Poisson counts; the decoder's output is the log of the rate r.
+
+    .. math:: \log p(x \mid z) = \sum_d x_d \, (\log r_d(z) + \log e_d) - r_d(z) \, e_d - \log x_d!
+
+    The exposure e, 1 unless it is given, is what counts are proportional to: time watched, area, population, the number of
+    reads of a cell. It is known, not modelled: a context tensor of one row per observation. Log rates are their own within
+    +-20 and bend smoothly to stay within +-25, so that no rate overflows.
+
+    Args:
+        exposure: which of the context tensors is the exposure, counted from 0: ``(B,)``, ``(B, 1)`` or
+            ``(B, *event_shape)``, above 0. None: there is none, and the likelihood takes no context.
+
+    Raises:
+        ValueError: exposure is no whole number >= 0; in a call, a context without it, or one of another shape.
+
+    Example:
+        >>> output = torch.zeros(2, 3)  # log rates of 2 observations of 3 elements
+        >>> PoissonLikelihood()(output).mean[0]
+        tensor([1., 1., 1.])
+        >>> PoissonLikelihood(exposure=0)(output, torch.tensor([1.0, 10.0])).mean[:, 0]
+        tensor([ 1., 10.])
+    """
+
+    exposure: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.exposure is not None:
+            whole_number("exposure", self.exposure, minimum=0)
+
+    @property
+    def takes_context(self) -> bool:
+        return self.exposure is not None
+
+    def __call__(self, output: Tensor, *context: Tensor) -> dist.TorchDistribution:
+        rate = _bent(output, _FREE_LOG_RATE, _LIMIT_LOG_RATE).exp()
+        if self.exposure is None:
+            return dist.Poisson(rate)
+        exposure = self._exposure(context)
+        shape = (*exposure.shape, *(1,) * (rate.dim() - exposure.dim()))
+        if len(shape) > rate.dim() or any(n not in (1, m) for n, m in zip(shape, rate.shape, strict=True)):
+            raise ValueError(
+                f"PoissonLikelihood: expected exposure of shape (B,), (B, 1) or (B, *event_shape), found "
+                f"{tuple(exposure.shape)} for rates of shape {tuple(rate.shape)}. Reshape it."
+            )
+        return dist.Poisson(rate * exposure.reshape(shape).to(rate.dtype))
+
+    def _exposure(self, context: Sequence[Tensor]) -> Tensor:
+        index = self.exposure or 0
+        if len(context) <= index:
+            raise ValueError(
+                f"PoissonLikelihood: expected context tensor {index}, the exposure, counted from 0, found a context of "
+                f"{len(context)}. Give it, or leave exposure out of the likelihood."
+            )
+        return context[index]
+
+    def pairwise_log_prob(self, output: Tensor, x: Tensor) -> Tensor:
+        """x . log r - sum r - sum log x!, one matrix product: ``(M, *event_shape)``, ``(B, *event_shape)`` -> ``(M, B)``."""
+        if self.exposure is not None:
+            raise ValueError(
+                "PoissonLikelihood: expected no exposure where all pairs of draws and observations are scored, found "
+                f"exposure={self.exposure}. Use NegativeELBO or log_marginal, which score each observation by itself."
+            )
+        log_rate, x = _bent(output, _FREE_LOG_RATE, _LIMIT_LOG_RATE).flatten(1), x.flatten(1)
+        return log_rate @ x.T - log_rate.exp().sum(-1, keepdim=True) - (x + 1).lgamma().sum(-1)
+
+    def check(self, x: Tensor, *context: Tensor) -> None:
+        _check_all(
+            "x", x, x.isfinite() & (x >= 0) & (x == x.round()), "whole numbers >= 0. Give counts as they are, unscaled"
+        )
+        if self.exposure is not None and context:
+            e = self._exposure(context)
+            _check_all("exposure", e, e.isfinite() & (e > 0), "finite numbers above 0. Drop observations without exposure")
+
+    def terms(self, reconstruction: Tensor, event_shape: Sequence[int]) -> dict[str, Tensor]:
+        return {}
+
+
+# Rates from 2e-9 to 5e8 are exp(output) itself; 7e10, the limit, leaves float32 room for squared gradients.
+_FREE_LOG_RATE, _LIMIT_LOG_RATE = 20.0, 25.0
+
+
+def _check_all(name: str, values: Tensor, good: Tensor, expected: str) -> None:
+    if not good.all():
+        bad = values[~good]
+        some = ", ".join(f"{value:g}" for value in bad[:3].tolist())
+        more = f", ... ({len(bad):,} of {values.numel():,})" if len(bad) > 3 else ""
+        raise ValueError(f"PoissonLikelihood: found {name} {some}{more}, expected {expected}.")
 
 
 def _centered(mean: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

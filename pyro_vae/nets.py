@@ -1,10 +1,13 @@
 """Encoder and decoder networks: tensors in, tensors out; no Pyro, no device, no fixed image size.
 
 An encoder is any module that maps ``x`` of shape ``(batch, *event_shape)`` to the pair ``(loc, log_variance)``, each
-``(batch, latent_dim)``; with ``heads=1`` the nets here return one such tensor, the code of a plain autoencoder. A decoder
-is any module that maps ``z`` of shape ``(batch, latent_dim)`` to one raw number per element of ``x``; the likelihood says
-what that number means. Where it needs two numbers per element, as a normal with learned variance does, they stand in a
-last dimension: ``(batch, *event_shape, 2)``.
+``(batch, latent_dim)``, or to what else the :mod:`posterior <pyro_vae.posteriors>` takes; with ``heads=1`` the nets here
+return one such tensor, the code of a plain autoencoder. A decoder is any module that maps ``z`` of shape
+``(batch, latent_dim)`` to one raw number per element of ``x``; the likelihood says what that number means. Where it needs
+two numbers per element, as a normal with learned variance does, they stand in a last dimension:
+``(batch, *event_shape, 2)``.
+
+Either may take context too, what the model is conditional on: further tensors with one row per observation.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,15 +29,25 @@ def _mlp(sizes: Sequence[int], activation: Callable[[], nn.Module]) -> nn.Sequen
     return nn.Sequential(*(layer for n, m in pairwise(sizes) for layer in (nn.Linear(n, m), activation())))
 
 
-def _heads(heads: int) -> int:
-    if heads not in (1, 2):
-        raise ValueError(f"heads: expected 2, for (loc, log_variance), or 1, for a code, found {heads!r}.")
-    return heads
-
-
 def _split(heads: Tensor, latent_dim: int) -> tuple[Tensor, ...] | Tensor:
-    """``(*batch, heads * latent_dim)`` to the pair of two heads, or to the one there is."""
+    """``(*batch, heads * latent_dim)`` to a tuple of the heads, or to the one there is."""
     return heads if heads.shape[-1] == latent_dim else heads.split(latent_dim, dim=-1)
+
+
+def _with_context(net: str, h: Tensor, context: Sequence[Tensor], context_dim: int) -> Tensor:
+    """``h`` ``(*batch, n)`` and the context, flattened per observation: ``(*batch, n + context_dim)``."""
+    if not context and context_dim == 0:
+        return h
+    batch = h.shape[:-1]
+    widths = [c.shape[len(batch) :].numel() for c in context]
+    if sum(widths) != context_dim or any(c.shape[: len(batch)] != batch for c in context):
+        raise ValueError(
+            f"{net}: expected context of {context_dim} numbers per observation, its context_dim, for {tuple(batch)} "
+            f"observations, found shapes {[tuple(c.shape) for c in context]}. Make context_dim "
+            "and the context agree; class labels are best given as torch.nn.functional.one_hot(labels)."
+        )
+    rows = (c.reshape(*batch, width).to(h.dtype) for c, width in zip(context, widths, strict=True))
+    return torch.cat((h, *rows), dim=-1)
 
 
 class MLPEncoder(nn.Module):
@@ -46,7 +59,13 @@ class MLPEncoder(nn.Module):
         latent_dim: number of latent dimensions.
         activation: makes the activation that follows each hidden layer; default: ReLU.
         last_activation: whether one follows the last hidden layer too.
-        heads: 2: returns (loc, log_variance); 1: a code alone.
+        heads: how many tensors ``(*batch, latent_dim)`` to return, the ``heads`` of the posterior: 2 for a diagonal normal;
+            1: a code alone, no tuple.
+        context_dim: numbers of context per observation. Context tensors, ``(*batch, ...)`` and of any type, are flattened
+            per observation and stand beside x in the first layer's input.
+
+    Raises:
+        ValueError: in a call, context of another width or of other leading dimensions.
 
     Example:
         >>> encoder = MLPEncoder((1, 28, 28), hidden=(400,), latent_dim=20)
@@ -64,21 +83,28 @@ class MLPEncoder(nn.Module):
         activation: Callable[[], nn.Module] = _relu,
         last_activation: bool = True,
         heads: int = 2,
+        context_dim: int = 0,
     ) -> None:
         super().__init__()
         event_shape, hidden = shape("event_shape", event_shape), shape("hidden", hidden, empty=True)
         latent_dim = whole_number("latent_dim", latent_dim)
+        self.context_dim = whole_number("context_dim", context_dim, minimum=0)
         self.event_dim = len(event_shape)
-        sizes = (torch.Size(event_shape).numel(), *hidden)
+        sizes = (torch.Size(event_shape).numel() + self.context_dim, *hidden)
         self.body = _mlp(sizes, activation)
         if not last_activation:
             self.body = self.body[:-1]
-        # Both heads in one layer: the same model as two layers of latent_dim, in half the matrix products.
-        self.heads = nn.Linear(sizes[-1], _heads(heads) * latent_dim)
+        # All heads in one layer: the same model as a layer of latent_dim for each, in one matrix product.
+        self.heads = nn.Linear(sizes[-1], whole_number("heads", heads) * latent_dim)
         self.latent_dim = latent_dim
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...] | Tensor:
-        h = self.body(x.flatten(-self.event_dim))  # (*batch, hidden)
+    @property
+    def takes_context(self) -> bool:
+        return self.context_dim > 0
+
+    def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, ...] | Tensor:
+        x = _with_context("MLPEncoder", x.flatten(-self.event_dim), context, self.context_dim)
+        h = self.body(x)  # (*batch, hidden)
         return _split(self.heads(h), self.latent_dim)  # each (*batch, latent_dim)
 
 
@@ -91,6 +117,10 @@ class MLPDecoder(nn.Module):
         latent_dim: number of latent dimensions.
         activation: makes the activation that follows each hidden layer; default: ReLU.
         outputs: raw numbers per element of ``x``; more than one stand in a last dimension.
+        context_dim: numbers of context per observation, as in :class:`MLPEncoder`; they stand beside z.
+
+    Raises:
+        ValueError: in a call, context of another width or of other leading dimensions.
 
     Example:
         >>> decoder = MLPDecoder((1, 28, 28), hidden=(400,), latent_dim=20)
@@ -106,17 +136,24 @@ class MLPDecoder(nn.Module):
         latent_dim: int,
         activation: Callable[[], nn.Module] = _relu,
         outputs: int = 1,
+        context_dim: int = 0,
     ) -> None:
         super().__init__()
         event_shape, hidden = shape("event_shape", event_shape), shape("hidden", hidden, empty=True)
         latent_dim = whole_number("latent_dim", latent_dim)
         outputs = whole_number("outputs", outputs)
         self.output_shape = torch.Size(event_shape if outputs == 1 else (*event_shape, outputs))
-        sizes = (latent_dim, *hidden)
+        self.context_dim = whole_number("context_dim", context_dim, minimum=0)
+        sizes = (latent_dim + self.context_dim, *hidden)
         self.body = _mlp(sizes, activation)
         self.output = nn.Linear(sizes[-1], self.output_shape.numel())
 
-    def forward(self, z: Tensor) -> Tensor:
+    @property
+    def takes_context(self) -> bool:
+        return self.context_dim > 0
+
+    def forward(self, z: Tensor, *context: Tensor) -> Tensor:
+        z = _with_context("MLPDecoder", z, context, self.context_dim)
         return self.output(self.body(z)).unflatten(-1, self.output_shape)  # (*batch, *output_shape)
 
 
@@ -136,7 +173,7 @@ class Standardize(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Convolutional encoder: each layer halves the image, then (loc, log_variance) by two 3 x 3 convolutions, or a code.
+    """Convolutional encoder: each layer halves the image, then (loc, log_variance) by a 3 x 3 convolution each, or a code.
 
     Layers are convolutions of stride 2 and padding 1 without bias, each followed by batch norm and ReLU.
 
@@ -144,7 +181,7 @@ class ConvEncoder(nn.Module):
         event_shape: ``(channels, height, width)``.
         channels: of the layers, from the data towards the latent; the last ones are those of the code.
         kernels: sizes of the layers' kernels.
-        heads: 2: returns (loc, log_variance); 1: the last layer's output, flat.
+        heads: as of :class:`MLPEncoder`; with 1, the last layer's output, flat.
 
     Attributes:
         code_shape: ``(channels, height, width)`` of the code; ``latent_dim`` is their product.
@@ -179,7 +216,8 @@ class ConvEncoder(nn.Module):
         self.body = nn.Sequential(*layers)
         self.code_shape = torch.Size(size)
         self.latent_dim = self.code_shape.numel()
-        self.heads = nn.Conv2d(size[0], 2 * size[0], 3, padding=1) if _heads(heads) == 2 else nn.Identity()
+        heads = whole_number("heads", heads)
+        self.heads = nn.Conv2d(size[0], heads * size[0], 3, padding=1) if heads > 1 else nn.Identity()
         self.to(memory_format=torch.channels_last)  # the same values, a fifth faster on a CPU
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...] | Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.checks import number, whole_number
-from pyro_vae.direct import direct_log_prob
+from pyro_vae.direct import direct_log_prob, pairwise_log_prob
 from pyro_vae.log_weights import Weights, weigh
 from pyro_vae.programs import ProgramPair
 from pyro_vae.schedules import Schedule
@@ -230,7 +230,7 @@ class NegativeIWAE(NegativeELBO):
 class NegativeDirectLogLikelihood(Objective):
     r"""Direct Monte-Carlo maximum likelihood: decoder and prior alone, no encoder. Nats per image.
 
-    .. math:: \text{loss} = -\frac1B \sum_i \log \frac1M \sum_m p(x_i \mid z_m), \qquad z_m \sim N(0, I)
+    .. math:: \text{loss} = -\frac1B \sum_i \log \frac1M \sum_m p(x_i \mid z_m), \qquad z_m \sim p(z)
 
     The draws are shared by all images, so that all pairs are one matrix product. Two ways to draw, both biased for log p(x)
     from below by Jensen's inequality, by about Var(p-hat) / (2 p^2):
@@ -242,9 +242,13 @@ class NegativeDirectLogLikelihood(Objective):
       fitted, and the decoder must be good all over the prior.
 
     Args:
-        vae: its decoder, likelihood and prior are used; the encoder's parameters get no gradient.
+        vae: its decoder, likelihood and prior are used; the encoder's parameters get no gradient, nor do those of a prior
+            whose draws carry none, such as :class:`~pyro_vae.priors.NormalMixture`.
         num_draws: number of draws, M.
         redraw: draw anew at each call, instead of once, here, from torch's global random state.
+
+    Raises:
+        ValueError: the likelihood has no ``pairwise_log_prob``.
     """
 
     z: Tensor
@@ -252,17 +256,21 @@ class NegativeDirectLogLikelihood(Objective):
     def __init__(self, vae: VAE, *, num_draws: int = 64, redraw: bool = False) -> None:
         super().__init__()
         self.vae = _require_vae(vae)
+        pairwise_log_prob(vae)
         self.redraw = redraw
-        self.register_buffer("z", vae.prior().sample((whole_number("num_draws", num_draws),)))  # (num_draws, latent_dim)
+        num_draws = whole_number("num_draws", num_draws)
+        self.register_buffer("z", vae.prior_of().sample((num_draws,)))  # (num_draws, latent_dim)
 
     def forward(self, *batch: Tensor) -> dict[str, Tensor]:
         (x,) = batch
         self.vae.check_batch(x)
-        z = torch.randn_like(self.z) if self.redraw else self.z
+        prior, shape = self.vae.prior_of(), self.z.shape[:1]
+        draw = prior.rsample if prior.has_rsample else prior.sample
+        z = draw(shape) if self.redraw else self.z
         return {"loss": -direct_log_prob(self.vae, z, x).mean()}
 
     def check(self, *batch: Tensor) -> None:
-        self.vae.likelihood.check(batch[0])
+        self.vae.check(*batch)
 
 
 class ReconstructionError(Objective):

@@ -157,7 +157,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
 
     def _tensor(self, values: ArrayLike) -> Tensor:
         check_is_fitted(self)
-        return torch.tensor(self._table(values)).to(self.vae_.prior_loc)
+        return torch.tensor(self._table(values)).to(self.vae_.like)
 
     @torch.no_grad()
     def transform(self, X: ArrayLike) -> NDArray[Any]:  # noqa: N803
@@ -169,7 +169,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     def inverse_transform(self, X: ArrayLike) -> NDArray[Any]:  # noqa: N803
         """The decoder's mean at latents ``(n_samples, n_components)``: ``(n_samples, n_features)``."""
         check_is_fitted(self)
-        z = torch.tensor(check_array(X, dtype=[np.float64, np.float32], input_name="X")).to(self.vae_.prior_loc)
+        z = torch.tensor(check_array(X, dtype=[np.float64, np.float32], input_name="X")).to(self.vae_.like)
         if z.shape[1] != self.vae_.latent_dim:
             raise ValueError(f"X: expected {self.vae_.latent_dim} components, as transform returns, found {z.shape[1]}.")
         return _like(X, self.vae_.decode(z).mean)
@@ -210,7 +210,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         """
         x = self._tensor(X)
         vae: VAE = self.vae_
-        vae.likelihood.check(x)
+        vae.check(x)
         k = whole_number("num_samples", self.num_samples if num_samples is None else num_samples, minimum=2)
         noise = torch.randn(k, 1, vae.latent_dim, dtype=x.dtype, generator=torch.Generator().manual_seed(self._seed))
         noise = noise.to(x.device)
@@ -236,7 +236,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         """New rows from the model, ``(n_samples, n_features)``; the same ones for the same random_state, a seed, say."""
         check_is_fitted(self)
         seed = int(check_random_state(random_state).randint(2**31 - 1))
-        prior = self.vae_.prior_loc
+        prior = self.vae_.like
         with torch.random.fork_rng(devices=[prior.device] if prior.is_cuda else []):
             torch.manual_seed(seed)
             z = self.vae_.prior().sample((whole_number("n_samples", n_samples),))

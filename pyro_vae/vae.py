@@ -1,7 +1,10 @@
 """The variational autoencoder: ``encode`` and ``decode`` return distributions, ``model`` and ``guide`` are Pyro programs."""
 
+import inspect
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import pyro
@@ -10,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.checks import shape, whole_number
-from pyro_vae.likelihoods import BernoulliLikelihood, Likelihood, bounded_scale
+from pyro_vae.likelihoods import BernoulliLikelihood, Likelihood
+from pyro_vae.posteriors import DiagonalNormal, check_heads
+from pyro_vae.priors import StandardNormal
 
 __all__ = ["VAE"]
 
@@ -18,18 +23,37 @@ __all__ = ["VAE"]
 class VAE(nn.Module):
     r"""Variational autoencoder (Kingma and Welling 2014, arXiv:1312.6114) as a Pyro model and guide.
 
-    .. math:: p(x, z) = N(z \mid 0, I) \, p(x \mid z), \qquad q(z \mid x) = N(z \mid \mu(x), \mathrm{diag}\,\sigma^2(x))
+    .. math:: p(x, z) = p(z) \, p(x \mid z), \qquad q(z \mid x)
+
+    Its parts are callables that return distributions: ``prior()`` is p(z), ``posterior(encoder(x))`` is q(z | x), and
+    ``likelihood(decoder(z))`` is p(x | z). By default p(z) = N(0, I), q(z | x) is a normal of independent dimensions, and
+    p(x | z) is Bernoulli.
 
     Sites ``"z"`` (event ``(latent_dim,)``) and ``"x"`` (event ``event_shape``) in one plate ``"data"``. A plain
     ``nn.Module``: parameters live here, not in Pyro's global store.
 
+    **Context.** A model may be conditional: p(x, z | c) and q(z | x, c) (Sohn, Lee and Yan 2015, Learning structured output
+    representation using deep conditional generative models). Context tensors c, one row per observation, follow x or z in
+    every call. Encoder, prior, decoder and likelihood each get all of them if they take any: a part's attribute
+    ``takes_context`` says so, or else the signature of its ``forward`` or ``__call__``, by more positional parameters than
+    the one it needs (the prior: none), without a default or with None. Rows belong to the last leading dimension of x or z,
+    and are the same along the others.
+
     Args:
-        encoder: maps x ``(batch, *event_shape)`` to ``(loc, log_variance)``, each ``(batch, latent_dim)``.
+        encoder: maps x ``(batch, *event_shape)`` to what posterior takes: a pair ``(loc, log_variance)``, each
+            ``(batch, latent_dim)``, for the default one.
         decoder: maps z ``(batch, latent_dim)`` to the likelihood's raw input ``(batch, *event_shape)``. Both see one batch
             dimension, whatever :meth:`encode` and :meth:`decode` are given.
         latent_dim: number of latent dimensions.
         event_shape: shape of one observation.
-        likelihood: p(x | z) from the decoder's output; see :mod:`pyro_vae.likelihoods`.
+        prior: p(z), see :mod:`pyro_vae.priors`; None: :class:`~pyro_vae.priors.StandardNormal`.
+        posterior: q(z | x) from the encoder's output, see :mod:`pyro_vae.posteriors`; None:
+            :class:`~pyro_vae.posteriors.DiagonalNormal`.
+        likelihood: p(x | z) from the decoder's output, see :mod:`pyro_vae.likelihoods`; None:
+            :class:`~pyro_vae.likelihoods.BernoulliLikelihood`.
+
+    Raises:
+        ValueError: a part is no callable, or a class in place of an instance; latent_dim or event_shape are no sizes.
 
     Example:
         >>> from pyro_vae import MLPDecoder, MLPEncoder
@@ -43,9 +67,6 @@ class VAE(nn.Module):
         torch.Size([3, 5, 1, 8, 8])
     """
 
-    prior_loc: Tensor
-    prior_scale: Tensor
-
     def __init__(
         self,
         encoder: nn.Module,
@@ -53,78 +74,109 @@ class VAE(nn.Module):
         *,
         latent_dim: int,
         event_shape: Sequence[int],
+        prior: Callable[..., dist.TorchDistribution] | None = None,
+        posterior: Callable[..., dist.TorchDistribution] | None = None,
         likelihood: Likelihood | None = None,
     ) -> None:
         super().__init__()
-        if likelihood is not None and not hasattr(likelihood, "pairwise_log_prob"):
-            raise ValueError(f"VAE: expected a likelihood such as BernoulliLikelihood(), found {likelihood!r}.")
-        if isinstance(likelihood, type):
-            raise ValueError(f"VAE: expected an instance, {likelihood.__name__}(), found the class itself.")
         self.encoder = encoder
         self.decoder = decoder
-        self.likelihood = BernoulliLikelihood() if likelihood is None else likelihood
         self.latent_dim = latent_dim = whole_number("latent_dim", latent_dim)
         self.event_shape = torch.Size(shape("event_shape", event_shape))
-        # Buffers, so that the prior follows the module's device and dtype; not saved, since they are constants.
-        self.register_buffer("prior_loc", torch.zeros(latent_dim), persistent=False)
-        self.register_buffer("prior_scale", torch.ones(latent_dim), persistent=False)
+        self.likelihood = _part("likelihood", likelihood, BernoulliLikelihood())
+        self.prior = _part("prior", prior, StandardNormal(latent_dim))
+        self.posterior = _part("posterior", posterior, DiagonalNormal())
 
-    def prior(self) -> dist.TorchDistribution:
-        """p(z) = N(0, I), batch shape ``()``, event shape ``(latent_dim,)``."""
-        return dist.Normal(self.prior_loc, self.prior_scale).to_event(1)
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the module's type and device: its first parameter, or else buffer, of a floating-point type."""
+        tensors = itertools.chain(self.parameters(), self.buffers())
+        return next((t for t in tensors if t.is_floating_point()), torch.empty(()))
 
-    def encode(self, x: Tensor) -> dist.TorchDistribution:
+    # --- distributions ---
+
+    def encode(self, x: Tensor, *context: Tensor) -> dist.TorchDistribution:
         """q(z | x) for x of shape ``(*batch, *event_shape)``, any leading dimensions; event shape ``(latent_dim,)``.
 
         Raises:
-            ValueError: x is of another shape or type, or the encoder's output is.
+            ValueError: x is of another shape or type, or the encoder's output is; context is missing, of another length, or
+                no part takes it.
         """
         batch = self._batch_shape("x", x, self.event_shape)
-        output = self.encoder(x.reshape(-1, *self.event_shape))
-        if not (isinstance(output, tuple | list) and [*map(torch.is_tensor, output)] == [True, True]):
-            found = type(output).__name__
-            raise ValueError(f"VAE: expected the encoder to return a pair of tensors (loc, log_variance), found {found}.")
-        expected = (batch.numel(), self.latent_dim)
-        for name, part in zip(("loc", "log_variance"), output, strict=True):
-            if part.shape != expected:
-                raise ValueError(
-                    f"VAE: expected the encoder's {name} of shape {expected}, (batch, latent_dim), found "
-                    f"{tuple(part.shape)}. Make the encoder and latent_dim agree."
-                )
-        loc, log_variance = (part.reshape(*batch, self.latent_dim) for part in output)
-        return dist.Normal(loc, bounded_scale(log_variance)).to_event(1)
+        self._check_context(context, batch)
+        output = self._call("encoder", x.reshape(-1, *self.event_shape), context=_flat(context, batch))
+        n = batch.numel()
+        if names := getattr(self.posterior, "names", None):
+            check_heads(output, names, (n, self.latent_dim))
+        tensors = output if isinstance(output, tuple | list) else (output,)
+        if not all(torch.is_tensor(part) and part.shape[:1] == (n,) for part in tensors):
+            found = ", ".join(str(tuple(p.shape)) if torch.is_tensor(p) else type(p).__name__ for p in tensors)
+            raise ValueError(
+                f"VAE: expected the encoder to return a tensor or a tuple of tensors, each of length {n}, found {found}."
+            )
+        parts = tuple(part.reshape(*batch, *part.shape[1:]) for part in tensors)
+        q = self.posterior(parts if isinstance(output, tuple | list) else parts[0])
+        if (q.batch_shape, q.event_shape) != (batch, (self.latent_dim,)):
+            raise ValueError(
+                f"VAE: expected a posterior of batch shape {tuple(batch)} and event shape ({self.latent_dim},), found "
+                f"{tuple(q.batch_shape)} and {tuple(q.event_shape)}. Make posterior, encoder and latent_dim agree."
+            )
+        return q
 
-    def decode(self, z: Tensor) -> dist.TorchDistribution:
+    def decode(self, z: Tensor, *context: Tensor) -> dist.TorchDistribution:
         """p(x | z) for z of shape ``(*batch, latent_dim)``, any leading dimensions; event shape ``event_shape``.
 
         Raises:
-            ValueError: z is of another shape or type, or the decoder's output is.
+            ValueError: z is of another shape or type, or the decoder's output is; context is missing, of another length, or
+                no part takes it.
         """
         batch = self._batch_shape("z", z, (self.latent_dim,))
-        p = self._likelihood_of(self.decoder(z.reshape(-1, self.latent_dim)), batch)
-        return p.to_event(len(self.event_shape))
+        self._check_context(context, batch)
+        output = self._call("decoder", z.reshape(-1, self.latent_dim), context=_flat(context, batch))
+        return self._likelihood_of(output, batch, context).to_event(len(self.event_shape))
 
-    def decoder_output(self, z: Tensor) -> Tensor:
-        """The decoder's raw output for z ``(batch, latent_dim)``: what the likelihood takes.
+    def prior_of(self, *context: Tensor) -> dist.TorchDistribution:
+        """p(z), or p(z | context) where the prior takes context: batch shape ``()`` or ``(n,)``, event ``(latent_dim,)``.
 
         Raises:
-            ValueError: it is not what the likelihood takes for ``batch`` observations.
+            ValueError: the prior is of another shape; context is missing, or no part takes it.
         """
-        output: Tensor = self.decoder(z)
+        n = _length(context[0]) if context else 1
+        self._check_context(context, torch.Size([n]))
+        p = self._call("prior", context=context)
+        if p.event_shape != (self.latent_dim,) or p.batch_shape not in ((), (1,), (n,)):
+            raise ValueError(
+                f"VAE: expected a prior of event shape ({self.latent_dim},), and of batch shape () or one per observation, "
+                f"found event shape {tuple(p.event_shape)}, batch shape {tuple(p.batch_shape)}. Make prior and latent_dim "
+                "agree; independent dimensions need .to_event(1)."
+            )
+        return p
+
+    def decoder_output(self, z: Tensor) -> Tensor:
+        """The decoder's raw output for z ``(batch, latent_dim)``, without context: what the likelihood takes.
+
+        Raises:
+            ValueError: it is not what the likelihood takes for ``batch`` observations, or decoder or likelihood need
+                context.
+        """
+        output: Tensor = self._call("decoder", z)
         self._likelihood_of(output, z.shape[:1])
         return output
 
-    def _likelihood_of(self, output: Tensor, batch: torch.Size) -> dist.TorchDistribution:
+    def _likelihood_of(self, output: Tensor, batch: torch.Size, context: Sequence[Tensor] = ()) -> dist.TorchDistribution:
         """p(x | z), batch shape ``(*batch, *event_shape)``, once the decoder's output is found to be what it takes."""
         n, found = batch.numel(), tuple(output.shape)
         if found[:1] == (n,):
-            p = self.likelihood(output.reshape(*batch, *found[1:]))
+            rows = [c.expand(*batch, *c.shape[1:]) for c in context]
+            p = self._call("likelihood", output.reshape(*batch, *found[1:]), context=rows)
             if p.batch_shape == (*batch, *self.event_shape):
                 return p
         raise ValueError(
             f"VAE: expected a decoder that maps ({n}, {self.latent_dim}) to what {self.likelihood} takes for "
             f"({n}, {_join(self.event_shape)}) elements, found {found}. Make decoder and event_shape agree."
         )
+
+    # --- checks, and what the likelihood says ---
 
     def check_batch(self, x: Tensor) -> None:
         """Raise a ``ValueError`` unless x is a batch of observations: floating point, ``(batch, *event_shape)``."""
@@ -135,57 +187,95 @@ class VAE(nn.Module):
                 "a leading dimension, x[None]; a number of observations to draw is the keyword size=."
             )
 
+    def check(self, x: Tensor, *context: Tensor) -> None:
+        """Raise a ``ValueError`` unless x is a batch of observations that the likelihood is defined for, with this context."""
+        self.check_batch(x)
+        self._check_context(context, x.shape[:1])
+        check = getattr(self.likelihood, "check", None)
+        if check is None:
+            return
+        takes = context and _context_sizes(self.likelihood, 1)[1] and _context_sizes(check, 1)[1] >= len(context)
+        check(x, *(context if takes else ()))
+
+    def terms(self, reconstruction: Tensor) -> dict[str, Tensor]:
+        """Other names under which the literature reports the reconstruction, E[-log p(x | z)] in nats, if there are any."""
+        terms = getattr(self.likelihood, "terms", None)
+        return terms(reconstruction, self.event_shape) if terms else {}
+
     def _batch_shape(self, name: str, value: Tensor, event_shape: Sequence[int]) -> torch.Size:
         """The leading dimensions of x or z, once its type and last dimensions are found to be right."""
-        leading = value.dim() - len(event_shape)
-        if leading < 0 or value.shape[leading:] != tuple(event_shape) or value.dtype != self.prior_loc.dtype:
+        leading, dtype = value.dim() - len(event_shape), self.like.dtype
+        if leading < 0 or value.shape[leading:] != tuple(event_shape) or value.dtype != dtype:
             raise ValueError(
-                f"VAE: expected {name} of shape (*batch, {_join(event_shape)}) and type {self.prior_loc.dtype}, found "
+                f"VAE: expected {name} of shape (*batch, {_join(event_shape)}) and type {dtype}, found "
                 f"{value.dtype} of shape {tuple(value.shape)}. Reshape it, convert it, and scale uint8 images to [0, 1]."
             )
         return torch.Size(value.shape[:leading])
 
-    def model(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
+    def _check_context(self, context: Sequence[Tensor], batch: torch.Size) -> None:
+        """Raise a ``ValueError`` unless each context tensor has a row per observation and some part takes them."""
+        if not context:
+            return
+        lengths = {_length(c) for c in context}
+        if lengths != {*batch[-1:]}:
+            found = ", ".join(str(tuple(c.shape)) for c in context)
+            expected = f"length {batch[-1]}, that of the observations" if batch else "x or z with a leading dimension"
+            raise ValueError(
+                f"VAE: expected, with context, {expected}, found context of shapes {found}. Context has one row per "
+                "observation; a single observation needs a leading dimension, x[None]."
+            )
+        if not any(_context_sizes(getattr(self, name), own)[1] for name, own in _TAKERS.items()):
+            raise ValueError(
+                f"VAE: found context, and none of {', '.join(_TAKERS)} takes any. Leave it out, or "
+                "give the model a part that takes it, such as MLPDecoder(..., context_dim=...)."
+            )
+
+    def _call(self, name: str, *own: Tensor, context: Sequence[Tensor] = ()) -> Any:
+        """A part, given all of the context if it takes it."""
+        part = getattr(self, name)
+        least, most = _context_sizes(part, _TAKERS[name])
+        if (least, most) == (0, 0):
+            return part(*own)
+        if not least <= len(context) <= most:
+            expected = f"at least {least}" if most == math.inf else f"{least}" if least >= most else f"{least} to {most}"
+            raise ValueError(
+                f"VAE: context tensors for the {name}, which takes them: expected {expected}, found {len(context)}. Pass "
+                "them after x or z, as model(x, *context) or decode(z, *context); where it takes none, set its "
+                "takes_context to False."
+            )
+        return part(*own, *context)
+
+    # --- Pyro programs ---
+
+    def model(self, x: Tensor | None = None, *context: Tensor, size: int = 1) -> Tensor:
         """Pyro model: draw z from the prior and x from the decoder, or score the given x, ``(batch, *event_shape)``.
 
         Args:
-            x: observations, or None to draw ``size`` new ones.
-            size: number of observations in the plate where x is None.
+            x: observations, or None to draw new ones.
+            context: what the model is conditional on, one row per observation.
+            size: number of observations to draw where x is None and there is no context, whose length it is otherwise.
 
         Raises:
-            ValueError: x is no batch of observations, or size is no whole number >= 1.
+            ValueError: x is no batch of observations, size is no whole number >= 1, or the context does not suit.
         """
         self._register()
-        return self.generate(x, size=size)
-
-    def guide(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
-        """Pyro guide, with the model's signature: draw z from q(z | x), ``(batch, latent_dim)``.
-
-        Raises:
-            ValueError: x is None, since q(z | x) needs it.
-        """
-        self._register()
-        return self.infer(x, size=size)
-
-    def _register(self) -> None:
-        """As pyro.module does it, which would warn of parameters that are frozen."""
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                pyro.param(f"{_param_prefix(self)}$$${name}", parameter)
-
-    def generate(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
-        """:meth:`model` without registering parameters in Pyro's store: for optimisers that hold the module's own."""
         if x is None:
-            size = whole_number("size", size)
+            size = self._size(context, whole_number("size", size))
         else:
             self.check_batch(x)
             size = len(x)
+        self._check_context(context, torch.Size([size]))
         with pyro.plate("data", size, dim=-1):
-            z = pyro.sample("z", self.prior())
-            return pyro.sample("x", self.decode(z), obs=x)
+            z = pyro.sample("z", self.prior_of(*context))
+            return pyro.sample("x", self.decode(z, *context), obs=x)
 
-    def infer(self, x: Tensor | None = None, *, size: int = 1) -> Tensor:
-        """:meth:`guide` without registering parameters in Pyro's store."""
+    def guide(self, x: Tensor | None = None, *context: Tensor, size: int = 1) -> Tensor:
+        """Pyro guide, with the model's signature: draw z from q(z | x), ``(batch, latent_dim)``.
+
+        Raises:
+            ValueError: x is None, since q(z | x) needs it, or the context does not suit.
+        """
+        self._register()
         if x is None:
             raise ValueError(
                 "VAE.guide: expected x, found None: q(z | x) is conditioned on data. "
@@ -193,7 +283,70 @@ class VAE(nn.Module):
             )
         self.check_batch(x)
         with pyro.plate("data", len(x), dim=-1):
-            return pyro.sample("z", self.encode(x))
+            return pyro.sample("z", self.encode(x, *context))
+
+    def _register(self) -> None:
+        """As ``pyro.module`` does it, which would warn of parameters that are frozen."""
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                pyro.param(f"{_param_prefix(self)}$$${name}", parameter)
+
+    def _size(self, context: Sequence[Tensor], size: int) -> int:
+        """The number of observations to draw."""
+        if not context:
+            return size
+        if size not in (1, n := _length(context[0])):
+            raise ValueError(
+                f"VAE.model: expected context of length {size}, the given size, found {n}. Leave size out: it is the "
+                "length of the context."
+            )
+        return n
+
+
+# Parts that may take context, and how many inputs of their own they have.
+_TAKERS = {"encoder": 1, "prior": 0, "decoder": 1, "likelihood": 1}
+
+
+def _part(name: str, value: Any, default: Any) -> Any:
+    value = default if value is None else value
+    if isinstance(value, type):
+        raise ValueError(f"VAE: expected an instance, {value.__name__}(), found the class itself.")
+    if not callable(value):
+        raise ValueError(f"VAE: expected a {name} such as {type(default).__name__}(), found {value!r}.")
+    return value
+
+
+def _context_sizes(part: Any, own: int) -> tuple[int, float]:
+    """How many context tensors a part takes after its own inputs, at least and at most; (0, 0): it takes none."""
+    takes = getattr(part, "takes_context", None)
+    if takes is not None and not takes:
+        return 0, 0
+    try:
+        parameters = inspect.signature(part.forward if isinstance(part, nn.Module) else part).parameters.values()
+    except ValueError:  # a function of C without a signature
+        return (1, math.inf) if takes else (0, 0)
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = sum(p.default is p.empty for p in positional)
+    # y=None is a tensor that may be left out; scale=0.3 is an option, in whose place no label must come by accident.
+    rest = list(itertools.takewhile(lambda p: p.default is p.empty or p.default is None or takes, positional[own:]))
+    open_ended = any(p.kind is p.VAR_POSITIONAL for p in parameters) and len(rest) == len(positional[own:])
+    return max(needed - own, 1 if takes else 0), math.inf if open_ended else len(rest)
+
+
+def _length(context: Any) -> int:
+    """The length of a context tensor."""
+    if not torch.is_tensor(context) or context.dim() == 0 or len(context) == 0:
+        found = f"shape {tuple(context.shape)}" if torch.is_tensor(context) else type(context).__name__
+        raise ValueError(
+            f"VAE: expected context tensors of shape (n, ...), n >= 1, one row per observation, found {found}. A number of "
+            "observations to draw is the keyword size=."
+        )
+    return len(context)
+
+
+def _flat(context: Sequence[Tensor], batch: torch.Size) -> list[Tensor]:
+    """Context for leading dimensions that are flattened into one: its rows, repeated along all but the last of them."""
+    return [c.expand(*batch, *c.shape[1:]).reshape(-1, *c.shape[1:]) for c in context]
 
 
 def _join(sizes: Sequence[int]) -> str:

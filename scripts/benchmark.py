@@ -259,9 +259,9 @@ def importance(train: Data, repeats: int) -> list[Row]:
                 F.linear(h, second, second_bias)
 
     def marginal() -> None:
-        log_marginal(vae.generate, vae.infer, x, num_samples=500)
+        log_marginal(vae.model, vae.guide, x, num_samples=500)
 
-    weigh = CompiledWeights(vae.generate, vae.infer, (500, 20))
+    weigh = CompiledWeights(ProgramPair(vae), (500, 20))
 
     def compiled() -> None:  # as log_marginal does it, but compiled once for all repeats
         with torch.no_grad():

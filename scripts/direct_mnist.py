@@ -113,7 +113,7 @@ def measure(args: argparse.Namespace, vae: VAE, x: Tensor) -> dict[str, Any]:
     """One row of the table: the ELBO, log p by importance sampling with K draws, and by as many draws from the prior."""
     torch.manual_seed(args.seed)
     elbo = evaluate(vae, x, seed=args.seed)["neg_elbo"]
-    estimate = log_marginal(vae.generate, vae.infer, x, num_samples=args.importance_samples)
+    estimate = log_marginal(vae.model, vae.guide, x, num_samples=args.importance_samples)
     by_prior = direct_log_marginal(vae, x, num_samples=100_000)
     return {
         "elbo": {"value": -elbo.value, "standard_error": elbo.standard_error, "num_samples": elbo.num_samples},
@@ -132,10 +132,10 @@ def against_draws(vae: VAE, x: Tensor, *, repeats: int = 4, most: int = 10_000) 
     """
     counts = torch.tensor(sorted({round(most ** (i / 24)) for i in range(25)}))
     result = {}
-    for name, guide in (("draws from the prior", lambda x: None), ("draws from the encoder", vae.infer)):
+    for name, guide in (("draws from the prior", lambda x: None), ("draws from the encoder", vae.guide)):
         runs = []
         for _ in range(repeats):
-            weights = torch.cat([log_weights(vae.generate, guide, image, most) for image in x.split(1)], dim=1).double()
+            weights = torch.cat([log_weights(vae.model, guide, image, most) for image in x.split(1)], dim=1).double()
             running = weights.logcumsumexp(0)[counts - 1] - counts.log().unsqueeze(-1)  # (len(counts), images)
             runs.append(running.mean(1))
         stack = torch.stack(runs)

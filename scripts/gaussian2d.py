@@ -184,7 +184,7 @@ def run(args: argparse.Namespace) -> None:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreliableEstimateWarning)  # told below the table
-        estimate = log_marginal(vae.generate, vae.infer, test, num_samples=300)
+        estimate = log_marginal(vae.model, vae.guide, test, num_samples=300)
     elbo = evaluate(vae, test, num_samples=20, seed=args.seed)["neg_elbo"]
     table["VAE"] = row(estimate.value, exact, estimate.mean.standard_error, elbo=-elbo.value, elbo_error=elbo.standard_error)
     for name, model in direct.items():

@@ -304,7 +304,7 @@ def run(args: argparse.Namespace, settings: Settings, signals: Signals) -> None:
     for part in (train, test):
         if part.x.is_floating_point():
             try:
-                vae.likelihood.check(part.x)
+                vae.check(part.x)
             except ValueError as error:
                 raise DataError(f"{args.data or train.name}: {error}") from error
     name = f"{settings.preset}-{train.name}"

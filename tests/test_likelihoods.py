@@ -4,7 +4,19 @@ import pytest
 import torch
 from conftest import LIKELIHOODS
 
-from pyro_vae import BernoulliLikelihood, LearnedNormalLikelihood, NormalLikelihood, StandardizedNormalLikelihood
+from pyro_vae import (
+    VAE,
+    BernoulliLikelihood,
+    LearnedNormalLikelihood,
+    MLPDecoder,
+    MLPEncoder,
+    NegativeELBO,
+    NormalLikelihood,
+    PoissonLikelihood,
+    StandardizedNormalLikelihood,
+    direct_log_marginal,
+    fit,
+)
 
 
 def test_bernoulli_log_prob_is_exact_where_probabilities_saturate():
@@ -223,3 +235,135 @@ def test_standardized_normal_is_a_density_of_the_data_in_their_own_units():
 def test_standardized_normal_refuses_scales_that_are_none(scale):
     with pytest.raises(ValueError, match="scale"):
         StandardizedNormalLikelihood(torch.zeros(2), torch.tensor(scale))
+
+
+# --- counts ---
+
+
+def test_poisson_is_the_formula_and_torchs_own():
+    output, x = torch.randn(4, 3, 5, dtype=torch.float64), torch.randint(20, (3, 5)).double()
+    found = PoissonLikelihood()(output).log_prob(x)
+    torch.testing.assert_close(found, x * output - output.exp() - (x + 1).lgamma(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, torch.distributions.Poisson(output.exp()).log_prob(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("log_rate", [-8.0, 0.3, 4.0])
+@pytest.mark.parametrize("exposure", [None, 2.5])
+def test_poisson_probabilities_sum_to_one(log_rate, exposure):
+    output, counts = torch.full((1, 1), log_rate, dtype=torch.float64), torch.arange(2000, dtype=torch.float64)
+    context = () if exposure is None else (torch.tensor([exposure]),)
+    p = PoissonLikelihood(exposure=None if exposure is None else 0)(output, *context)
+    assert p.log_prob(counts.unsqueeze(-1).unsqueeze(-1)).exp().sum().item() == pytest.approx(1, abs=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 1, 1), (3, 2, 5)])
+@pytest.mark.parametrize("particles", [(), (4,)])
+def test_exposure_multiplies_the_rate(shape, particles):
+    output = torch.randn(*particles, 3, 2, 5, dtype=torch.float64)
+    e = torch.rand(shape, dtype=torch.float64) + 0.1
+    labels = torch.zeros(3)
+    p = PoissonLikelihood(exposure=1)(output, labels, e.expand(*particles, *shape))
+    rate = output.exp() * e.reshape(*shape, *(1,) * (3 - len(shape)))
+    torch.testing.assert_close(p.mean, rate, rtol=1e-12, atol=1e-12)
+    x = torch.randint(9, (3, 2, 5)).double()
+    expected = x * (output + (rate / output.exp()).log()) - rate - (x + 1).lgamma()
+    torch.testing.assert_close(p.log_prob(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_poisson_draws_have_the_mean_of_the_rate():
+    output = torch.tensor([-1.0, 0.5, 3.0])
+    draws = PoissonLikelihood()(output).sample((20_000,))
+    assert torch.equal(draws, draws.round())
+    error = (output.exp() / len(draws)).sqrt()
+    assert ((draws.mean(0) - output.exp()).abs() < 5 * error).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_poisson_rates_never_overflow_and_always_have_a_gradient(dtype):
+    plain = torch.linspace(-20, 20, 101, dtype=dtype)
+    torch.testing.assert_close(PoissonLikelihood()(plain).mean, plain.exp(), rtol=0, atol=0)
+    output = torch.tensor([-1e30, -200.0, -25.0, 25.0, 200.0, 1e30], dtype=dtype, requires_grad=True)
+    for x in (0.0, 5.0, 1e6):
+        log_prob = PoissonLikelihood()(output).log_prob(torch.full((6,), x, dtype=dtype))
+        (gradient,) = torch.autograd.grad(log_prob.sum(), output)
+        assert log_prob.isfinite().all()
+        assert gradient.isfinite().all()
+        assert (gradient[1:-1] != 0).all()
+        assert gradient.square().sum().isfinite()
+
+
+@pytest.mark.parametrize("x", [[0.5], [-1.0], [math.nan], [math.inf]])
+def test_poisson_refuses_what_is_no_count(x):
+    with pytest.raises(ValueError, match=r"PoissonLikelihood: found x .*expected whole numbers >= 0"):
+        PoissonLikelihood().check(torch.tensor(x))
+    PoissonLikelihood().check(torch.tensor([0.0, 1.0, 1e6]))
+
+
+def test_what_poisson_says_of_bad_data_is_short():
+    x = torch.arange(100_000.0) + 0.25
+    x[0] = 3
+    with pytest.raises(ValueError, match=r"found x 1.25, 2.25, 3.25, \.\.\. \(99,999 of 100,000\), expected") as error:
+        PoissonLikelihood().check(x)
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("e", [0.0, -1.0, math.nan, math.inf])
+def test_poisson_refuses_exposure_that_is_none(e):
+    likelihood, x = PoissonLikelihood(exposure=0), torch.ones(2, 3)
+    with pytest.raises(ValueError, match="PoissonLikelihood: found exposure .*, expected finite numbers above 0"):
+        likelihood.check(x, torch.tensor([1.0, e]))
+    likelihood.check(x, torch.tensor([1.0, 2.0]))
+
+
+def test_poisson_pairs():
+    output, x = torch.randn(5, 4, 3, dtype=torch.float64), torch.randint(9, (7, 4, 3)).double()
+    likelihood = PoissonLikelihood()
+    expected = torch.stack([likelihood(o).log_prob(x).flatten(1).sum(1) for o in output])
+    torch.testing.assert_close(likelihood.pairwise_log_prob(output, x), expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="expected no exposure"):
+        PoissonLikelihood(exposure=0).pairwise_log_prob(output, x)
+
+
+def test_poisson_arguments():
+    for exposure in (-1, 1.0, True, "e"):
+        with pytest.raises(ValueError, match="exposure: expected a whole number >= 0"):
+            PoissonLikelihood(exposure=exposure)
+    with pytest.raises(ValueError, match="expected context tensor 1, the exposure, .* found a context of 1"):
+        PoissonLikelihood(exposure=1)(torch.zeros(2, 3), torch.ones(2))
+    with pytest.raises(ValueError, match=r"expected exposure of shape .*, found \(2, 2\) for rates of shape \(2, 3\)"):
+        PoissonLikelihood(exposure=0)(torch.zeros(2, 3), torch.ones(2, 2))
+
+
+def poisson_vae(exposure=None):
+    shape = {"event_shape": (4,), "hidden": (8,), "latent_dim": 2}
+    likelihood = PoissonLikelihood(exposure=exposure)
+    return VAE(MLPEncoder(**shape), MLPDecoder(**shape), latent_dim=2, event_shape=(4,), likelihood=likelihood).double()
+
+
+def test_a_vae_passes_the_exposure_on():
+    vae = poisson_vae(exposure=0)
+    e, z = torch.tensor([0.5, 2.0, 8.0]), torch.randn(6, 3, 2, dtype=torch.float64)
+    p = vae.decode(z, e)
+    torch.testing.assert_close(p.mean, vae.decode(z, torch.ones(3)).mean * e.double().unsqueeze(-1))
+    assert vae.decode(z[0], e[:, None]).mean.shape == vae.decode(z[0], e[:, None].expand(3, 4)).mean.shape == (3, 4)
+    with pytest.raises(ValueError, match="context tensors for the likelihood.* expected at least 1, found 0"):
+        vae.decode(z)
+    with pytest.raises(ValueError, match="found exposure 0, expected finite"):
+        vae.check(torch.ones(3, 4), torch.tensor([1.0, 0.0, 1.0]))
+
+
+def test_counts_are_fitted_and_grey_values_refused():
+    rate = torch.tensor([0.5, 3.0, 10.0, 40.0])
+    x = torch.poisson(rate.expand(300, 4)).double()
+    vae = poisson_vae()
+    fit(NegativeELBO(vae), x, epochs=60, batch_size=50, lr=2e-2, verbose=False, compile=False)
+    with torch.no_grad():
+        z = vae.prior().sample((4000,))
+        mean = vae.decode(z).mean.mean(0)
+    assert ((mean - x.mean(0)).abs() < 0.1 * x.mean(0) + 0.1).all()
+    # No latent is needed: log p(x) is nearly that of four independent Poissons, the largest there is.
+    best = torch.distributions.Poisson(x.mean(0)).log_prob(x).sum(-1).mean()
+    found = direct_log_marginal(vae, x, num_samples=2000).mean
+    assert best - 0.5 < found.value < best + 0.5
+    with pytest.raises(ValueError, match="expected whole numbers >= 0"):
+        fit(NegativeELBO(vae), x / 255, epochs=1, verbose=False)

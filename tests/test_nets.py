@@ -52,6 +52,62 @@ def test_one_head_is_a_code(encoder):
     assert encoder(torch.rand(3, 1, 8, 8)).shape == (3, encoder.latent_dim)
 
 
+@pytest.mark.parametrize("heads", [2, 3, 7])
+def test_any_number_of_heads(heads):
+    for encoder in (
+        MLPEncoder((1, 8, 8), hidden=(6,), latent_dim=4, heads=heads),
+        ConvEncoder((1, 8, 8), channels=(2, 3, 4), heads=heads),
+    ):
+        output = encoder(torch.rand(3, 1, 8, 8))
+        assert isinstance(output, tuple)
+        assert [part.shape for part in output] == [(3, 4)] * heads
+
+
+@pytest.mark.parametrize("batch", [(), (7,), (2, 3)])
+def test_context_stands_beside_the_input(batch):
+    """Of any type and shape, flattened per observation: the same as one net on the tensors joined by hand."""
+    counts, grid = torch.randint(9, (*batch, 2)), torch.rand(*batch, 3, 1)
+    number = torch.rand(batch, dtype=torch.float64)
+    joined = torch.cat([counts.float(), grid.flatten(-2), number.float().unsqueeze(-1)], -1)
+    for make, event in ((MLPEncoder, (1, 4, 3)), (MLPDecoder, (2,))):
+        sizes = {"hidden": (6,), "latent_dim": 2}
+        net = make((1, 4, 3), context_dim=6, **sizes)
+        assert net.takes_context
+        value = torch.rand(*batch, *event)
+        found = net(value, counts, grid, number)
+        h = torch.cat([value.flatten(-len(event)), joined], -1)
+        expected = (
+            net.heads(net.body(h)).split(2, -1) if make is MLPEncoder else net.output(net.body(h)).unflatten(-1, (1, 4, 3))
+        )
+        torch.testing.assert_close(found, expected)
+        assert not make((1, 4, 3), **sizes).takes_context
+
+
+@pytest.mark.parametrize(
+    ("context", "match"),
+    [
+        ((), r"context of 3 numbers per observation, its context_dim, for \(5,\) observations, found shapes \[\]"),
+        ((torch.zeros(5),), r"context of 3 .* found shapes \[\(5,\)\].*one_hot"),
+        ((torch.zeros(4, 3),), r"context of 3 .* found shapes \[\(4, 3\)\]"),
+        ((torch.zeros(1, 15),), r"context of 3 .* found shapes \[\(1, 15\)\]"),
+    ],
+)
+def test_context_of_another_width_is_refused(context, match):
+    with pytest.raises(ValueError, match="MLPEncoder: expected " + match):
+        MLPEncoder((4,), hidden=(3,), latent_dim=2, context_dim=3)(torch.rand(5, 4), *context)
+    with pytest.raises(ValueError, match="MLPDecoder: expected " + match):
+        MLPDecoder((4,), hidden=(3,), latent_dim=2, context_dim=3)(torch.rand(5, 2), *context)
+
+
+def test_context_to_a_net_that_takes_none_is_refused():
+    with pytest.raises(ValueError, match="MLPEncoder: expected context of 0 numbers"):
+        MLPEncoder((4,), hidden=(3,), latent_dim=2)(torch.rand(5, 4), torch.rand(5, 1))
+    with pytest.raises(ValueError, match="context_dim: expected a whole number >= 0, found -1"):
+        MLPDecoder((4,), hidden=(3,), latent_dim=2, context_dim=-1)
+    with pytest.raises(ValueError, match="heads: expected a whole number >= 1, found 0"):
+        MLPEncoder((4,), hidden=(3,), latent_dim=2, heads=0)
+
+
 def test_convolutional_layers_are_those_of_the_reference():
     """conv 1-8 (k5), 8-16 (k3), 16-4 (k3) without bias, batch norm after each, two heads; back by 4-16, 16-8, 8-1."""
     encoder = ConvEncoder((1, 32, 32))
@@ -82,7 +138,7 @@ def test_code_is_the_flattened_image_and_heads_are_apart():
         (lambda: ConvEncoder((1, 32, 32), channels=(8, 4)), "found 2 channels, 3 kernels"),
         (lambda: ConvDecoder((1, 28, 28), code_shape=(4, 4, 4)), r"to \(1, 32, 32\), expected \(1, 28, 28\)"),
         (lambda: ConvDecoder((1, 32, 32), code_shape=(4, 4, 4), kernels=(3, 2)), "channels, and those of the image"),
-        (lambda: ConvEncoder((1, 32, 32), heads=3), "heads: expected 2"),
+        (lambda: ConvEncoder((1, 32, 32), heads=0), "heads: expected a whole number >= 1"),
     ],
 )
 def test_convolutions_that_do_not_fit_are_refused(make, match):

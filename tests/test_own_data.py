@@ -66,7 +66,7 @@ def test_fit_evaluate_and_log_marginal_take_them(tmp_path):
         estimate = evaluate(vae, data)["neg_elbo"].value
         torch.manual_seed(1)
         tensor = x / 255 if data is x else data
-        log_p = log_marginal(vae.generate, vae.infer, tensor, num_samples=5)
+        log_p = log_marginal(vae.model, vae.guide, tensor, num_samples=5)
         results.append((record.train["loss"], record.test["loss"], estimate, log_p.mean.value))
     assert all(result == results[0] for result in results)
 

@@ -54,7 +54,7 @@ def test_score_is_that_of_log_marginal(fitted):
     x = torch.tensor(TABLE)
     ours = fitted.log_marginal(TABLE, num_samples=20_000)
     torch.manual_seed(0)
-    theirs = log_marginal(fitted.vae_.generate, fitted.vae_.infer, x, num_samples=20_000)
+    theirs = log_marginal(fitted.vae_.model, fitted.vae_.guide, x, num_samples=20_000)
     error = (ours.standard_error**2 + theirs.standard_error**2).sqrt()
     reliable = ~(ours.unreliable | theirs.unreliable)
     assert reliable.sum() > 50

@@ -7,15 +7,28 @@ import math
 import pickle
 
 import pyro
+import pyro.distributions as dist
 import pyro.optim
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import LIKELIHOODS, make_vae
 from pyro import poutine
 from pyro.infer import SVI, Predictive, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
-from pyro_vae import VAE, BernoulliLikelihood, MLPDecoder, MLPEncoder, NegativeELBO, evaluate, fit
+from pyro_vae import (
+    VAE,
+    BernoulliLikelihood,
+    MLPDecoder,
+    MLPEncoder,
+    NegativeDirectLogLikelihood,
+    NegativeELBO,
+    direct_log_marginal,
+    evaluate,
+    fit,
+    prior_search,
+)
 from pyro_vae.likelihoods import bounded_scale
 
 
@@ -322,3 +335,238 @@ def test_state_dict_round_trip(vae):
 def test_prior_follows_dtype(vae64):
     assert vae64.prior().sample().dtype == torch.float64
     assert Predictive(vae64.model, num_samples=2)(size=3)["x"].dtype == torch.float64
+
+
+# --- context ---
+
+
+class Labelled(nn.Module):
+    """A net of its own that takes one tensor of labels, with no word about it but its signature."""
+
+    def __init__(self, net, labels=2):
+        super().__init__()
+        self.net, self.labels = net, labels
+        self.shift = nn.Parameter(torch.randn(labels, 3, dtype=torch.float64))
+
+    def forward(self, z, y):
+        return self.net(z + self.shift[y])
+
+
+def conditional(encoder_context=4, decoder_context=4, **parts):
+    """Of a label of three classes and a number: both as context."""
+    shape = {"event_shape": (1, 4, 4), "hidden": (16,), "latent_dim": 3}
+    encoder, decoder = MLPEncoder(context_dim=encoder_context, **shape), MLPDecoder(context_dim=decoder_context, **shape)
+    return VAE(encoder, decoder, latent_dim=3, event_shape=(1, 4, 4), **parts).double()
+
+
+def context_of(n):
+    return F.one_hot(torch.arange(n) % 3, 3), torch.linspace(-1, 1, n, dtype=torch.float64)
+
+
+def test_conditional_parts_row_by_row():
+    """Whatever the leading dimensions, each row of x or z meets its own row of context."""
+    vae, context = conditional(), context_of(5)
+    x, z = torch.rand(2, 5, 1, 4, 4, dtype=torch.float64), torch.randn(4, 2, 5, 3, dtype=torch.float64)
+    q, p = vae.encode(x, *context), vae.decode(z, *context)
+    assert (q.batch_shape, p.batch_shape) == ((2, 5), (4, 2, 5))
+    for i in range(5):
+        row = [c[i : i + 1] for c in context]
+        torch.testing.assert_close(q.mean[:, i : i + 1], vae.encode(x[:, i : i + 1], *row).mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            p.mean[:, :, i : i + 1], vae.decode(z[:, :, i : i + 1], *row).mean, rtol=1e-12, atol=1e-12
+        )
+
+
+def test_context_reaches_the_parts_that_take_it_and_no_other():
+    context = context_of(5)
+    x, z = torch.rand(5, 1, 4, 4, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    turned = [c.flip(0) for c in context]
+    vae = conditional(encoder_context=0)
+    assert torch.equal(vae.encode(x, *context).mean, vae.encode(x).mean)
+    assert not torch.equal(vae.decode(z, *context).mean, vae.decode(z, *turned).mean)
+    vae = conditional(decoder_context=0)
+    assert not torch.equal(vae.encode(x, *context).mean, vae.encode(x, *turned).mean)
+    assert torch.equal(vae.decode(z, *context).mean, vae.decode(z).mean)
+
+
+def test_sites_of_a_conditional_model():
+    vae, context, x = conditional(), context_of(5), torch.rand(5, 1, 4, 4, dtype=torch.float64)
+    guide = poutine.trace(vae.guide).get_trace(x, *context)
+    model = poutine.trace(poutine.replay(vae.model, trace=guide)).get_trace(x, *context)
+    model.compute_log_prob()
+    guide.compute_log_prob()
+    z = guide.nodes["z"]["value"]
+    torch.testing.assert_close(guide.nodes["z"]["log_prob"], vae.encode(x, *context).log_prob(z))
+    torch.testing.assert_close(model.nodes["x"]["log_prob"], vae.decode(z, *context).log_prob(x))
+    assert "z -> x" in pyro.render_model(vae.model, model_args=(x, *context)).source
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_predictive_given_context(parallel):
+    vae, context, x = conditional(), context_of(5), torch.rand(5, 1, 4, 4, dtype=torch.float64)
+    with torch.no_grad():
+        draws = Predictive(vae.model, num_samples=6, parallel=parallel)(None, *context)
+        assert draws["x"].shape == (6, 5, 1, 4, 4)  # as many as there are rows of context
+        posterior = Predictive(poutine.uncondition(vae.model), guide=vae.guide, num_samples=6, parallel=parallel)
+        assert posterior(x, *context)["x"].shape == (6, 5, 1, 4, 4)
+        z = torch.randn(4, 3, dtype=torch.float64)
+        given = poutine.condition(vae.model, data={"z": z})
+        trace = poutine.trace(given).get_trace(None, *context_of(4))
+    trace.compute_log_prob()
+    expected = vae.decode(z, *context_of(4)).log_prob(trace.nodes["x"]["value"])
+    torch.testing.assert_close(trace.nodes["x"]["log_prob"], expected)
+
+
+def test_size_with_context():
+    vae, context = conditional(), context_of(5)
+    assert len(vae.model(None, *context)) == len(vae.model(None, *context, size=5)) == 5
+    with pytest.raises(ValueError, match="expected context of length 4, the given size, found 5"):
+        vae.model(None, *context, size=4)
+
+
+def test_a_trained_conditional_vae_draws_what_the_label_says():
+    """x is dark or bright, and no latent says which: the label must."""
+    y = torch.arange(200) % 2
+    x = (torch.rand(200, 1, 4, 4) < (0.1 + 0.8 * y)[:, None, None, None]).float()
+    label = F.one_hot(y)
+    shape = {"event_shape": (1, 4, 4), "hidden": (16,), "latent_dim": 3}
+    nets = MLPEncoder(context_dim=2, **shape), MLPDecoder(context_dim=2, **shape)
+    vae = VAE(*nets, latent_dim=3, event_shape=(1, 4, 4))
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    for _ in range(200):
+        svi.step(x, label)
+    with torch.no_grad():
+        draws = Predictive(vae.model, num_samples=500, parallel=True)(None, torch.eye(2))["x"]  # (500, 2, 1, 4, 4)
+    brightness = draws.flatten(2).mean(2)
+    mean, error = brightness.mean(0), brightness.std(0) / math.sqrt(500)
+    assert ((mean - torch.tensor([0.1, 0.9])).abs() < 5 * error + 0.05).all()  # 0.05: 1600 pixels of each label, 10 % off
+    assert mean[1] - mean[0] > 0.6
+
+
+def test_parts_are_asked_by_signature_and_by_word():
+    context = (torch.tensor([0, 1, 0, 1, 1]),)
+    z = torch.randn(5, 3, dtype=torch.float64)
+    shape = {"event_shape": (1, 4, 4), "hidden": (16,), "latent_dim": 3}
+    plain = MLPDecoder(**shape)
+    vae = VAE(MLPEncoder(**shape), Labelled(plain), latent_dim=3, event_shape=(1, 4, 4)).double()
+    by_hand = plain(z + vae.decoder.shift[context[0]])
+    torch.testing.assert_close(vae.decode(z, *context).base_dist.logits, by_hand)
+    with pytest.raises(ValueError, match="context tensors for the decoder.* expected 1, found 0"):
+        vae.decode(z)
+    with pytest.raises(ValueError, match="context tensors for the decoder.* expected 1, found 2"):
+        vae.decode(z, *context, *context)
+
+    class Optional(Labelled):
+        def forward(self, z, y=None, *, temperature=1.0):
+            return self.net(z if y is None else z + self.shift[y])
+
+    vae.decoder = Optional(plain).double()
+    torch.testing.assert_close(vae.decode(z).base_dist.logits, plain(z))
+    assert not torch.equal(vae.decode(z, *context).base_dist.logits, plain(z))
+    vae.decoder.takes_context = False  # the word comes before the signature
+    with pytest.raises(ValueError, match="none of encoder, prior, decoder, likelihood takes any"):
+        vae.decode(z, *context)
+
+    class Option(Labelled):
+        def forward(self, z, scale=1.0):
+            return self.net(z * scale)
+
+    vae.decoder = Option(plain).double()  # labels are no scale
+    with pytest.raises(ValueError, match="none of encoder, prior, decoder, likelihood takes any"):
+        vae.decode(z, *context)
+
+    class Any(Labelled):
+        takes_context = True
+
+        def forward(self, z, *context):
+            return self.net(z)
+
+    vae.decoder = Any(plain).double()
+    vae.decode(z, *context, *context)
+    with pytest.raises(ValueError, match="context tensors for the decoder.* expected at least 1, found 0"):
+        vae.decode(z)
+
+
+CONTEXTS = {
+    "of another length": (lambda: context_of(4), r"length 5, .* found context of shapes \(4, 3\), \(4,\)"),
+    "one of them": (lambda: (context_of(5)[0], context_of(4)[1]), r"length 5, .* shapes \(5, 3\), \(4,\)"),
+    "a single row for all": (lambda: context_of(1), "length 5, that of the observations"),
+    "no tensor": (lambda: (3,), "context tensors of shape .*, found int"),
+    "a scalar": (lambda: (torch.tensor(1.0),), r"found shape \(\)"),
+    "too narrow": (lambda: context_of(5)[:1], "context of 4 numbers per observation"),
+    "too wide": (lambda: context_of(5) * 2, r"MLPEncoder|MLPDecoder: expected context of 4 numbers"),
+    "missing": (lambda: (), "context tensors for the (encoder|decoder).* expected at least 1, found 0"),
+}
+
+
+@pytest.mark.parametrize(("context", "match"), CONTEXTS.values(), ids=CONTEXTS)
+def test_context_that_does_not_suit_is_refused(context, match):
+    vae, x = conditional(), torch.rand(5, 1, 4, 4, dtype=torch.float64)
+    for program in (vae.model, vae.guide, vae.encode, lambda x, *c: vae.decode(x[:, 0, 0, :3], *c)):
+        with pytest.raises(ValueError, match=match):
+            program(x, *context())
+
+
+def test_context_needs_a_leading_dimension():
+    vae, context = conditional(), context_of(5)
+    with pytest.raises(ValueError, match="x or z with a leading dimension"):
+        vae.decode(torch.randn(3, dtype=torch.float64), *context)
+    with pytest.raises(ValueError, match="x or z with a leading dimension"):
+        vae.encode(torch.rand(1, 4, 4, dtype=torch.float64), *context)
+
+
+def test_context_that_no_part_takes_is_refused(vae):
+    x, labels = torch.rand(5, 1, 4, 4), torch.arange(5)
+    for program in (vae.model, vae.guide, vae.encode, lambda x, *c: vae.decode(x[:, 0, 0, :3], *c)):
+        with pytest.raises(ValueError, match="none of encoder, prior, decoder, likelihood takes any"):
+            program(x, labels)
+
+
+def test_conditional_copies_share_no_parameter_and_sit_in_pickles():
+    vae, context, x = conditional(), context_of(5), torch.rand(5, 1, 4, 4, dtype=torch.float64)
+    for clone in (copy.deepcopy(vae), pickle.loads(pickle.dumps(vae))):
+        assert not {*map(id, clone.parameters())} & {*map(id, vae.parameters())}
+        assert torch.equal(clone.encode(x, *context).mean, vae.encode(x, *context).mean)
+
+
+# --- the least that a likelihood is ---
+
+
+def laplace(output):
+    return dist.Laplace(output, 0.3)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_vae.importance.UnreliableEstimateWarning")
+def test_a_likelihood_is_any_function_from_output_to_distribution():
+    vae, x = make_vae(likelihood=laplace), torch.rand(20, 1, 4, 4)
+    vae.check(x)
+    assert vae.terms(torch.tensor(1.0)) == {}
+    before = parameters(vae)
+    fit(NegativeELBO(vae), x, epochs=1, verbose=False)
+    assert all(changed(before, vae))
+    assert set(evaluate(vae, x, importance_samples=20)) == {"neg_elbo", "reconstruction", "kl", "log_marginal"}
+    assert pickle.loads(pickle.dumps(vae)).likelihood is laplace
+    for direct in (
+        lambda: NegativeDirectLogLikelihood(vae),
+        lambda: direct_log_marginal(vae, x, num_samples=20),
+        lambda: prior_search(vae, x, num_samples=5),
+    ):
+        with pytest.raises(ValueError, match=r"method pairwise_log_prob\(output, x\), found <function laplace"):
+            direct()
+
+
+def test_what_a_likelihood_has_is_asked_through_the_vae():
+    vae = make_vae(likelihood=LIKELIHOODS["normal-sigmoid"])
+    assert vae.terms(torch.tensor(1.0)) == vae.likelihood.terms(torch.tensor(1.0), (1, 4, 4))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        vae.check(torch.full((1, 1, 4, 4), math.nan))
+
+
+def test_a_module_without_parameters_still_has_a_type():
+    class Still(nn.Module):
+        def forward(self, z):
+            return z[:, :1]
+
+    vae = VAE(nn.Identity(), Still(), latent_dim=2, event_shape=(1,)).double()
+    assert vae.like.dtype == torch.float64
+    assert vae.decode(torch.randn(5, 2, dtype=torch.float64)).mean.shape == (5, 1)
