@@ -32,7 +32,7 @@ class DistributedStep(EagerStep):
         training = self.objective.training
         first = torch.arange(1, device=self.data.x.device)
         with torch.random.fork_rng(devices=[first.device] if first.is_cuda else []):
-            loss = self.objective.eval()(self.data.batch(first))["loss"]
+            loss = self.objective.eval()(*self.data.batch(first))["loss"]
         self.objective.train(training)
         return any(g is None for g in torch.autograd.grad(loss, self.parameters, allow_unused=True))
 
@@ -40,7 +40,7 @@ class DistributedStep(EagerStep):
         part = index.tensor_split(processes.count())[processes.rank()]
         weight = len(part) / len(index)
         # DistributedDataParallel waits for every process, so one without a share takes an image along, at weight 0.
-        terms: dict[str, Tensor] = self.module(self.data.batch(part if len(part) else index[:1]))
+        terms: dict[str, Tensor] = self.module(*self.data.batch(part if len(part) else index[:1]))
         (terms["loss"] * (weight * processes.count())).backward()
         totals = torch.stack([value.detach() * weight for value in terms.values()])
         dist.all_reduce(totals)

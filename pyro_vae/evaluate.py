@@ -60,17 +60,16 @@ def evaluate(
     batch_size, seed = whole_number("batch_size", batch_size), whole_number("seed", seed, minimum=0)
     device = vae.prior_loc.device
     data = as_data(data).to(device, vae.prior_loc.dtype)
-    if data.x.is_floating_point():
-        vae.likelihood.check(data.x)
+    data.check(lambda x, *context: vae.likelihood.check(x), vae.encode)
     means, variances, kls, observations = [], [], [], []
     random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with torch.no_grad(), random_state, evaluating(vae):
         torch.manual_seed(seed + processes.rank())
         for index in processes.share(torch.arange(len(data), device=device)).split(batch_size):
-            x = data.batch(index)
+            x, *context = data.batch(index)
             vae.check_batch(x)
-            q = vae.encode(x)
-            draws = -vae.decode(q.sample((num_samples,))).log_prob(x)  # (num_samples, batch)
+            q = vae.encode(x, *context)
+            draws = -vae.decode(q.sample((num_samples,)), *context).log_prob(x)  # (num_samples, batch)
             means.append(draws.mean(0))
             variances.append(draws.var(0))
             kls.append(kl_divergence(q, vae.prior().expand(q.batch_shape)))
@@ -106,7 +105,7 @@ def _squared_error(model: Autoencoder, data: DataLike, batch_size: int, seed: in
     with torch.no_grad(), torch.random.fork_rng(devices=[like.device] if like.is_cuda else []), evaluating(model):
         torch.manual_seed(seed + processes.rank())  # for dynamic binarisation
         for index in processes.share(torch.arange(len(data), device=like.device)).split(batch_size):
-            x = data.batch(index)
+            (x,) = data.batch(index)
             total += (model(x) - x).square().sum(dtype=torch.float64).item()
     per_observation = sum(processes.gather_objects(total)) / len(data)
     return {

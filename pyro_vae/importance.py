@@ -177,7 +177,7 @@ def log_marginal(
     chunk_size = None if chunk_size is None else whole_number("chunk_size", chunk_size)
     if not torch.is_tensor(x):
         data = as_data(x)
-        x = data.batch(torch.arange(len(data), device=data.x.device))
+        (x,) = data.batch(torch.arange(len(data), device=data.x.device))
     for name, program in (("model", model), ("guide", guide)):
         if not callable(program) or isinstance(program, VAE):
             raise ValueError(f"{name}: expected a Pyro program, such as vae.{name}, found {type(program).__name__}.")

@@ -36,17 +36,22 @@ ESTIMATORS = ("trace", "mean-field")
 
 
 class Objective(nn.Module):
-    """Base of all objectives: ``objective(x) -> {"loss": ..., ...}``, scalars, mean nats per image."""
+    """Base of all objectives: ``objective(*batch) -> {"loss": ..., ...}``, scalars, mean nats per image.
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        raise NotImplementedError(f"{type(self).__name__} must define forward(x) -> dict of scalar tensors with 'loss'.")
+    A batch is what the data's ``inputs`` name, x first.
+    """
 
-    def check(self, x: Tensor) -> None:
-        """Raise a ``ValueError`` if the objective is not defined for these observations; called once, before training."""
+    def forward(self, *batch: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError(
+            f"{type(self).__name__} must define forward(*batch) -> dict of scalar tensors with 'loss'."
+        )
 
-    def diagnose(self, x: Tensor) -> str:
+    def check(self, *batch: Tensor) -> None:
+        """Raise a ``ValueError`` if the objective is not defined for such a batch; called on all data before training."""
+
+    def diagnose(self, *batch: Tensor) -> str:
         """What to tell of a batch whose loss or gradient is not finite."""
-        return f"largest |x| {x.abs().max().item():g}"
+        return f"largest |x| {batch[0].abs().max().item():g}"
 
 
 class _ScaleLatents(ScaleMessenger):
@@ -117,17 +122,17 @@ class NegativeELBO(Objective):
         (traces,) = elbo._get_traces(model, guide, (x,), {})
         return _terms(*traces, analytic=analytic, shape=(num_particles, len(x)))
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         reconstruction, weighted_kl = (term.mean() for term in self.per_image(x))
         loss = reconstruction + weighted_kl
         kl = weighted_kl / self.beta
         terms = {"loss": loss, "neg_elbo": reconstruction + kl, "reconstruction": reconstruction, "kl": kl}
         return terms | self.vae.likelihood.terms(reconstruction, self.vae.event_shape)
 
-    def check(self, x: Tensor) -> None:
+    def check(self, x: Tensor) -> None:  # type: ignore[override]
         self.vae.likelihood.check(x)
 
-    def diagnose(self, x: Tensor) -> str:
+    def diagnose(self, x: Tensor) -> str:  # type: ignore[override]
         with torch.no_grad():
             log_scale = self.vae.encode(x).base_dist.scale.log().max().item()
         return f"largest log-scale of the encoder {log_scale:g}, {super().diagnose(x)}"
@@ -152,7 +157,7 @@ class NegativeIWAE(NegativeELBO):
     def __init__(self, vae: VAE, *, num_particles: int = 5) -> None:
         super().__init__(vae, num_particles=num_particles)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         reconstruction, kl = self.per_image(x)  # (num_particles, batch)
         log_weights = -(reconstruction + kl)
         bound = log_weights.logsumexp(0) - math.log(self.num_particles)
@@ -188,12 +193,12 @@ class NegativeDirectLogLikelihood(Objective):
         self.redraw = redraw
         self.register_buffer("z", vae.prior().sample((whole_number("num_draws", num_draws),)))  # (num_draws, latent_dim)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         self.vae.check_batch(x)
         z = torch.randn_like(self.z) if self.redraw else self.z
         return {"loss": -direct_log_prob(self.vae, z, x).mean()}
 
-    def check(self, x: Tensor) -> None:
+    def check(self, x: Tensor) -> None:  # type: ignore[override]
         self.vae.likelihood.check(x)
 
 
@@ -212,7 +217,7 @@ class ReconstructionError(Objective):
             raise ValueError(f"ReconstructionError: expected an Autoencoder, found {type(autoencoder).__name__}.")
         self.autoencoder = autoencoder
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         loss = F.mse_loss(self.autoencoder(x), x)
         return {"loss": loss, "squared_error": loss * x[0].numel()}
 

@@ -5,7 +5,6 @@ tensor operations of loss, gradient and update, and compiles these by Inductor. 
 same noise from the same generator as the eager step, and the two may take turns on the same optimiser.
 """
 
-import copy
 import math
 import time
 import warnings
@@ -102,7 +101,7 @@ class EagerStep:
 
     def _backward(self, index: Tensor) -> dict[str, Tensor]:
         """The objective's terms on a batch; the gradient of its loss goes into the parameters."""
-        terms = self.objective(self.data.batch(index))
+        terms = self.objective(*self.data.batch(index))
         if self.count == 1:
             _check_terms(self.objective, terms)
         terms["loss"].backward()
@@ -187,7 +186,7 @@ class CompiledStep(EagerStep):
             return self._check(size, index)
         graph.steps += 1
         with torch.no_grad():
-            (values,) = graph.call(*self._arguments, self._scalars(), self.data.x, index)
+            (values,) = graph.call(*self._arguments, self._scalars(), *self.data.held, index)
         for place in graph.updates:
             self._updates[place] += 1
         return dict(zip(graph.names, values.tolist(), strict=True))
@@ -248,7 +247,7 @@ class CompiledStep(EagerStep):
             graph.steps += 1
             torch.set_rng_state(noise)
             with torch.no_grad():
-                (values,) = graph.call(*copies, scalars, self.data.x, index)
+                (values,) = graph.call(*copies, scalars, *self.data.held, index)
         except Exception as error:  # whatever Python, Pyro, the tracer and the compiler raise
             torch.set_rng_state(after)
             self._verify()
@@ -289,7 +288,7 @@ class CompiledStep(EagerStep):
     def _compile(self, state: Sequence[Tensor], scalars: Tensor, index: Tensor) -> "_Graph":
         start = time.perf_counter()
         names: list[str] = []
-        number = len(self.parameters)
+        number, width = len(self.parameters), len(self.data.held)
         places = {id(p): place for place, p in enumerate(self.objective.parameters())}
         trained = [places[id(p)] for p in self.parameters]
         updates: list[int] = []
@@ -297,15 +296,15 @@ class CompiledStep(EagerStep):
         eps = self.optimizer.param_groups[0]["eps"]
 
         def function(*tensors: Tensor) -> tuple[Tensor]:
-            *held, scalars, x, chosen = tensors
+            *held, chosen = tensors
+            held, (scalars, *columns) = held[: -1 - width], held[-1 - width :]
             held, firsts, seconds = held[: -2 * number], held[-2 * number : -number], held[-number:]
             leaves = list(held)
             for place in trained:
                 leaves[place] = held[place].detach().requires_grad_()
-            data = copy.copy(self.data)
-            object.__setattr__(data, "x", x)  # not replace(), which would look at the values again
             named = dict(zip(self._names, leaves, strict=True))
-            terms = torch.func.functional_call(self.objective, named, (data.batch(chosen),))
+            batch = self.data.convert(*(column.index_select(0, chosen) for column in columns))
+            terms = torch.func.functional_call(self.objective, named, batch)
             for name, old in zip(self._names[len(places) :], held[len(places) :], strict=True):
                 if (new := named[name]) is not old:  # a buffer that forward() has put another tensor in the place of
                     if (new.shape, new.dtype) != (old.shape, old.dtype):
@@ -329,7 +328,7 @@ class CompiledStep(EagerStep):
             return (torch.stack([value.detach() for value in terms.values()]),)
 
         held = _held(self.objective)
-        inputs = (*(t.clone() for t in state), scalars, self.data.x, index)  # tracing runs the operations
+        inputs = (*(t.clone() for t in state), scalars, *self.data.held, index)  # tracing runs the operations
         graph = trace(function, inputs)
         if _held(self.objective) != held:
             raise UntraceableError("the objective changes its own Python attributes in forward()")

@@ -56,7 +56,7 @@ def fit(
     stop: Callable[[], bool] | None = None,
     verbose: bool = True,
 ) -> list[dict[str, Any]]:
-    """Minimise ``objective(batch)["loss"]`` over the parameters of the objective by Adam.
+    """Minimise ``objective(*batch)["loss"]`` over the parameters of the objective by Adam.
 
     Data order and noise are functions of (seed, epoch), and do not depend on when records are made; torch's global random
     state is left as found. Parameters that do not require a gradient stay fixed.
@@ -139,12 +139,17 @@ def fit(
     data = as_data(data).to(device, parameters[0].dtype)
     held_out = None if test is None else as_data(test).to(device, parameters[0].dtype)
     for part in (data, held_out):
-        if part is not None and part.x.is_floating_point():  # uint8 is scaled into [0, 1], which suits every likelihood
-            objective.check(part.x)
+        if part is not None:
+            part.check(objective.check, objective.forward)
     if held_out is not None and held_out.event_shape != data.event_shape:
         raise ValueError(
             f"test: expected observations of shape {tuple(data.event_shape)} like those of the training data, found "
             f"{tuple(held_out.event_shape)}. Reshape one of the two."
+        )
+    if held_out is not None and held_out.inputs != data.inputs:
+        raise ValueError(
+            f"test: expected batches of {', '.join(data.inputs)} like those of the training data, found "
+            f"{', '.join(held_out.inputs)}. Give both the same inputs."
         )
     objective.to(device)
     compile = compile_choice(compile, device)
@@ -300,8 +305,10 @@ def _train(
             step.end()
         except NonFiniteStepError as error:
             failed = first + number - error.ago
-            x = step.data.batch(error.index)
-            raise NonFiniteError(_describe(step.objective, x, math.ceil(failed / per_epoch), failed, error.loss)) from None
+            batch = step.data.batch(error.index)
+            raise NonFiniteError(
+                _describe(step.objective, batch, math.ceil(failed / per_epoch), failed, error.loss)
+            ) from None
     look_at_the_clock()
     record: dict[str, Any] = {"epoch": math.ceil(progress.step / per_epoch)}
     record |= {name: total / progress.seen for name, total in progress.totals.items()}
@@ -322,12 +329,12 @@ def _streams(seed: int, epoch: int) -> tuple[int, int]:
     return int(order), int(noise)
 
 
-def _describe(objective: Objective, x: Tensor, epoch: int, step: int, loss: float) -> str:
+def _describe(objective: Objective, batch: tuple[Tensor, ...], epoch: int, step: int, loss: float) -> str:
     what = "the loss" if not np.isfinite(loss) else "the gradient"
     first = step == 1
     advice = "No step was taken yet: look at the nets and the data." if first else "Lower the learning rate."
     return (
-        f"{what} is not finite in epoch {epoch}, step {step}: loss {loss:g}, {objective.diagnose(x)}. The weights are "
+        f"{what} is not finite in epoch {epoch}, step {step}: loss {loss:g}, {objective.diagnose(*batch)}. The weights are "
         f"those before this batch. {advice}"
     )
 
@@ -339,7 +346,7 @@ def _mean_terms(objective: Objective, data: Data, *, batch_size: int) -> dict[st
     with torch.no_grad():
         for index in processes.share(torch.arange(len(data), device=data.x.device)).split(batch_size):
             if len(index):  # a process may have no share
-                for name, value in objective(data.batch(index)).items():
+                for name, value in objective(*data.batch(index)).items():
                     totals[name] = totals.get(name, 0.0) + value.item() * len(index)
     shares = processes.gather_objects(totals)  # the first process has a share
     return {name: sum(share.get(name, 0.0) for share in shares) / len(data) for name in shares[0]}

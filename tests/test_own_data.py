@@ -240,6 +240,8 @@ def test_arrays_of_images_have_their_channels_first(tmp_path):
         np.save(tmp_path / "x.npy", x)
         assert read_data(tmp_path / "x.npy").event_shape == shape
     np.save(tmp_path / "x.npy", (PIXELS > 100).astype(np.uint8))
-    assert read_data(tmp_path / "x.npy").batch(torch.arange(12)).unique().tolist() == [0, 1]
+    (x,) = read_data(tmp_path / "x.npy").batch(torch.arange(12))
+    assert x.unique().tolist() == [0, 1]
     np.save(tmp_path / "x.npy", np.arange(12).reshape(6, 2))
-    assert read_data(tmp_path / "x.npy").x.dtype == torch.float32
+    data = read_data(tmp_path / "x.npy")
+    assert (data.x.dtype, data.note) == (torch.int64, "array x of shape (6, 2), whole numbers (int64)")

@@ -521,7 +521,7 @@ def test_iwae_in_stages(digits, tmp_path, monkeypatch, capsys):
 
 def test_iwae_starts_as_the_paper_does(digits):
     vae = load_script("iwae_mnist").build(digits[0])
-    x = digits[0].batch(torch.arange(len(digits[0])))
+    (x,) = digits[0].batch(torch.arange(len(digits[0])))
     *_, output = (module for module in vae.modules() if isinstance(module, nn.Linear))
     assert torch.allclose(output.bias.sigmoid(), x.mean(0).flatten().clamp(0.001, 0.999), atol=1e-5)
     heads = next(m for m in vae.encoder.modules() if isinstance(m, nn.Linear) and m.out_features == 100)
