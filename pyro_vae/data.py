@@ -45,7 +45,7 @@ _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.
 _ROWS, _NUMBERS = 10_000, 2**23  # of a batch that is checked: larger tensors glibc would give back each time
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Data:
     """Tensors of one leading dimension, held once in the type they came in, and which of them a batch has.
 
@@ -185,6 +185,10 @@ class Data:
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def __repr__(self) -> str:
+        size = f"{len(self):,} of shape {tuple(self.event_shape)} in {self.x.dtype}"
+        return f"Data({self.name!r}, {size}, inputs {', '.join(self.inputs)})"
 
     @property
     def event_shape(self) -> torch.Size:
@@ -351,7 +355,8 @@ class Data:
             name = getattr(function, "__qualname__", type(function).__name__)
             raise DataError(
                 f"{self.name}: a batch has {', '.join(self.inputs)}, which does not suit "
-                f"{name}({', '.join(signature.parameters)}): {error}. Name in their order the tensors that it takes: Data(..., inputs=(...))."
+                f"{name}({', '.join(signature.parameters)}): {error}. Name in their order the tensors that it takes: "
+                "Data(..., inputs=(...))."
             ) from error
 
 

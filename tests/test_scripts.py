@@ -577,6 +577,23 @@ def test_own_pictures_with_all_figures_and_tensorboard(tmp_path, svi_mnist_here)
     assert "likelihood normal (as asked for); 4 latent dimensions; 1 epochs" in out
 
 
+@pytest.mark.parametrize(("answer", "largest"), [("yes", 30 / 255), ("no", 30)])
+def test_a_table_of_bytes_is_answered_for(tmp_path, svi_mnist_here, answer, largest):
+    np.save(tmp_path / "bytes.npy", np.random.default_rng(0).integers(2, 31, (60, 4), dtype=np.uint8))
+    options = ("--data", "bytes.npy", "--hidden", 4, "--importance-samples", 0, "--no-figures", "--out", "run")
+    code, _, err = svi_mnist_here(*options, "--epochs", 1)
+    assert (code, "--pixels yes or no" in err) == (2, True)
+    code, _, err = svi_mnist_here(*options, "--pixels", answer, "--likelihood", "learned-normal", "--epochs", 1)
+    assert code == 0, err
+    assert load_run(tmp_path / "run").likelihood.loc.max() < largest < 5 * load_run(tmp_path / "run").likelihood.loc.max()
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["pixels"] == answer
+    code, _, err = svi_mnist_here("--resume", "run", "--epochs", 2, "--no-figures", "--importance-samples", 0)
+    assert code == 0, err
+    other = {"yes": "no", "no": "yes"}[answer]
+    code, _, err = svi_mnist_here("--resume", "run", "--pixels", other)
+    assert (code, f"pixels: {answer} -> {other}" in err) == (2, True)
+
+
 def test_own_table_goes_on_where_it_was(tmp_path, svi_mnist_here):
     table = 1e5 * (np.random.default_rng(0).normal(size=(200, 5)) + 3)
     np.savez(tmp_path / "table.npz", x=table, y=np.arange(200) % 3)
