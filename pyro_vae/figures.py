@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae import latent, plots
-from pyro_vae.data import Data, are_pixels
+from pyro_vae.data import Data
 from pyro_vae.likelihoods import BernoulliLikelihood
 from pyro_vae.presets import Settings
 from pyro_vae.vae import VAE
@@ -30,7 +30,7 @@ def run_figures(
     """
     title = f"{settings.preset} on {train.name}"
     yield "training_curves", plots.training_curves(history, title=title)
-    if _is_image(train):
+    if train.is_image:
         yield from _of_images(vae, train, test, title)
 
     labels = None if train.labels is None else train.labels.cpu()
@@ -56,39 +56,35 @@ def run_figures(
         yield "tsne", plots.latent_scatter(points, labels, title=f"{title}: t-SNE of {what}", classes=train.classes)
 
 
-def _is_image(data: Data) -> bool:
-    """``(height, width)``, or that of 1 or 3 channels."""
-    shape = data.event_shape
-    return len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3))
-
-
 def _of_images(vae: VAE, train: Data, test: Data, title: str) -> Iterator[tuple[str, "Figure"]]:
     """Shapes: images (n, *event_shape)."""
     show = _scaled_by(train)
     device = test.x.device
-    some = test.batch(torch.randperm(len(test))[:8].to(device))
-    decoded = vae.decode(vae.encode(some).mean)
+    some, *context = test.batch(torch.randperm(len(test))[:8].to(device))
+    decoded = vae.decode(vae.encode(some, *context).mean, *context)
     rows = {"test image": some, "reconstruction": decoded.mean}
     if isinstance(vae.likelihood, BernoulliLikelihood):  # a sample with normal noise on each pixel shows nothing
         rows["Bernoulli sample"] = decoded.sample()
     yield "reconstructions", plots.image_rows(show(rows), title=f"{title}: test images and their reconstructions")
 
-    some = train.batch(torch.randperm(len(train))[:10].to(device))
-    rows = {"train image": some, "reconstruction": vae.decode(vae.encode(some).mean).mean}
+    some, *context = train.batch(torch.randperm(len(train))[:10].to(device))
+    rows = {"train image": some, "reconstruction": vae.decode(vae.encode(some, *context).mean, *context).mean}
     yield "reconstructions_train", plots.image_rows(show(rows), title=f"{title}: training images and reconstructions")
 
-    samples = vae.decode(vae.prior().sample((36,))).mean
+    _, *context = test.batch(torch.arange(36, device=device) % len(test))  # of a conditional model
+    samples = vae.decode(vae.prior().sample((36,)), *context).mean
     yield "prior_samples", plots.image_grid(show({"": samples})[""], columns=6, title=f"{title}: from the prior")
 
     ends, names = _two_images(test)
-    if len(ends) == 2:
-        paths = latent.interpolate(vae, *test.batch(ends), steps=10)
+    (start_and_end, *context) = test.batch(ends)
+    if len(ends) == 2 and not context:  # between two contexts there is no way
+        paths = latent.interpolate(vae, *start_and_end, steps=10)
         rows = dict(zip(("latent space", "pixel space"), paths, strict=True))
         yield "interpolation", plots.image_rows(show(rows), title=f"{title}: from {names[0]} to {names[1]}")
 
     if _is_grey(test):
-        some = test.batch(torch.randperm(len(test))[:10].to(device))
-        denoised = latent.denoise(vae, some, flip_rate=0.02)
+        some, *context = test.batch(torch.randperm(len(test))[:10].to(device))
+        denoised = latent.denoise(vae, some, *context, flip_rate=0.02)
         rows = dict(zip(("thresholded", "2 % flipped", "reconstruction"), denoised, strict=True))
         yield "denoising", plots.image_rows(show(rows), title=f"{title}: denoising")
 
@@ -112,10 +108,10 @@ def _two_images(data: Data) -> tuple[Tensor, list[str]]:
 
 def _is_grey(data: Data) -> bool:
     """One channel of values in [0, 1], which can be made black and white."""
-    return data.event_shape[:-2].numel() == 1 and are_pixels(data.x)
+    return data.event_shape[:-2].numel() == 1 and data.are_pixels
 
 
 def _scaled_by(data: Data) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     """Brings images to [0, 1] and to the CPU, as they are shown: by the range of the data where they go beyond."""
-    low, high = (0.0, 1.0) if are_pixels(data.x) else (data.x.min().item(), data.x.max().item())
+    low, high = (0.0, 1.0) if data.are_pixels else (data.x.min().item(), data.x.max().item())
     return lambda rows: {name: (images.cpu() - low) / (high - low) for name, images in rows.items()}

@@ -5,7 +5,6 @@ mode. Functions that draw use torch's global random state: seed it for a reprodu
 """
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,16 +35,16 @@ __all__ = [
 Model = VAE | Autoencoder
 
 
-def _encode(model: Model, x: Tensor) -> Tensor:
+def _encode(model: Model, *batch: Tensor) -> Tensor:
     """Posterior mean, or code."""
-    return model.encode(x).mean if isinstance(model, VAE) else model.encode(x)
+    return model.encode(*batch).mean if isinstance(model, VAE) else model.encode(*batch)
 
 
 @torch.no_grad()
-def decoder_mean(model: Model, z: Tensor) -> Tensor:
+def decoder_mean(model: Model, z: Tensor, *context: Tensor) -> Tensor:
     """The image that the decoder draws at z ``(n, latent_dim)``, its mean: ``(n, *event_shape)``."""
     with evaluating(model):
-        return model.decode(z).mean if isinstance(model, VAE) else model.decode(z)
+        return model.decode(z, *context).mean if isinstance(model, VAE) else model.decode(z, *context)
 
 
 @torch.no_grad()
@@ -55,7 +54,7 @@ def latent_means(model: Model, data: DataLike, *, batch_size: int = 1000) -> Ten
     data = as_data(data).to(parameter.device, parameter.dtype)
     batches = torch.arange(len(data), device=data.x.device).split(batch_size)
     with evaluating(model):
-        return torch.cat([_encode(model, data.batch(index)) for index in batches])
+        return torch.cat([_encode(model, *data.batch(index)) for index in batches])
 
 
 def _require_posterior(name: str, vae: Model) -> None:
@@ -76,7 +75,8 @@ def kl_per_dimension(vae: VAE, data: DataLike, *, batch_size: int = 1000) -> Ten
     total = torch.zeros(vae.latent_dim, dtype=torch.float64, device=vae.like.device)
     with evaluating(vae):
         for index in torch.arange(len(data), device=data.x.device).split(batch_size):
-            q, p = vae.encode(data.batch(index)), vae.prior_of()
+            x, *context = data.batch(index)
+            q, p = vae.encode(x, *context), vae.prior_of(*context)
             if not all(isinstance(d, Independent) and isinstance(d.base_dist, Normal) for d in (q, p)):
                 raise ValueError(
                     f"kl_per_dimension: expected posterior and prior of independent normals, found {q} and {p}. Only of "
@@ -183,12 +183,13 @@ def manifold_grid(
 
 
 @torch.no_grad()
-def denoise(model: Model, x: Tensor, *, flip_rate: float = 0.02) -> tuple[Tensor, Tensor, Tensor]:
+def denoise(model: Model, x: Tensor, *context: Tensor, flip_rate: float = 0.02) -> tuple[Tensor, Tensor, Tensor]:
     """Threshold at 0.5, flip each pixel with probability ``flip_rate``, and reconstruct by way of the posterior mean.
 
     Args:
         model: a VAE or an autoencoder.
         x: observations in [0, 1], ``(batch, *event_shape)``.
+        context: what else a batch has, of a conditional model.
         flip_rate: probability that a pixel is flipped.
 
     Returns:
@@ -203,7 +204,7 @@ def denoise(model: Model, x: Tensor, *, flip_rate: float = 0.02) -> tuple[Tensor
     flip = (torch.rand_like(x) < flip_rate).to(x.dtype)
     noisy = (binary - flip).abs()
     with evaluating(model):
-        return binary, noisy, decoder_mean(model, _encode(model, noisy))
+        return binary, noisy, decoder_mean(model, _encode(model, noisy, *context), *context)
 
 
 @torch.no_grad()
@@ -225,7 +226,8 @@ def sample_like(vae: VAE, data: Data, label: int, *, num_samples: int) -> Tensor
         raise ValueError(f"sample_like: no observation of {data.name!r} has label {label}; found labels {found}.")
     index = candidates[torch.randint(len(candidates), (num_samples,), device=candidates.device)]
     with evaluating(vae):
-        return vae.decode(vae.encode(data.batch(index)).sample()).mean
+        x, *context = data.batch(index)
+        return vae.decode(vae.encode(x, *context).sample(), *context).mean
 
 
 def latent_record(vae: VAE, data: DataLike, *, limit: int = 500) -> dict[str, Any]:
@@ -236,7 +238,7 @@ def latent_record(vae: VAE, data: DataLike, *, limit: int = 500) -> dict[str, An
         observations, or None; ``kl_per_dimension``: of all the data, see :func:`kl_per_dimension`.
     """
     data = as_data(data)
-    some = replace(data, x=data.x[:limit], labels=None if data.labels is None else data.labels[:limit])
+    some = data.subset(slice(limit))
     return {
         "means": [[round(value, 4) for value in row] for row in latent_means(vae, some).tolist()],
         "labels": None if some.labels is None else some.labels.tolist(),

@@ -1,7 +1,7 @@
 """Your own data -> ``Data``: arrays, tensors, data sets of torch, .npy and .npz files, folders of images."""
 
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pyro_vae.data import Data, DataError, are_pixels
+from pyro_vae.data import Data, DataError
 
 __all__ = ["DataLike", "as_batch", "as_data", "read_data", "read_splits"]
 
-DataLike = Data | Tensor | np.ndarray[Any, Any] | Dataset[Any] | str | Path
-"""What ``fit``, ``evaluate`` and ``log_marginal`` take as data."""
+Array = Tensor | np.ndarray[Any, Any]
+DataLike = Data | Array | Sequence[Array] | Mapping[str, Array] | Dataset[Any] | str | Path
+"""What ``fit``, ``evaluate`` and ``log_marginal`` take as data; of sequences, tuples and lists."""
 
 _LARGEST = 128  # images that are no larger stay as they are
 _SIZE = 32  # height and width that others are made
@@ -30,39 +31,89 @@ def as_data(x: DataLike) -> Data:
     """Data of whatever kind as :class:`~pyro_vae.data.Data`, without a copy where memory can be shared.
 
     Args:
-        x: :class:`~pyro_vae.data.Data`; a tensor or NumPy array ``(N, *event_shape)``; a map-style
-            :class:`torch.utils.data.Dataset` that yields ``x`` or ``(x, label)``, which is read once, as a whole; or what
-            :func:`read_data` takes.
+        x: :class:`~pyro_vae.data.Data`; a tensor or NumPy array ``(N, *event_shape)``; a tuple or list of these, of one
+            length, ``(x, y)`` or ``(x, y1, y2, ...)``, which a batch has in that order; a mapping from name to such an
+            array, the first of which is x; a map-style :class:`torch.utils.data.Dataset` that yields ``x`` or
+            ``(x, label)``, which is read once, as a whole; or what :func:`read_data` takes.
 
     Raises:
-        DataError: another type, an array that no tensor can hold, or observations of different shapes.
+        DataError: another type, an array that no tensor can hold, parts of different lengths, or observations of different
+            shapes.
 
     Example:
         >>> from torch.utils.data import TensorDataset
         >>> data = as_data(TensorDataset(torch.rand(5, 1, 8, 8), torch.tensor([3, 1, 4, 1, 5])))
         >>> data.x.shape, data.labels
         (torch.Size([5, 1, 8, 8]), tensor([3, 1, 4, 1, 5]))
+        >>> as_data((torch.rand(5, 8), torch.arange(5))).inputs
+        ('x', 'y')
     """
     if isinstance(x, Data):
         return x
     if isinstance(x, str | Path):
         return read_data(x)
+    if isinstance(x, Dataset):
+        return _of_dataset(x)
+    if isinstance(x, Mapping):
+        return _of_parts(list(x), list(x.values()))
+    if isinstance(x, tuple | list) and x and all(isinstance(part, Tensor | np.ndarray) for part in x):
+        return _of_tuple(x)
+    if isinstance(x, tuple):
+        raise DataError(f"expected one data set, found a tuple. {_APART}")
+    return Data(_tensor(x))
+
+
+_APART = "Pass its parts apart: train, test = load_data(...)."
+
+
+def _of_tuple(parts: Sequence[Any]) -> Data:
+    lengths = [len(part) if part.ndim else 0 for part in parts]
+    if len(set(lengths)) > 1:
+        raise DataError(
+            f"expected one data set, or tensors of one length, (x, y); found a {type(parts).__name__} of lengths "
+            f"{', '.join(map(str, lengths))}. {_APART}"
+        )
+    if len(parts) > 2 and len({tuple(part.shape) for part in parts}) == 1:  # a list of images would become one of them
+        raise DataError(
+            f"expected (x, y, ...), found a {type(parts).__name__} of {len(parts):,} tensors of one shape. Stack "
+            "observations: torch.stack(...); or name what they are: {'x': ..., 'y': ...}."
+        )
+    names = ["y"] if len(parts) == 2 else [f"y{number}" for number in range(1, len(parts))]
+    return _of_parts(["x", *names], parts)
+
+
+def _of_parts(names: Sequence[str], parts: Sequence[Any]) -> Data:
+    """The first is x, whatever it is called."""
+    if not parts:
+        raise DataError("expected at least x, found an empty mapping.")
+    tensors = dict(zip(names[1:], map(_tensor, parts[1:]), strict=True))
+    labels = tensors.pop("labels", None)
+    return Data(_tensor(parts[0]), labels, tensors=tensors, inputs=("x", *names[1:]))
+
+
+def _tensor(x: Any) -> Tensor:
+    """A dense tensor, as it is; an array, without a copy where a tensor can share its memory."""
     if isinstance(x, np.ma.MaskedArray):
         raise DataError("expected an array without a mask, found a masked array. Fill the masked values: x.filled(...).")
     if isinstance(x, np.ndarray):
         if x.dtype.kind not in "fiub" or x.dtype.itemsize > 8:
             raise DataError(f"expected an array of numbers, found {x.dtype}. Convert: x.astype('float32').")
         native = x.astype(x.dtype.newbyteorder("="), copy=not x.flags.writeable)  # tensors share memory that can be written
-        x = torch.from_numpy(np.ascontiguousarray(native))
-    if isinstance(x, tuple):
-        raise DataError("expected one data set, found a tuple. Pass its parts apart: train, test = load_data(...).")
-    if isinstance(x, Dataset):
-        return _of_dataset(x)
+        x = torch.from_numpy(np.ascontiguousarray(_signed(native)))
     if not isinstance(x, Tensor):
         raise DataError(f"expected Data, a tensor or a NumPy array, found {type(x).__name__}. Stack it: torch.stack(...).")
     if x.layout != torch.strided or x.is_meta:
         raise DataError(f"expected a dense tensor with values, found {x.layout} on {x.device}: x.to_dense().")
-    return Data(x)
+    return x
+
+
+def _signed(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Whole numbers of a type that torch computes with, of which there are none without sign beyond uint8."""
+    if x.dtype.kind != "u" or x.dtype.itemsize == 1:
+        return x
+    if x.dtype.itemsize == 8 and x.size and x.max() > np.iinfo(np.int64).max:
+        raise DataError(f"expected whole numbers below 2^63, found {x.max()}. Convert: x.astype('float64').")
+    return x.astype(np.int32 if x.dtype.itemsize == 2 else np.int64)
 
 
 def as_batch(data: Any) -> tuple[Tensor, ...]:
@@ -122,12 +173,11 @@ def _observation(x: Any, name: str) -> Tensor:
     from PIL import Image  # torchvision brings it along
 
     if isinstance(x, Image.Image):
-        pixels = np.asarray(x if x.mode == "L" else x.convert("RGB"))
-        return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+        return _channels_first(_as_seen(x))
     raise DataError(f"{name}: expected x or (x, label), x a tensor, an array or an image; found {type(x).__name__}.")
 
 
-def read_data(path: str | Path, *, image_size: int | None = None) -> Data:
+def read_data(path: str | Path, *, image_size: int | None = None, pixels: bool | None = None) -> Data:
     """Observations from a file or folder; ``note`` of the result says how they were read.
 
     Args:
@@ -137,23 +187,30 @@ def read_data(path: str | Path, *, image_size: int | None = None) -> Data:
             ``(N, channels, H, W)``; pictures whose three channels are equal throughout become grey.
         image_size: height and width of the images: the shorter side is brought to it, and the middle kept. None: as they
             are, if all have one size of at most 128 x 128; else 32. Of arrays: None, as they are.
+        pixels: whether uint8 is pixels, scaled by 1/255, or whole numbers; see :class:`~pyro_vae.data.Data`. uint8 of 0 and
+            1 alone is black and white, unless pixels is False.
 
     Raises:
-        DataError: missing, unreadable, or no observations; the message names the file.
+        DataError: missing, unreadable, no observations, or uint8 that may or may not be pixels; the message names the file.
     """
-    return _read(Path(path).expanduser(), image_size)
+    return _read(Path(path).expanduser(), image_size, pixels)
 
 
-def _read(path: Path, image_size: int | None, like: Sequence[int] | None = None) -> Data:
+def _read(path: Path, image_size: int | None, pixels: bool | None, like: Sequence[int] | None = None) -> Data:
     """``like``: height and width of images where they do not have to be of image_size."""
     if path.is_dir():
-        return _read_folder(path, like if image_size is None else (image_size, image_size))
+        return _read_folder(path, like if image_size is None else (image_size, image_size), pixels)
     arrays = _read_arrays(path)
-    return _of_arrays(path, arrays, _called(_X, arrays), _called(_Y, arrays), image_size)
+    return _of_arrays(path, arrays, _called(_X, arrays), _called(_Y, arrays), image_size, pixels)
 
 
 def read_splits(
-    path: str | Path, test: str | Path | None = None, *, image_size: int | None = None, fraction: float = 0.1
+    path: str | Path,
+    test: str | Path | None = None,
+    *,
+    image_size: int | None = None,
+    fraction: float = 0.1,
+    pixels: bool | None = None,
 ) -> tuple[Data, Data]:
     """Training and test data from files or folders; ``note`` of each says how they were read and parted.
 
@@ -164,6 +221,7 @@ def read_splits(
         image_size: as for :func:`read_data`; the test images are made as large as the training images.
         fraction: of the observations that is held out for the test, at random (always the same ones), where there is no
             test set.
+        pixels: as for :func:`read_data`.
 
     Raises:
         DataError: as for :func:`read_data`; or a single observation, which cannot be parted; or sets of different shape.
@@ -171,19 +229,26 @@ def read_splits(
     path = Path(path).expanduser()
     if path.suffix == ".npz" and test is None and {"x_train", "x_test"} <= (arrays := _read_arrays(path)).keys():
         names = [(f"x_{part}", f"y_{part}" if f"y_{part}" in arrays else None) for part in ("train", "test")]
-        first, held = (_of_arrays(path, arrays, x_name, y_name, image_size) for x_name, y_name in names)
+        first, held = (_of_arrays(path, arrays, x_name, y_name, image_size, pixels) for x_name, y_name in names)
     else:
         folders = {part.name.lower(): part for part in path.iterdir() if part.is_dir()} if path.is_dir() else {}
         parted = test is None and {"train", "test"} <= folders.keys()
-        first = _read(folders["train"] if parted else path, image_size)
+        first = _read(folders["train"] if parted else path, image_size, pixels)
         if test is None and not parted:
             return _held_out(path, first, fraction)
         place = folders["test"] if test is None else Path(test).expanduser()
-        held = _read(place, image_size, first.event_shape[-2:])
+        held = _read(place, image_size, pixels, first.event_shape[-2:])
     first, held = (replace(data, name=path.stem or str(path)) for data in (first, held))
     if held.event_shape != first.event_shape:
         found = f"{tuple(first.event_shape)} and {tuple(held.event_shape)}"
         raise DataError(f"{path}: expected training and test data of one shape, found {found}. Make them equal.")
+    both = first.scaled and held.scaled
+    if (first.scaled or held.scaled) and (first.are_pixels != held.are_pixels or (both and first.pixels != held.pixels)):
+        found = f"{first.note}, {first.x.dtype}; and {held.note}, {held.x.dtype}"
+        raise DataError(
+            f"{path}: expected training and test data of one scale, 0 to 255 in uint8, 0 and 1, or any other; found "
+            f"{found}. Save both alike, or keep them as whole numbers by pixels=False (--pixels no)."
+        )
     if held.classes != first.classes:
         found = f"{', '.join(first.classes) or 'none'} and {', '.join(held.classes) or 'none'}"
         raise DataError(f"{path}: expected the same labels in training and test data, found {found}.")
@@ -197,9 +262,7 @@ def _held_out(path: Path, data: Data, fraction: float) -> tuple[Data, Data]:
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))  # the same for every seed of training
 
     def part(index: Tensor, note: str) -> Data:
-        index = index.sort().values
-        labels = None if data.labels is None else data.labels[index]
-        return replace(data, x=data.x[index], labels=labels, note=f"{data.note}; {note}")
+        return replace(data.subset(index.sort().values), note=f"{data.note}; {note}")
 
     return part(order[count:], f"{count:,} held out as test set"), part(order[:count], "held out at random")
 
@@ -224,32 +287,35 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         raise DataError(f"{path}: cannot be read ({reason}). Save a plain array of numbers by numpy.save.") from error
 
 
-def _of_arrays(path: Path, arrays: dict[str, Any], x_name: str | None, y_name: str | None, size: int | None) -> Data:
+def _of_arrays(
+    path: Path, arrays: dict[str, Any], x_name: str | None, y_name: str | None, size: int | None, pixels: bool | None
+) -> Data:
     if x_name is None:
         raise DataError(f"{path}: expected an array called {', '.join(_X)}, found {', '.join(arrays) or 'none'}.")
     try:
-        x, note = _as_numbers(arrays[x_name])
+        x, pixels, note = _as_numbers(arrays[x_name], pixels)
         classes: tuple[str, ...] = ()
         labels, note = None, f"array {x_name} of shape {tuple(x.shape)}{note}"
         if y_name is not None:
             labels, classes = _as_labels(arrays[y_name])
-        if x.dim() == 3 and are_pixels(x):
-            x = x.unsqueeze(1)
-        elif x.dim() == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
+        if x.dim() == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
             x, note = x.permute(0, 3, 1, 2).contiguous(), f"{note}, channels last"
-        data = Data(x, labels, path.stem, classes=classes, note=note)
+        data = Data(x, labels, path.stem, classes=classes, note=note, pixels=pixels)
+        if x.dim() == 3 and data.are_pixels:
+            data = replace(data, x=x.unsqueeze(1))
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     return data if size is None else replace(data.resize(size), note=f"{note}, made {size} x {size}")
 
 
-def _as_numbers(values: np.ndarray[Any, Any]) -> tuple[Tensor, str]:
-    """A tensor that :class:`~pyro_vae.data.Data` takes, and what was done for that."""
-    if values.dtype == np.uint8 and values.size and values.max() == 1:  # else 1 would become 1/255
-        return torch.from_numpy(values * np.uint8(255)), ", 0 and 1"
-    if values.dtype.kind in "iub" and values.dtype != np.uint8:
-        return torch.from_numpy(values.astype(np.float32)), f", {values.dtype} made float32"
-    return as_data(values).x, ""
+def _as_numbers(values: np.ndarray[Any, Any], pixels: bool | None) -> tuple[Tensor, bool | None, str]:
+    """A tensor that :class:`~pyro_vae.data.Data` takes, whether its uint8 is pixels, and what is to be told of that."""
+    if values.dtype == np.uint8 and pixels is not False and values.size and values.max() == 1:  # else 1 would become 1/255
+        return torch.from_numpy(values * np.uint8(255)), True, ", 0 and 1"
+    x = _tensor(values)
+    if x.is_floating_point() or (x.dtype == torch.uint8 and pixels is not False):
+        return x, pixels, ""
+    return x, pixels, f", whole numbers ({values.dtype})"
 
 
 def _as_labels(y: np.ndarray[Any, Any]) -> tuple[Tensor, tuple[str, ...]]:
@@ -265,7 +331,7 @@ def _as_labels(y: np.ndarray[Any, Any]) -> tuple[Tensor, tuple[str, ...]]:
     return torch.from_numpy(index.astype(np.int64)), tuple(map(str, values))
 
 
-def _read_folder(path: Path, size: Sequence[int] | None) -> Data:
+def _read_folder(path: Path, size: Sequence[int] | None, pixels: bool | None) -> Data:
     files, labels, classes = _list_images(path)
     with ThreadPoolExecutor() as pool:
         kinds = sorted(set(pool.map(_size, files)))
@@ -274,8 +340,8 @@ def _read_folder(path: Path, size: Sequence[int] | None) -> Data:
             size = kinds[0] if len(kinds) == 1 and max(kinds[0]) <= _LARGEST else (_SIZE, _SIZE)
         height, width = size
         x = torch.empty(len(files), 3, height, width, dtype=torch.uint8)
-        for place, pixels in zip(x, pool.map(lambda file: _pixels(file, (height, width)), files), strict=True):
-            place.copy_(pixels)
+        for place, image in zip(x, pool.map(lambda file: _read_image(file, (height, width)), files), strict=True):
+            place.copy_(image)
     grey = torch.equal(x[:, 0], x[:, 1]) and torch.equal(x[:, 0], x[:, 2])
     made = "" if kinds == [(height, width)] else f", made {height} x {width}"
     note = f"{len(files):,} {'grey' if grey else 'colour'} images of {found} pixels{made}"
@@ -284,7 +350,8 @@ def _read_folder(path: Path, size: Sequence[int] | None) -> Data:
         note += f"; {len(classes)} label{'s' if len(classes) > 1 else ''}: {some}"
     if others := sum(part.is_file() for part in path.rglob("*")) - len(files):
         note += f"; {others:,} other file{'s' if others > 1 else ''} left out"
-    return Data(x[:, :1].clone() if grey else x, labels, path.name or str(path), classes=classes, note=note)
+    x = x[:, :1].clone() if grey else x
+    return Data(x, labels, path.name or str(path), classes=classes, note=note, pixels=pixels)
 
 
 def _list_images(path: Path) -> tuple[list[Path], Tensor | None, tuple[str, ...]]:
@@ -327,20 +394,41 @@ def _size(file: Path) -> tuple[int, int]:
         return (width, height) if turned else (height, width)
 
 
-def _pixels(file: Path, size: tuple[int, int]) -> Tensor:
-    """``(3, height, width)``, uint8: the middle, if it has another form; upon white, if it can be seen through."""
+def _read_image(file: Path, size: tuple[int, int]) -> Tensor:
+    """``(3, height, width)``, uint8: the middle, if it has another form."""
     from PIL import Image, ImageOps
 
     with _opened(file) as opened:
         opened.draft("RGB", (2 * size[1], 2 * size[0]))  # a JPEG need not be decoded at its full size
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits
-            values = np.asarray(image, dtype=np.float64)
-            image = Image.fromarray((values * (255 / (65535 if values.max() > 255 else 255))).round().astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
+        image = _as_seen(opened).convert("RGB")
         if image.size != size[::-1]:
             image = ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+    return _channels_first(image)
+
+
+def _as_seen(image: Any) -> Any:
+    """A PIL image in 8 bits, grey (mode L) or in colours (RGB): oriented as its EXIF says, composited on white."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_in_8_bits(np.asarray(image, dtype=np.float64), image.mode))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "L" else image.convert("RGB")
+
+
+def _in_8_bits(values: np.ndarray[Any, Any], mode: str) -> np.ndarray[Any, Any]:
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= 65535):
+        raise DataError(f"expected an image of grey levels from 0 to at most 65535, found {low:g} to {high:g}")
+    # "I;16" is 16 bits by its name; the other two do not say what is white.
+    white = 65535 if mode.startswith("I;16") or high > 255 else 1 if mode == "F" and high <= 1 else 255
+    return (values * (255 / white)).round().astype(np.uint8)
+
+
+def _channels_first(image: Any) -> Tensor:
+    """``(channels, height, width)``, uint8, of an image of mode L or RGB."""
+    pixels = np.asarray(image)
+    return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.checks import number, shape, whole_number
-from pyro_vae.data import BINARIZATIONS, Data, are_pixels
+from pyro_vae.data import BINARIZATIONS, Data
 from pyro_vae.likelihoods import BernoulliLikelihood, Likelihood, NormalLikelihood, StandardizedNormalLikelihood
 from pyro_vae.nets import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder, Standardize
 from pyro_vae.objectives import ESTIMATORS, LEAST_BETA, NegativeELBO, NegativeIWAE, Objective, ReconstructionError
@@ -216,11 +216,11 @@ def fitting_likelihood(data: Data) -> tuple[str, str]:
     - All else, tables and numbers beyond [0, 1]: ``"learned-normal"``.
     """
     shape, x = data.event_shape, data.x
-    pixels = are_pixels(x)
-    if pixels and (data.binarization != "none" or ((x == 0) | (x == (255 if x.dtype == torch.uint8 else 1))).all()):
+    pixels = data.are_pixels
+    if data.binarization != "none" or ((x == 0) | (x == (255 if data.scaled else 1))).all():
         return "bernoulli", "values of 0 and 1"
     if pixels and len(shape) == 3 and shape[0] == 3:
         return "normal", "colours"
-    if pixels and (x.dtype == torch.uint8 or len(shape) > 1):
+    if pixels and (data.scaled or len(shape) > 1):
         return "bernoulli", "grey pixels: a relaxed Bernoulli, to be compared only with figures of the kind"
     return "learned-normal", f"{'numbers' if len(shape) == 1 else 'values'} from {x.min():g} to {x.max():g}"

@@ -148,9 +148,18 @@ def _tensors(objective: Objective) -> dict[str, Tensor]:
 
 
 def identity(data: Data) -> str:
-    """What tells one data set from another."""
-    digest = zlib.crc32(data.x.cpu().contiguous().view(torch.uint8).numpy().data)
-    return f"{len(data):,} of shape {tuple(data.event_shape)}, binarization {data.binarization}, CRC-32 {digest:08x}"
+    """What tells one data set from another, as its batches have it."""
+    x, *others = data.held
+    text = f"{len(data):,} of shape {tuple(data.event_shape)}, binarization {data.binarization}, CRC-32 {_digest(x)}"
+    if x.dtype == torch.uint8 and not data.scaled:
+        text += ", not scaled"
+    for name, tensor in zip(data.inputs[1:], others, strict=True):
+        text += f"; {name} of shape {tuple(tensor.shape[1:])}, CRC-32 {_digest(tensor)}"
+    return text
+
+
+def _digest(tensor: Tensor) -> str:
+    return f"{zlib.crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data):08x}"
 
 
 def _conditions() -> dict[str, Any]:

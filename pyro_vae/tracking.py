@@ -51,10 +51,11 @@ class TensorBoard:
 
     def embedding(self, vae: VAE, data: Data, *, limit: int = 1000) -> None:
         """Posterior means of the first observations, with their labels and pictures, for TensorBoard's projector."""
-        x = data.batch(torch.arange(min(limit, len(data)), device=data.x.device))
+        batch = data.batch(torch.arange(min(limit, len(data)), device=data.x.device))
+        x = batch[0]
         labels = None if data.labels is None else [data.label_name(label) for label in data.labels[: len(x)].tolist()]
-        images = x if x.dim() == 4 and x.shape[1] in (1, 3) and x.min() >= 0 and x.max() <= 1 else None
-        self._writer.add_embedding(latent_means(vae, x).cpu(), metadata=labels, label_img=images)
+        images = x if x.dim() == 4 and data.is_image and data.are_pixels else None
+        self._writer.add_embedding(latent_means(vae, batch).cpu(), metadata=labels, label_img=images)
 
     def close(self) -> None:
         """Write what is left."""

@@ -237,15 +237,20 @@ def _prepare(
     place = like.device if device is None else usable_device(device)
     train = as_data(data).to(place, like.dtype)
     held_out = None if test is None else as_data(test).to(place, like.dtype)
+    objective.to(place)
     for part in (train, held_out):
         if part is not None:
-            part.check(objective.check)
+            part.check(objective.check, objective.forward)
     if held_out is not None and held_out.event_shape != train.event_shape:
         raise ValueError(
             f"test: expected observations of shape {tuple(train.event_shape)} like those of the training data, found "
             f"{tuple(held_out.event_shape)}. Reshape one of the two."
         )
-    objective.to(place)
+    if held_out is not None and held_out.inputs != train.inputs:
+        raise ValueError(
+            f"test: expected batches of {', '.join(train.inputs)} like those of the training data, found "
+            f"{', '.join(held_out.inputs)}. Give both the same inputs."
+        )
     with pyro.validation_enabled(False):
         objective.prepare(*train.batch(torch.arange(min(batch_size, len(train)), device=place)))
     return train, held_out

@@ -106,7 +106,7 @@ def train_run(
         folder, settings, event_shape=tuple(train.event_shape), **{k: config[k] for k in ("script", "dataset", "seed")}
     )
     print(f"{name}: {settings.steps:,} steps", flush=True)
-    some = Data(test.x[:2000])
+    some = test.subset(slice(2000))
     codes = [latent.latent_means(model, some).numpy()] if model.latent_dim == 2 else []  # before any step
 
     def on_record(record: dict[str, Any]) -> None:
@@ -174,12 +174,12 @@ def make_figures(models: Models, test: Data, labels: torch.Tensor, seed: int) ->
     if conv:
         codes: dict[str, tuple[Any, Any]] = {}
         for name, model in conv.items():
-            means = latent.latent_means(model, Data(test.x[:3000]))
+            means = latent.latent_means(model, test.subset(slice(3000)))
             codes[RUNS[name][2]] = (latent.tsne(means, seed=seed), labels[: len(means)])
         yield "tsne_conv", plots.latent_planes(codes, title="t-SNE of the codes of 3,000 test images", ticks=False)
     four = [name for name in RUNS if name in models and name != "gaussian-z2-beta100"]
     torch.manual_seed(seed)
-    some = test.batch(torch.randperm(len(test))[:8])
+    (some,) = test.batch(torch.randperm(len(test))[:8])
     rows = {"test image": some}
     for name in four:
         rows[RUNS[name][2]] = latent.decoder_mean(models[name], latent.latent_means(models[name], some))

@@ -92,7 +92,7 @@ def ways_to_train(
     train: Data, *, batch_size: int, draws: int, hidden: int, steps: int, only: tuple[str, ...]
 ) -> dict[str, Way]:
     """Each way makes so many steps of training on random batches, and goes on where it was when called again."""
-    images = train.batch(torch.arange(len(train)))
+    (images,) = train.batch(torch.arange(len(train)))
     many = {"num_particles": draws, "vectorize_particles": draws > 1, "max_plate_nesting": 1}
 
     def batches() -> Any:
@@ -233,7 +233,7 @@ def direct(train: Data, repeats: int) -> list[Row]:
     def large() -> None:
         for index in source:
             optimizer.zero_grad()
-            large_tensor(objective, train.batch(index)).backward()
+            large_tensor(objective, *train.batch(index)).backward()
             optimizer.step()
 
     def ours(kind: type[EagerStep]) -> Way:
@@ -249,7 +249,7 @@ def direct(train: Data, repeats: int) -> list[Row]:
 
 def importance(train: Data, repeats: int) -> list[Row]:
     vae = build(train, 400).eval()
-    x = train.batch(torch.arange(500))
+    (x,) = train.batch(torch.arange(500))
     first, first_bias, second, second_bias = vae.decoder.parameters()
 
     def products() -> None:
@@ -343,7 +343,7 @@ def scaling(train: Data, repeats: int) -> list[Row]:
     for what, points in values.items():
         for point in points:
             at = usual | {what: point}
-            part = Data(train.x[: at["images"]])
+            part = train.subset(slice(at["images"]))
             batch_size, draws, hidden = at["batch size"], at["latent draws"], at["hidden units"]
             steps = max(10, 5_000_000 // (batch_size * draws * hidden))  # enough that a check of the compiled one is rare
             pyro.clear_param_store()
@@ -404,7 +404,7 @@ def profile(train: Data, repeats: int) -> list[Row]:
 
 _STARTS = {
     STOCK: """
-loader = DataLoader(TensorDataset(train.batch(torch.arange(len(train)))), batch_size=128, shuffle=True)
+loader = DataLoader(TensorDataset(*train.batch(torch.arange(len(train)))), batch_size=128, shuffle=True)
 svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
 for (x,) in loader:
     svi.step(x)

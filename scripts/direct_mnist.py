@@ -148,7 +148,7 @@ def make_figures(args: argparse.Namespace, elbo: VAE, direct: VAE, test: Data) -
     torch.manual_seed(args.seed)
     z = elbo.prior().sample((8,))
     rows = {"ELBO fit": elbo.decode(z).mean, "direct fit": direct.decode(z).mean}
-    some = test.batch(torch.randperm(len(test))[:8])
+    (some,) = test.batch(torch.randperm(len(test))[:8])
     binary, noisy, by_encoder = latent.denoise(elbo, some, flip_rate=0.02)
     best, average = prior_search(direct, noisy)
     denoised = {
@@ -158,7 +158,7 @@ def make_figures(args: argparse.Namespace, elbo: VAE, direct: VAE, test: Data) -
         "direct fit, best draw": best,
         "direct fit, average": average,
     }
-    estimates = against_draws(elbo, test.batch(torch.arange(min(50, len(test)))))
+    estimates = against_draws(elbo, *test.batch(torch.arange(min(50, len(test)))))
     return {
         "samples": plots.image_rows(rows, title="The two decoders for the same 8 draws from the prior"),
         "denoising": plots.image_rows(denoised, title="Encoder against search among 20,000 draws from the prior"),
@@ -183,7 +183,7 @@ def run(args: argparse.Namespace) -> None:
     direct, history, z = fit_direct(args, train, out)
     save_weights(out, direct)
 
-    images = test.batch(torch.arange(min(args.images, len(test))))
+    (images,) = test.batch(torch.arange(min(args.images, len(test))))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreliableEstimateWarning)  # the table has a column for it
         table = {"ELBO fit": measure(args, elbo, images), "direct fit": measure(args, direct, images)}

@@ -98,7 +98,7 @@ def build(train: Data) -> VAE:
         for weight in layer.weight.data.chunk(2) if two_heads else (layer.weight.data,):
             nn.init.xavier_uniform_(weight)
         nn.init.zeros_(layer.bias)
-    grey = Data(train.x).batch(torch.arange(len(train)))
+    (grey,) = Data(train.x).batch(torch.arange(len(train)))
     layers[-1].bias.data.copy_(grey.mean(0).flatten().clamp(0.001, 0.999).logit())
     return vae
 
@@ -195,7 +195,7 @@ def measure(args: argparse.Namespace, vae: VAE, run: Path, seconds: float, train
         if all(kept.get(key) == value for key, value in asked.items()):
             return
     start = time.perf_counter()
-    part = Data(test.x[:images], binarization=test.binarization)
+    part = test.subset(slice(images))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreliableEstimateWarning)  # the record says how many
         figures = evaluate(vae, part, importance_samples=args.importance_samples, seed=args.seed)

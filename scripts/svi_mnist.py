@@ -61,6 +61,7 @@ from pyro_vae.step import NOT_TERMS
 from pyro_vae.tracking import TensorBoard
 from pyro_vae.train import PRECISIONS
 
+PIXELS = {None: None, "yes": True, "no": False}
 COMPILE = {"auto": None, "always": True, "never": False}
 VAES = {name: settings for name, settings in PRESETS.items() if settings.likelihood != "none"}
 FEWEST_STEPS = 2000  # on your own data, by default: fewer leave the pictures blurred
@@ -69,6 +70,7 @@ KEPT: dict[str, Any] = {
     "dataset": "auto",
     "data": None,
     "test_data": None,
+    "pixels": None,
     "compile": "auto",
     "precision": "highest",
     "seed": 0,
@@ -103,6 +105,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     add("--data", type=absolute, metavar="PATH", help=f"{own} (default: --dataset)")
     apart = "your own test data (default: train/ and test/ in --data, x_test in a .npz file, else a tenth is held out)"
     add("--test-data", type=absolute, metavar="PATH", help=apart)
+    whole = "of uint8 in --data that is no image: yes: pixels, scaled by 1/255; no: whole numbers, kept"
+    add("--pixels", choices=("yes", "no"), help=f"{whole} (default: refuse to guess)")
     add("--image-size", type=int, help=f"height and width that images are made ({of_preset('image_size')})")
     learned = "normal: sigmoid mean, variance 1/2; learned-normal: mean and variance learned, of numbers of any range"
     add("--likelihood", choices=LIKELIHOODS, help=f"{learned} (default: with --data, what fits the data, which is said)")
@@ -158,6 +162,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         parser.error("--data takes the place of --dataset: leave one of them away")
     if args.test_data is not None and args.data is None and args.resume is None:
         parser.error("--test-data needs --data")
+    if args.pixels is not None and args.data is None and args.resume is None:
+        parser.error("--pixels needs --data")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         parser.error("--tensorboard: the package is not installed; pip install '.[tensorboard]'")
     if args.overwrite and args.out is None:
@@ -225,6 +231,8 @@ def resumed(args: argparse.Namespace, changes: dict[str, Any]) -> Settings:
         for name in ("data", "test_data"):
             if not isinstance(config.get(name), str | None):
                 raise ValueError(f"{name}: expected a path, found {config[name]!r}.")
+        if config.get("pixels") not in PIXELS:
+            raise ValueError(f"pixels: expected yes, no or null, found {config['pixels']!r}.")
     except ValueError as error:
         raise CheckpointError(f"{args.resume / 'config.json'}: not the config of a run: {error}") from error
     for name in KEPT:
@@ -238,7 +246,7 @@ def load(args: argparse.Namespace, settings: Settings) -> tuple[Data, Data, str]
     if args.data is not None:
         train, test = (
             replace(part, binarization=settings.binarization).to("cpu", torch.get_default_dtype())
-            for part in read_splits(args.data, args.test_data, image_size=settings.image_size)
+            for part in read_splits(args.data, args.test_data, image_size=settings.image_size, pixels=PIXELS[args.pixels])
         )
         return train, test, ""
     with warnings.catch_warnings(record=True) as caught:
@@ -302,11 +310,10 @@ def run(args: argparse.Namespace, settings: Settings, signals: Signals) -> None:
     except ValueError as error:
         raise DataError(f"the model cannot be built: {error}") from error
     for part in (train, test):
-        if part.x.is_floating_point():
-            try:
-                vae.check(part.x)
-            except ValueError as error:
-                raise DataError(f"{args.data or train.name}: {error}") from error
+        try:
+            part.check(vae.check)
+        except ValueError as error:
+            raise DataError(f"{args.data or train.name}: {error}") from error
     name = f"{settings.preset}-{train.name}"
     out = args.resume or processes.first(lambda: new_run(args.out, name=name, overwrite=args.overwrite))
     checkpoints = Checkpoints(out / "checkpoints")
@@ -318,6 +325,7 @@ def run(args: argparse.Namespace, settings: Settings, signals: Signals) -> None:
         "requested_dataset": args.requested_dataset,
         "data": args.data,
         "test_data": args.test_data,
+        "pixels": args.pixels,
         "data_note": train.note,
         "test_identity": None if args.data is None else identity(test),
         "seed": args.seed,

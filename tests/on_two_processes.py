@@ -98,7 +98,7 @@ def whole_sets():
     x = torch.linspace(-3, 3, 7).double()
     history = fit(autoencoder, images(), epochs=1, test=images(31), verbose=False)
     data = Data(images(31))
-    batch = data.batch(torch.arange(31))
+    (batch,) = data.batch(torch.arange(31))
     with torch.no_grad():
         test_loss = autoencoder.eval()(batch)["loss"].item()
         kl = torch.distributions.kl_divergence(vae.encode(batch), vae.prior()).mean().item()

@@ -28,6 +28,7 @@ from pyro_vae import (
     Data,
     NegativeELBO,
     NonFiniteError,
+    Objective,
     evaluate,
     fit,
     load_data,
@@ -64,7 +65,10 @@ def refused(function, *arguments, **options):
 VAE = make_vae()
 LIBRARY = {
     "one image without a leading dimension": lambda: refused(Data, FEW[0, 0, 0]),
-    "whole numbers other than uint8": lambda: train(torch.ones(6, 1, 4, 4, dtype=torch.int64)),
+    "whole numbers, kept": lambda: train(torch.ones(6, 1, 4, 4, dtype=torch.int64)),
+    "uint8 that may be pixels or counts": lambda: train(torch.zeros(6, 4, dtype=torch.uint8)),
+    "pixels of int64": lambda: refused(Data, torch.ones(6, 1, 4, 4, dtype=torch.int64), pixels=True),
+    "uint8 counts above 1, Bernoulli": lambda: train(Data((FEW * 9).byte(), pixels=False)),
     "complex numbers": lambda: train(np.ones((6, 1, 4, 4), complex), vae=make_vae()),
     "words": lambda: train(np.full((6, 16), "a"), vae=make_vae()),
     "a list": lambda: train([[0.0, 1.0]], vae=make_vae()),
@@ -81,7 +85,15 @@ LIBRARY = {
     "images of another shape than the VAE's": lambda: train(FEW.reshape(6, 1, 2, 8), vae=make_vae()),
     "test images of another shape": lambda: train(test=FEW.reshape(6, 1, 2, 8)),
     "labels of another length": lambda: refused(Data, FEW, torch.zeros(5, dtype=torch.int64)),
-    "training and test data as one": lambda: train((FEW, FEW), vae=make_vae()),
+    "a tensor of another length": lambda: refused(Data, FEW, tensors={"y": torch.zeros(5)}),
+    "NaN in another tensor": lambda: refused(Data, FEW, tensors={"y": torch.full((6,), torch.nan)}),
+    "inputs that are not there": lambda: refused(Data, FEW, inputs=("x", "labels")),
+    "labels for an objective of x alone": lambda: train(Data(FEW, torch.zeros(6).long(), inputs=("x", "labels"))),
+    "test data of other inputs": lambda: refused(
+        fit, Free(), (FEW, FEW), test=Data(FEW, tensors={"y": FEW}), steps=1, verbose=False
+    ),
+    "a list of images": lambda: train([FEW[0]] * 6, vae=make_vae()),
+    "training and test data as one": lambda: train((FEW, FEW[:5]), vae=make_vae()),
     "a batch larger than the data": lambda: train(batch_size=1000),
     "batch_size 0": lambda: train(batch_size=0),
     "batch_size 2.5": lambda: train(batch_size=2.5),
@@ -116,6 +128,17 @@ LIBRARY = {
     "a data set that streams": lambda: train(test_own_data.Streaming(), vae=VAE),
     "a file of data that is not there": lambda: train("x.npy", vae=VAE),
 }
+
+
+class Free(Objective):
+    """It takes batches of any number of tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, *batch):
+        return {"loss": self.weight * batch[0].mean()}
 
 
 def _explodes():
@@ -168,6 +191,8 @@ def script(*arguments, harm=None, new=()):
                 whole = weights(load_run(run))
                 harm(run)
             places = {"RUN": run, "NEW": Path(folder) / "new", "NUMBERS": Path(folder) / "x.npy"}
+            places["BYTES"] = Path(folder) / "bytes.npy"
+            np.save(places["BYTES"], np.arange(40, dtype=np.uint8).reshape(10, 4))
             np.save(places["NUMBERS"], np.linspace(-1, 1, 40).reshape(10, 4))
             code, _, err = main(*(places.get(argument, argument) for argument in arguments))
             assert "Traceback" not in err
@@ -263,6 +288,8 @@ OPTIONS = {
     "--data of numbers below 0 --likelihood bernoulli": script(
         "--data", "NUMBERS", "--likelihood", "bernoulli", "--out", "NEW"
     ),
+    "--data of uint8 that is no image": script("--data", "BYTES", "--out", "NEW"),
+    "--pixels yes --dataset digits": script("--pixels", "yes", "--dataset", "digits"),
     "--latent-dim 0": script("--latent-dim", 0),
     "--batch-size many": script("--batch-size", "many"),
     "--hidden 10000000000": script("--dataset", "digits", "--hidden", 10_000_000_000),

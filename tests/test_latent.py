@@ -5,13 +5,16 @@ import pytest
 import torch
 from conftest import make_vae
 
-from pyro_vae import Autoencoder, Data, MLPDecoder, MLPEncoder, evaluate
+from pyro_vae import VAE, Autoencoder, Data, MLPDecoder, MLPEncoder, NormalLikelihood, evaluate, load_preset
+from pyro_vae.figures import run_figures
 from pyro_vae.latent import (
     active_units,
+    decoder_mean,
     denoise,
     interpolate,
     kl_per_dimension,
     latent_means,
+    latent_record,
     manifold_grid,
     sample_like,
     tsne,
@@ -162,3 +165,48 @@ def test_batch_norm_is_read_and_not_moved():
     torch.testing.assert_close(all_at_once, latent_means(vae, x, batch_size=2))  # a batch's own mean would tell them apart
     assert vae.training
     assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+
+
+class Shifted(VAE):
+    """Encoder and decoder see x less the label, and put it back."""
+
+    def encode(self, x, y):
+        return super().encode(x - y.to(x.dtype)[:, None, None, None])
+
+    def decode(self, z, y):
+        return super().decode(z + y.to(z.dtype)[:, None])
+
+
+def conditional():
+    torch.manual_seed(0)
+    plain = make_vae((1, 4, 4), likelihood=NormalLikelihood(mean="identity"))
+    options = {"latent_dim": 3, "event_shape": (1, 4, 4), "likelihood": plain.likelihood}
+    return plain, Shifted(plain.encoder, plain.decoder, **options)
+
+
+def test_the_context_of_a_batch_reaches_encoder_and_decoder():
+    plain, shifted = conditional()
+    y = torch.arange(20) % 2
+    x = torch.rand(20, 1, 4, 4)
+    data = Data(x, y, inputs=("x", "labels"))
+    less = x - y[:, None, None, None]
+    for found in (latent_means(shifted, data, batch_size=7), latent_means(shifted, (x, y))):
+        torch.testing.assert_close(found, latent_means(plain, less))
+    torch.testing.assert_close(kl_per_dimension(shifted, data), kl_per_dimension(plain, less))
+    assert torch.equal(active_units(shifted, data), active_units(plain, less))
+    assert latent_record(shifted, data, limit=5)["means"] == latent_record(plain, less, limit=5)["means"]
+    moved = y[:, None].expand(20, 3).float()
+    torch.testing.assert_close(decoder_mean(shifted, torch.zeros(20, 3), y), decoder_mean(plain, moved))
+    assert sample_like(shifted, data, 1, num_samples=6).shape == (6, 1, 4, 4)
+    assert denoise(shifted, x, y)[2].shape == x.shape
+    with pytest.raises(TypeError):  # never passed over
+        latent_means(shifted, x)
+
+
+def test_pictures_of_a_conditional_run():
+    _, shifted = conditional()
+    data = Data(torch.rand(20, 1, 4, 4), torch.arange(20) % 2, inputs=("x", "labels"))
+    history = [{"epoch": e, "loss": 1.0, "neg_elbo": 1.0, "reconstruction": 1.0, "kl": 0.0} for e in (1, 2)]
+    names = [name for name, _ in run_figures(shifted, data, data, history, load_preset("bernoulli-z20"))]
+    assert {"reconstructions", "reconstructions_train", "prior_samples", "denoising", "samples_by_label"} <= set(names)
+    assert "interpolation" not in names  # between two contexts there is no way

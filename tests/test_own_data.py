@@ -214,6 +214,98 @@ def test_items_that_do_not_fit(data, match):
         as_data(data)
 
 
+@pytest.mark.parametrize("shape", [(6, 4), (6, 2, 2, 5)])
+def test_uint8_tables_in_files_must_be_told(tmp_path, shape):
+    counts = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+    np.savez(tmp_path / "x.npz", x=counts, y=np.arange(6))
+    for read in (read_data, read_splits):
+        with pytest.raises(DataError, match="x.npz: .*may be pixels or counts. Say which: .*--pixels yes or no"):
+            read(tmp_path / "x.npz")
+    index = torch.arange(6)
+    (whole,), (grey,) = (read_data(tmp_path / "x.npz", pixels=answer).batch(index) for answer in (False, True))
+    assert torch.equal(whole, torch.from_numpy(counts).float())
+    assert torch.equal(grey, whole / 255)
+    train, test = read_splits(tmp_path / "x.npz", pixels=False)
+    assert (train.pixels, test.pixels) == (False, False)
+    assert "whole numbers (uint8)" in train.note
+    binary = counts % 2  # black and white, whatever the shape
+    np.save(tmp_path / "x.npy", binary)
+    for answer in (None, True, False):
+        assert torch.equal(read_data(tmp_path / "x.npy", pixels=answer).batch(index)[0], torch.from_numpy(binary).float())
+
+
+def test_counts_in_images_stay_whole(tmp_path):
+    np.save(tmp_path / "x.npy", PIXELS)
+    (x,) = read_data(tmp_path / "x.npy", pixels=False).batch(torch.arange(12))
+    assert torch.equal(x, torch.from_numpy(PIXELS).permute(0, 3, 1, 2).float())
+    (x,) = read_data(save(tmp_path / "folder"), pixels=False).batch(torch.arange(12))
+    assert torch.equal(x, torch.from_numpy(PIXELS).permute(0, 3, 1, 2).float())
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        (PIXELS, PIXELS.astype(np.int64)),
+        (PIXELS, PIXELS.astype(np.float32)),
+        (PIXELS.astype(np.int16), PIXELS),
+        (PIXELS, PIXELS % 2),
+    ],
+)
+def test_training_and_test_data_of_different_scale_are_refused(tmp_path, train, test):
+    np.savez(tmp_path / "x.npz", x_train=train, x_test=test)
+    with pytest.raises(DataError, match="x.npz: expected training and test data of one scale"):
+        read_splits(tmp_path / "x.npz")
+    first, held = read_splits(tmp_path / "x.npz", pixels=False)
+    assert torch.equal(held.batch(torch.arange(12))[0], torch.from_numpy(test).permute(0, 3, 1, 2).float())
+    np.savez(tmp_path / "x.npz", x_train=PIXELS, x_test=PIXELS / 255)
+    first, held = read_splits(tmp_path / "x.npz")
+    torch.testing.assert_close(first.to("cpu", torch.float64).batch(torch.arange(12)), held.batch(torch.arange(12)))
+
+
+class OfOne(Dataset):
+    """A PIL image."""
+
+    def __init__(self, image):
+        self.image = image
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return self.image
+
+
+def test_a_pil_image_is_the_same_from_a_data_set_and_from_a_folder(tmp_path):
+    grey = PIXELS[0, :, :, 0]
+    turned = Image.fromarray(PIXELS[0, :6])
+    turned.getexif()[0x0112] = 6
+    palette = Image.fromarray(PIXELS[0]).quantize(8)
+    palette.info["transparency"] = 0
+    cases = {
+        "grey": Image.fromarray(grey),
+        "colour": Image.fromarray(PIXELS[0]),
+        "seen through": Image.fromarray(np.dstack([PIXELS[0], grey]), "RGBA"),
+        "grey, seen through": Image.fromarray(np.dstack([grey, PIXELS[1, :, :, 0]]), "LA"),
+        "palette": palette,
+        "16 bits": Image.fromarray(grey.astype(np.uint16) * 257),
+        "16 bits, dark": Image.fromarray(grey.astype(np.uint16)),
+        "black and white": Image.fromarray(grey > 100),
+        "turned": turned,
+    }
+    for name, image in cases.items():
+        (tmp_path / name).mkdir()
+        image.save(tmp_path / name / "a.png", exif=image.getexif())
+        of_folder, of_dataset = read_data(tmp_path / name).x, as_data(OfOne(image)).x
+        assert torch.equal(of_dataset.expand(-1, 3, -1, -1), of_folder.expand(-1, 3, -1, -1)), name
+    assert torch.equal(as_data(OfOne(cases["16 bits"])).x[0, 0], torch.from_numpy(grey))
+    assert as_data(OfOne(cases["16 bits, dark"])).x.max() == 1
+    assert as_data(OfOne(cases["turned"])).event_shape == (3, 8, 6)
+    unit = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    assert as_data(OfOne(Image.fromarray(unit))).x.max() == 255
+    with pytest.raises(DataError, match="grey levels from 0 to at most 65535, found -1 to"):
+        as_data(OfOne(Image.fromarray(unit - 1)))
+
+
 def test_splits_that_do_not_fit(tmp_path):
     for name, shape in (("a", (5, 3)), ("b", (5, 4)), ("one", (1, 3))):
         np.save(tmp_path / f"{name}.npy", np.zeros(shape))
@@ -240,6 +332,8 @@ def test_arrays_of_images_have_their_channels_first(tmp_path):
         np.save(tmp_path / "x.npy", x)
         assert read_data(tmp_path / "x.npy").event_shape == shape
     np.save(tmp_path / "x.npy", (PIXELS > 100).astype(np.uint8))
-    assert read_data(tmp_path / "x.npy").batch(torch.arange(12)).unique().tolist() == [0, 1]
+    (x,) = read_data(tmp_path / "x.npy").batch(torch.arange(12))
+    assert x.unique().tolist() == [0, 1]
     np.save(tmp_path / "x.npy", np.arange(12).reshape(6, 2))
-    assert read_data(tmp_path / "x.npy").x.dtype == torch.float32
+    data = read_data(tmp_path / "x.npy")
+    assert (data.x.dtype, data.note) == (torch.int64, "array x of shape (6, 2), whole numbers (int64)")

@@ -133,10 +133,24 @@ def test_no_hidden_layer_is_a_linear_model():
         (torch.rand(9, 4, 4), "none", "bernoulli"),
         (torch.rand(9, 5), "none", "learned-normal"),
         (100 * torch.randn(9, 3, 4, 4), "none", "learned-normal"),
+        (torch.randint(0, 2, (9, 5)), "none", "bernoulli"),
+        (torch.randint(0, 9, (9, 5)), "none", "learned-normal"),
+        (torch.randint(0, 9, (9, 3, 4, 4)), "none", "learned-normal"),
     ],
 )
 def test_likelihood_that_fits_the_data(x, binarization, expected):
     assert fitting_likelihood(Data(x, binarization=binarization))[0] == expected
+
+
+def test_likelihood_of_what_is_no_pixels():
+    x = torch.randint(0, 256, (9, 1, 4, 4), dtype=torch.uint8)
+    for data, expected in (
+        (Data(x, pixels=False), "learned-normal"),
+        (Data(x.flatten(1), pixels=True), "bernoulli"),
+        (Data(x % 2, pixels=False), "bernoulli"),
+        (Data(x / 255, pixels=False), "learned-normal"),
+    ):
+        assert fitting_likelihood(data)[0] == expected
 
 
 def test_learned_normal_in_any_units_is_the_same_model():

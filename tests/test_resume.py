@@ -19,6 +19,7 @@ from pyro_vae import (
     NegativeDirectLogLikelihood,
     NegativeELBO,
     NegativeIWAE,
+    Objective,
     ReconstructionError,
     TrainingStoppedError,
     fit,
@@ -230,6 +231,47 @@ def test_changed_settings_are_listed_and_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"shape of vae.encoder.*\(16, 16\) -> \(9, 16\)"):
         run(NegativeELBO(make_vae(hidden=(9,))), checkpoints=checkpoints, resume=checkpoints.load())
     run(build("elbo"), checkpoints=checkpoints, resume=checkpoints.load(), verbose=True, checkpoint_every=1)
+
+
+class Conditional(Objective):
+    """Squared distance of x from a mean for each label."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = torch.nn.Parameter(torch.zeros(2, *SHAPE))
+
+    def forward(self, x, y):
+        return {"loss": (x - self.mean[y]).square().mean()}
+
+
+def test_a_conditional_run_goes_on_with_the_same_labels_alone(tmp_path):
+    data = Data(images(), torch.arange(70) % 2, inputs=("x", "labels"))
+    straight = Conditional()
+    run(straight, data=data, test=data)
+    assert not torch.equal(straight.mean[0], straight.mean[1])
+    checkpoints, resumed = Checkpoints(tmp_path), Conditional()
+    with pytest.raises(TrainingStoppedError):
+        run(Conditional(), data=data, test=data, checkpoints=checkpoints, stop=after(7))
+    changed = replace(data, labels=1 - data.labels)
+    with pytest.raises(CheckpointError, match=r"data: .*labels of shape \(\), CRC-32 .* -> .*labels of shape"):
+        run(resumed, data=changed, test=data, checkpoints=checkpoints, resume=checkpoints.load())
+    with pytest.raises(CheckpointError, match=r"test: .*labels of shape \(\), CRC-32 .* -> .*labels of shape"):
+        run(resumed, data=data, test=changed, checkpoints=checkpoints, resume=checkpoints.load())
+    run(resumed, data=data, test=data, checkpoints=checkpoints, resume=checkpoints.load())
+    assert torch.equal(resumed.mean, straight.mean)
+
+
+def test_training_and_test_data_have_the_same_inputs():
+    class Either(Conditional):
+        def forward(self, x, y=None):
+            return {"loss": x.square().mean()}
+
+    data = Data(images(), torch.arange(70) % 2, inputs=("x", "labels"))
+    alone = replace(data, inputs=("x",), name="alone")
+    with pytest.raises(ValueError, match=r"alone: a batch has x, which does not suit Conditional.forward\(x, y\): missing"):
+        run(Conditional(), data=data, test=alone)
+    with pytest.raises(ValueError, match=r"test: expected batches of x, labels .*found x\. Give both the same inputs"):
+        run(Either(), data=data, test=alone)
 
 
 def test_a_refused_resume_changes_nothing(tmp_path):

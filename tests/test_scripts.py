@@ -521,7 +521,7 @@ def test_iwae_in_stages(digits, tmp_path, monkeypatch, capsys):
 
 def test_iwae_starts_as_the_paper_does(digits):
     vae = load_script("iwae_mnist").build(digits[0])
-    x = digits[0].batch(torch.arange(len(digits[0])))
+    (x,) = digits[0].batch(torch.arange(len(digits[0])))
     *_, output = (module for module in vae.modules() if isinstance(module, nn.Linear))
     assert torch.allclose(output.bias.sigmoid(), x.mean(0).flatten().clamp(0.001, 0.999), atol=1e-5)
     heads = next(m for m in vae.encoder.modules() if isinstance(m, nn.Linear) and m.out_features == 100)
@@ -575,6 +575,23 @@ def test_own_pictures_with_all_figures_and_tensorboard(tmp_path, svi_mnist_here)
     code, out, _ = svi_mnist_here("--data", "mine", "--preset", "gaussian-z4", *options[2:-3], "--epochs", 1, "--no-figures")
     assert code == 0
     assert "likelihood normal (as asked for); 4 latent dimensions; 1 epochs" in out
+
+
+@pytest.mark.parametrize(("answer", "largest"), [("yes", 30 / 255), ("no", 30)])
+def test_a_table_of_bytes_is_answered_for(tmp_path, svi_mnist_here, answer, largest):
+    np.save(tmp_path / "bytes.npy", np.random.default_rng(0).integers(2, 31, (60, 4), dtype=np.uint8))
+    options = ("--data", "bytes.npy", "--hidden", 4, "--importance-samples", 0, "--no-figures", "--out", "run")
+    code, _, err = svi_mnist_here(*options, "--epochs", 1)
+    assert (code, "--pixels yes or no" in err) == (2, True)
+    code, _, err = svi_mnist_here(*options, "--pixels", answer, "--likelihood", "learned-normal", "--epochs", 1)
+    assert code == 0, err
+    assert load_run(tmp_path / "run").likelihood.loc.max() < largest < 5 * load_run(tmp_path / "run").likelihood.loc.max()
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["pixels"] == answer
+    code, _, err = svi_mnist_here("--resume", "run", "--epochs", 2, "--no-figures", "--importance-samples", 0)
+    assert code == 0, err
+    other = {"yes": "no", "no": "yes"}[answer]
+    code, _, err = svi_mnist_here("--resume", "run", "--pixels", other)
+    assert (code, f"pixels: {answer} -> {other}" in err) == (2, True)
 
 
 def test_own_table_goes_on_where_it_was(tmp_path, svi_mnist_here):

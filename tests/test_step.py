@@ -261,6 +261,23 @@ def test_frozen_parameters_stay_and_thaw(traced):
     assert not equal(weights(first), kept)
 
 
+class Conditional(Objective):
+    """Squared distance of x from a mean for each label, weighted."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(3, *EVENT))
+
+    def forward(self, x, y, weight):
+        return {"loss": ((x - self.mean[y]).square().mean((1, 2, 3)) * weight).mean()}
+
+
+def test_a_batch_of_several_tensors_is_compiled():
+    tensors = {"weight": torch.rand(len(DATA), dtype=torch.float32)}
+    data = Data(DATA.x, torch.arange(len(DATA)) % 3, tensors=tensors, inputs=("x", "labels", "weight"))
+    assert_same_training(Conditional().double(), data.to("cpu", torch.float64), 1e-9)
+
+
 class Changing(Objective):
     """A KL weight that changes in many ways."""
 
