@@ -15,8 +15,8 @@ from torch.distributions import Independent, Normal, kl_divergence
 from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.checks import whole_number
 from pyro_vae.data import Data
-from pyro_vae.programs import evaluating
 from pyro_vae.own_data import DataLike, as_data
+from pyro_vae.programs import evaluating
 from pyro_vae.vae import VAE
 
 __all__ = [

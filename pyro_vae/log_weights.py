@@ -172,23 +172,25 @@ def weigh(pair: ProgramPair, batch: Sequence[Tensor], num_samples: int = 1) -> W
         p, q = p_sites.get(name), q_sites.get(name)
         log_p = None if p is None or (q is None and not p["is_observed"]) else _log_prob(p, num_samples, size)
         log_q = None if q is None else _log_prob(q, num_samples, size)
-        sites.append(
-            Site(
-                name,
-                p is not None and p["is_observed"],
-                log_p,
-                log_q,
-                1.0 if p is None else _scale(p),
-                1.0 if q is None else _scale(q),
-                None if p is None else p["fn"],
-                None if q is None else q["fn"],
-                (q if p is None else p)["value"],
-                None if q is None else q["mask"],
-            )
-        )
+        sites.append(_site(name, p, q, log_p, log_q))
     if not any(site.observed for site in sites):
         raise ValueError("the model observes nothing. Pass x as obs= to a pyro.sample of the model.")
     return Weights(sites, (num_samples, size), batch[0].device)
+
+
+def _site(name: str, p: Any, q: Any, log_p: Tensor | None, log_q: Tensor | None) -> Site:
+    return Site(
+        name,
+        observed=p is not None and p["is_observed"],
+        log_p=log_p,
+        log_q=log_q,
+        scale_p=1.0 if p is None else _scale(p),
+        scale_q=1.0 if q is None else _scale(q),
+        p=None if p is None else p["fn"],
+        q=None if q is None else q["fn"],
+        value=(q if p is None else p)["value"],
+        mask=None if q is None else q["mask"],
+    )
 
 
 def log_weights(pair: ProgramPair, batch: Sequence[Tensor], num_samples: int) -> Tensor:

@@ -43,7 +43,9 @@ class Objective(nn.Module):
     """
 
     def forward(self, *batch: Tensor) -> dict[str, Tensor]:
-        raise NotImplementedError(f"{type(self).__name__} must define forward(*batch) -> dict of scalar tensors with 'loss'.")
+        raise NotImplementedError(
+            f"{type(self).__name__} must define forward(*batch) -> dict of scalar tensors with 'loss'."
+        )
 
     def prepare(self, *batch: Tensor) -> None:
         """Make what is made at the first call, parameters in Pyro's store, say; called once, before training."""

@@ -52,7 +52,7 @@ class ProgramPair(nn.Module):
     def __init__(self, model: Any, guide: Program | None = None) -> None:
         super().__init__()
         if isinstance(model, ProgramPair) and guide is None:
-            model, guide = model._programs
+            model, guide = model.programs
         elif guide is None:
             if isinstance(model, type) or not all(callable(getattr(model, name, None)) for name in ("model", "guide")):
                 found = f"the class {model.__name__}" if isinstance(model, type) else f"one {type(model).__name__}"
@@ -69,7 +69,10 @@ class ProgramPair(nn.Module):
                 raise ValueError(
                     f"{name}: expected a Pyro program, such as its method {name}, found {type(program).__name__} itself."
                 )
-        self._programs = (model, guide)  # a tuple, so that they are not registered as modules under these names too
+        self._programs: tuple[Program, Program] = (
+            model,
+            guide,
+        )  # a tuple, so that they are not registered as modules under these names too
         owners = [owner for program in self._programs if isinstance(owner := owner_of(program), nn.Module)]
         if len(owners) == 2 and owners[0] is owners[1]:
             owners.pop()
@@ -98,9 +101,13 @@ class ProgramPair(nn.Module):
         Torch's random state is left as found. Without effect on programs whose parameters are all in their modules.
         """
         devices = [t.device for t in batch if t.is_cuda][:1]
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), poutine.block():
-            with poutine.trace(param_only=True) as capture:
-                poutine.replay(self.model, trace=poutine.trace(self.guide).get_trace(*batch))(*batch)
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=devices),
+            poutine.block(),
+            poutine.trace(param_only=True) as capture,
+        ):
+            poutine.replay(self.model, trace=poutine.trace(self.guide).get_trace(*batch))(*batch)
         held = {id(p) for p in self.parameters()}
         for name, site in capture.trace.nodes.items():
             if site["type"] != "param":

@@ -41,7 +41,7 @@ class LinearWarmup:
 
 @dataclass(frozen=True)
 class CyclicWarmup:
-    r"""The same again and again: a rise over a part of each period, then the rest at the top (Fu et al. 2019, arXiv:1903.10145).
+    r"""Periods of a rise and a rest at the top (Fu et al. 2019, arXiv:1903.10145).
 
     .. math:: \beta(t) = \beta_0 + (\beta_1 - \beta_0) \min\Big(\frac{t \bmod T}{r T}, 1\Big)
 

@@ -17,7 +17,6 @@ from pyro_vae.importance import LogMarginal, UnreliableEstimateWarning
 from pyro_vae.objectives import NegativeELBO
 from pyro_vae.presets import LIKELIHOODS, Settings, fitting_likelihood
 from pyro_vae.programs import evaluating
-from pyro_vae.programs import evaluating
 from pyro_vae.train import fit
 from pyro_vae.vae import VAE
 from pyro_vae.weights import Accumulator

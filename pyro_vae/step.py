@@ -140,8 +140,8 @@ class CompiledStep(EagerStep):
     the first after ``begin``, and every 1,000 steps. What counts in these steps is the compiled one, so that the weights do
     not depend on when there was a check.
 
-    A difference as large as rounding makes it is no fault of the graph: a ReLU at its kink passes all of an image's gradient or
-    none, as the last digit of its input has it. The check finds how far the eager gradient itself moves when the
+    A difference as large as rounding makes it is no fault of the graph: a ReLU at its kink passes all of an image's gradient
+    or none, as the last digit of its input has it. The check finds how far the eager gradient itself moves when the
     parameters move by their last digit, and allows for that.
 
     A copy is kept at ``begin`` and every 1,000 steps, and where a check fails, the steps since then are made again, eagerly.
@@ -228,7 +228,7 @@ class CompiledStep(EagerStep):
         return terms
 
     def _look_up(self) -> None:
-        """The tensors themselves; optimisers make theirs at a parameter's first gradient, and forward() may rebind buffers."""
+        """The tensors as they are now: optimisers make theirs at the first gradient, and forward() may rebind buffers."""
         self._live = [*self.objective.parameters(), *self.objective.buffers(), *self._update.tensors()]
         self._arguments = [t.detach() for t in self._live]
         self._held_data = list(self.data.held)

@@ -14,7 +14,9 @@ __all__ = ["AdamInGraph", "AfterGraph", "flush_moments", "update_of"]
 def update_of(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> "AdamInGraph | AfterGraph":
     """How an optimiser takes part in a compiled step."""
     plain = {"amsgrad": False, "maximize": False, "weight_decay": 0, "differentiable": False}
-    if type(optimizer) is torch.optim.Adam and all(g[name] == v for g in optimizer.param_groups for name, v in plain.items()):
+    if type(optimizer) is torch.optim.Adam and all(
+        g[name] == v for g in optimizer.param_groups for name, v in plain.items()
+    ):
         return AdamInGraph(optimizer, parameters)
     return AfterGraph(optimizer, parameters)
 

@@ -188,7 +188,7 @@ class VAE(nn.Module):
             )
 
     def check(self, x: Tensor, *context: Tensor) -> None:
-        """Raise a ``ValueError`` unless x is a batch of observations that the likelihood is defined for, with this context."""
+        """Raise a ``ValueError`` unless x is a batch that the likelihood is defined for, with this context."""
         self.check_batch(x)
         self._check_context(context, x.shape[:1])
         check = getattr(self.likelihood, "check", None)

@@ -55,6 +55,7 @@ from pyro_vae import (
     log_marginal,
 )
 from pyro_vae.importance import CompiledWeights
+from pyro_vae.programs import ProgramPair
 from pyro_vae.step import CompiledStep, EagerStep
 from pyro_vae.weights import Accumulator
 
@@ -267,7 +268,7 @@ def importance(train: Data, repeats: int) -> list[Row]:
         with torch.no_grad():
             for images in x.split(20):
                 accumulator = Accumulator(500)
-                accumulator.add(weigh(images, 500))
+                accumulator.add(weigh((images,), 500))
                 accumulator.figures()
 
     ways: dict[str, Way] = {PRODUCTS: products, "log_marginal": marginal, "log_marginal, compiled": compiled}

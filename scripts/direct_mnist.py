@@ -37,7 +37,9 @@ from pyro_vae import (
     plots,
     prior_search,
 )
-from pyro_vae.importance import UnreliableEstimateWarning, log_weights
+from pyro_vae.importance import UnreliableEstimateWarning
+from pyro_vae.log_weights import log_weights
+from pyro_vae.programs import ProgramPair
 from pyro_vae.run import append_jsonl, new_run, save_weights, write_config, write_json
 
 SETTINGS = load_preset("bernoulli-z20")
@@ -135,7 +137,9 @@ def against_draws(vae: VAE, x: Tensor, *, repeats: int = 4, most: int = 10_000) 
     for name, guide in (("draws from the prior", lambda x: None), ("draws from the encoder", vae.guide)):
         runs = []
         for _ in range(repeats):
-            weights = torch.cat([log_weights(vae.model, guide, image, most) for image in x.split(1)], dim=1).double()
+            weights = torch.cat(
+                [log_weights(ProgramPair(vae.model, guide), (image,), most) for image in x.split(1)], dim=1
+            ).double()
             running = weights.logcumsumexp(0)[counts - 1] - counts.log().unsqueeze(-1)  # (len(counts), images)
             runs.append(running.mean(1))
         stack = torch.stack(runs)

@@ -53,7 +53,7 @@ def train(data=FEW, vae=None, **options):
     except ValueError as error:
         return str(error)
     assert np.isfinite(record.train["loss"])
-    return f"trains: loss {record.train["loss"]:.1f}"
+    return f"trains: loss {record.train['loss']:.1f}"
 
 
 def refused(function, *arguments, **options):

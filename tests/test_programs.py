@@ -224,9 +224,7 @@ def test_scales_count_in_the_loss_alone_and_subsampling_nowhere():
 
     pair = subsampled("model"), subsampled("guide")
     exact = dist.Normal(zeros(1)[0], 2**0.5).log_prob(X[:, 0])
-    torch.testing.assert_close(
-        log_marginal(*pair, X, num_samples=20_000).value, exact, rtol=0, atol=0.02
-    )
+    torch.testing.assert_close(log_marginal(*pair, X, num_samples=20_000).value, exact, rtol=0, atol=0.02)
     objective = NegativeELBO(*pair, num_particles=5000)
     terms = {name: value.item() for name, value in objective(X).items()}
     assert terms["loss"] == pytest.approx(terms["neg_elbo"])

@@ -492,7 +492,9 @@ def test_by_default_it_is_compiled_where_it_pays(observations, batch_size, steps
 
 
 def test_short_runs_are_eager_by_default(monkeypatch):
-    monkeypatch.setattr(pyro_vae.engine.tracing, "inductor", None)  # calling it would fail, with a warning, which is an error here
+    monkeypatch.setattr(
+        pyro_vae.engine.tracing, "inductor", None
+    )  # calling it would fail, with a warning, which is an error here
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(NegativeELBO(make_vae(EVENT)), DATA, epochs=1, verbose=False)
