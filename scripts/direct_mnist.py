@@ -135,7 +135,7 @@ def against_draws(vae: VAE, x: Tensor, *, repeats: int = 4, most: int = 10_000) 
     counts = torch.tensor(sorted({round(most ** (i / 24)) for i in range(25)}))
     result = {}
     for name, guide in (("draws from the prior", lambda x: None), ("draws from the encoder", vae.guide)):
-        runs = []
+        pair, runs = ProgramPair(vae.model, guide), []
         for _ in range(repeats):
             weights = torch.cat(
                 [log_weights(ProgramPair(vae.model, guide), (image,), most) for image in x.split(1)], dim=1
