@@ -273,13 +273,15 @@ def _optimizer(
 
 def _plain(thing: Any, settings: dict[str, Any]) -> str:
     """Its class and those settings that are numbers, flags or words: what tells one from another in a checkpoint."""
+
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, list | tuple):
+            return all(map(is_plain, value))
+        return isinstance(value, bool | int | float | str)
+
     how = ("fused", "foreach")  # of the same arithmetic
-    plain = {
-        name: value
-        for name, value in settings.items()
-        if name not in how and not name.startswith("_") and isinstance(value, bool | int | float | str | list | tuple)
-    }
-    return f"{type(thing).__name__}({', '.join(f'{name}={value}' for name, value in sorted(plain.items()))})"
+    kept = {name: v for name, v in settings.items() if name not in how and not name.startswith("_") and is_plain(v)}
+    return f"{type(thing).__name__}({', '.join(f'{name}={value}' for name, value in sorted(kept.items()))})"
 
 
 def _progress(

@@ -137,9 +137,7 @@ def against_draws(vae: VAE, x: Tensor, *, repeats: int = 4, most: int = 10_000) 
     for name, guide in (("draws from the prior", lambda x: None), ("draws from the encoder", vae.guide)):
         pair, runs = ProgramPair(vae.model, guide), []
         for _ in range(repeats):
-            weights = torch.cat(
-                [log_weights(ProgramPair(vae.model, guide), (image,), most) for image in x.split(1)], dim=1
-            ).double()
+            weights = torch.cat([log_weights(pair, (image,), most) for image in x.split(1)], dim=1).double()
             running = weights.logcumsumexp(0)[counts - 1] - counts.log().unsqueeze(-1)  # (len(counts), images)
             runs.append(running.mean(1))
         stack = torch.stack(runs)
