@@ -317,3 +317,10 @@ def test_the_policy_stops_other_scripts(record, open_page, problems):
     assert page.evaluate("window.pwned") is None
     assert len(page.evaluate("pyroVaeExplorer.decode([0, 0])")) == 64
     assert "Content Security Policy" in problems.pop()
+
+
+def test_a_decoder_that_takes_context_is_told():
+    shape = {"event_shape": (1, 4, 4), "hidden": (16,), "latent_dim": 3}
+    vae = VAE(MLPEncoder(**shape), MLPDecoder(context_dim=2, **shape), latent_dim=3, event_shape=(1, 4, 4))
+    with pytest.raises(ValueError, match="its decoder takes context"):
+        decoder_record(vae)
