@@ -124,7 +124,6 @@ def errors():
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     with processes.group():
         results = {
             "processes": processes.count(),

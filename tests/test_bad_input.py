@@ -21,7 +21,7 @@ import pytest
 import test_data
 import test_own_data
 import torch
-from conftest import Malicious, call_script, equal, make_vae, weights
+from conftest import THREADS, Malicious, call_script, equal, make_vae, weights
 
 from pyro_vae import (
     Checkpoints,
@@ -335,7 +335,7 @@ def write_table():
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     if "--of" in sys.argv:
         print("\n".join(table(CASES[sys.argv[-1]])))
     else:

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 def torchrun(*arguments, **options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, **options)
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import equal, make_vae, weights
+from conftest import THREADS, equal, make_vae, weights
 from torch import nn
 
 from pyro_vae import (
@@ -256,8 +256,8 @@ def test_a_state_of_something_else_is_refused(content):
 def test_other_threads_are_said(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     run(build("elbo"), epochs=1, checkpoints=checkpoints)
-    torch.set_num_threads(2)
-    with pytest.warns(NotTheSameWarning, match="threads: 1 -> 2"):
+    torch.set_num_threads(THREADS + 1)
+    with pytest.warns(NotTheSameWarning, match=f"threads: {THREADS} -> {THREADS + 1}"):
         run(build("elbo"), epochs=2, checkpoints=checkpoints, resume=checkpoints.load())
 
 
