@@ -179,7 +179,7 @@ def test_full_covariance_everywhere(digits):
     fit(NegativeELBO(vae, estimator="mean-field"), train, epochs=10, lr=3e-3, verbose=False, compile=False)
     after = evaluate(vae, test)["neg_elbo"]
     assert after.value < before - 5
-    x = test.batch(torch.arange(len(test)))
+    (x,) = test.batch(torch.arange(len(test)))
     found = log_marginal(vae.model, vae.guide, x, num_samples=200).mean
     assert found.value > -after.value - 5 * math.hypot(after.standard_error, found.standard_error)
     off = vae.encode(x).covariance_matrix[:, 0, 1].abs().mean()
