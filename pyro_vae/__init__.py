@@ -4,8 +4,9 @@ from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.checkpoint import CheckpointError, Checkpoints
 from pyro_vae.data import Data, DataError, load_data
 from pyro_vae.direct import direct_log_marginal, prior_search
+from pyro_vae.estimate import Estimate
 from pyro_vae.evaluate import evaluate
-from pyro_vae.importance import Estimate, log_marginal
+from pyro_vae.importance import log_marginal
 from pyro_vae.likelihoods import (
     BernoulliLikelihood,
     LearnedNormalLikelihood,
@@ -14,11 +15,11 @@ from pyro_vae.likelihoods import (
     StandardizedNormalLikelihood,
 )
 from pyro_vae.nets import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
+from pyro_vae.objective import Objective
 from pyro_vae.objectives import (
     NegativeDirectLogLikelihood,
     NegativeELBO,
     NegativeIWAE,
-    Objective,
     ReconstructionError,
     scale_latents,
 )

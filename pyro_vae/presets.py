@@ -12,7 +12,8 @@ from pyro_vae.checks import number, shape, whole_number
 from pyro_vae.data import BINARIZATIONS, Data
 from pyro_vae.likelihoods import BernoulliLikelihood, Likelihood, NormalLikelihood, StandardizedNormalLikelihood
 from pyro_vae.nets import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder, Standardize
-from pyro_vae.objectives import ESTIMATORS, LEAST_BETA, NegativeELBO, NegativeIWAE, Objective, ReconstructionError
+from pyro_vae.objective import Objective
+from pyro_vae.objectives import ESTIMATORS, LEAST_BETA, NegativeELBO, NegativeIWAE, ReconstructionError
 from pyro_vae.vae import VAE
 
 __all__ = ["LIKELIHOODS", "OBJECTIVES", "PRESETS", "Settings", "fitting_likelihood", "load_preset"]

@@ -21,7 +21,7 @@ from pyro_vae.checkpoint import CheckpointError, Checkpoints, check_writable
 from pyro_vae.checks import compile_choice, number, usable_device, whole_number
 from pyro_vae.data import Data
 from pyro_vae.distributed import DistributedStep
-from pyro_vae.objectives import Objective
+from pyro_vae.objective import Objective
 from pyro_vae.own_data import DataLike, as_data
 from pyro_vae.progress import Keeper, Progress, identity, restore, set_noise
 from pyro_vae.records import TrainingRecord
