@@ -237,7 +237,7 @@ def test_more_dimensions(record, open_page):
     start = page.locator("[data-part=start]")
     start.select_option("1")
     assert start.input_value() == "1"
-    mean = torch.tensor(explorer.explorer["points"])[1::3].mean(0)
+    mean = torch.tensor(explorer.explorer["points"], dtype=torch.float64)[1::3].mean(0)
     assert position(page) == pytest.approx(mean.tolist())
     page.locator("[data-part=reset]").click()
     assert position(page) == [0] * 5
