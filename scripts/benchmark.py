@@ -55,6 +55,7 @@ from pyro_vae import (
     log_marginal,
 )
 from pyro_vae.importance import CompiledWeights
+from pyro_vae.run import processor
 from pyro_vae.step import CompiledStep, EagerStep
 from pyro_vae.weights import Accumulator
 
@@ -576,17 +577,12 @@ def plot(rows: list[Row]) -> Figure:
 
 
 def machine() -> dict[str, Any]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        processor = platform.processor() or platform.machine()
     versions = {"torch": torch.__version__, "pyro-ppl": pyro.__version__, "python": platform.python_version()}
     if (version := numpyro_version()) is not None:
         import jax
 
         versions |= {"numpyro": version, "jax": jax.__version__}
-    return {"processor": processor, "threads": torch.get_num_threads(), "versions": versions}
+    return {"processor": processor(), "threads": torch.get_num_threads(), "versions": versions}
 
 
 def earlier(path: Path, setting: dict[str, Any]) -> list[Row]:

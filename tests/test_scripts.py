@@ -97,6 +97,7 @@ def test_metrics(run):
     assert metrics | expected == metrics
     assert metrics["versions"]["torch"] == torch.__version__
     assert metrics["threads"] >= 1
+    assert metrics["processor"]
     assert metrics["seconds"] > 0
     assert metrics["images_per_second"] > 0
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
