@@ -41,7 +41,8 @@ FIGURES = [
 def script(name, *arguments, cwd, **environment):
     command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
     env = os.environ | environment
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+    limit = 900  # seconds, should it hang: two tests of four threads each, on two busy cores, take minutes
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=limit, check=False)
 
 
 def svi_mnist(*arguments, cwd, **environment):
