@@ -210,13 +210,14 @@ def _facts(
     )
     length = f"{settings.epochs} epochs" if settings.epochs is not None else f"{settings.steps:,} steps"
     objective = {"iwae": f"IWAE bound of {settings.particles} draws"}.get(settings.objective, f"ELBO ({settings.objective})")
+    falling = " and falling in stages" if settings.schedule == "stages" else ""
     weight = "" if settings.beta == 1 else f", KL weight {settings.beta:g}"
     facts = {
         "Model": f"{kind}, {nets} {widths}, {settings.latent_dim} latent dimensions (preset {settings.preset})",
         "Likelihood": common["likelihood"],
         "Data": f"{common['data set']}, {common['size']}",
         "Binarisation": common["binarisation"],
-        "Training": f"{objective}{weight}; {length}, batch {settings.batch_size}, learning rate {settings.lr:g}, "
+        "Training": f"{objective}{weight}; {length}, batch {settings.batch_size}, learning rate {settings.lr:g}{falling}, "
         f"seed {config.get('seed', 'not recorded')}",
     }
     if metrics and _is_number(metrics.get("seconds")):

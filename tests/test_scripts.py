@@ -21,7 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import pyro_vae
-from pyro_vae import Autoencoder, load_run
+from pyro_vae import Autoencoder, Checkpoints, load_run
+from pyro_vae.run import read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # nobody listens there
@@ -477,9 +478,8 @@ def test_benchmark_on_digits(tmp_path):
 
 
 @pytest.mark.parametrize("draws", [1, 3])
-def test_benchmark_of_all_ways_to_train(draws, digits, monkeypatch):
+def test_benchmark_of_all_ways_to_train(draws, digits, traced):
     """Each way in the benchmark makes its steps, on the same data."""
-    monkeypatch.setattr(pyro_vae.step, "inductor", lambda graph, inputs: graph)
     benchmark = load_script("benchmark")
     ways = benchmark.ways_to_train(digits[0], batch_size=16, draws=draws, hidden=8, steps=2, only=())
     rows = benchmark.rows_of(benchmark.measure(ways, 1), 32, case="training", precision="highest", batch_size=16)
@@ -489,9 +489,8 @@ def test_benchmark_of_all_ways_to_train(draws, digits, monkeypatch):
     assert stock["ratio_to_stock_pyro"] == 1
 
 
-def test_iwae_in_stages(digits, tmp_path, monkeypatch, capsys):
-    """Two stages, then a third after them: the same as three at once; and what cannot go on is refused."""
-    monkeypatch.setattr(pyro_vae.step, "inductor", lambda graph, inputs: graph)
+def test_iwae_in_stages(digits, tmp_path, traced, capsys):
+    """A stage, then a second after it: the same as both at once; and what cannot go on is refused."""
     iwae = load_script("iwae_mnist")
     few = ["--dataset", "digits", "--images", "20", "--importance-samples", "25"]
 
@@ -506,17 +505,25 @@ def test_iwae_in_stages(digits, tmp_path, monkeypatch, capsys):
         assert first[name] == second[name]
     assert first["epochs"] == 4
     assert first["paper"] is None  # it is for MNIST
-    lines = [json.loads(line) for line in (tmp_path / "a" / "vae-1" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["stage"] for line in lines] == [1, 2, 2, 2]
+    assert [record.epoch for record in read_records(tmp_path / "a" / "vae-1" / "metrics.jsonl")] == [1, 2, 3, 4]
+    for a, b in zip(*(weights(load_run(tmp_path / out / "vae-1")) for out in "ab"), strict=True):
+        assert torch.equal(a, b)
+    state = Checkpoints(tmp_path / "a" / "vae-1" / "checkpoints").load()
+    (group,) = state["optimizer"]["param_groups"]
+    assert group["eps"] == 1e-4
+    assert group["lr"] == pytest.approx(1e-3 * 10 ** (-2 / 7))  # of the third stage, which comes next
+    assert {int(moments["step"]) for moments in state["optimizer"]["state"].values()} == {state["progress"]["step"]}
     assert "IWAE with k = 1 is the VAE with k = 1." in (tmp_path / "a" / "table.md").read_text()
     assert isinstance(pyro_vae.load_run(tmp_path / "a" / "vae-1"), pyro_vae.VAE)
     assert run("c", "iwae-1", "--stages", "1") == 0  # alone, without the model that it equals
     capsys.readouterr()
     assert run("a", "vae-1", "--stages", "2", "--seed", "1") == 2
     assert "seed: 0 -> 1" in capsys.readouterr().err
-    (tmp_path / "a" / "vae-1" / "checkpoints" / "stage-2.pt").write_bytes(b"no weights")
-    assert run("a", "vae-1", "--stages", "2") == 2
-    assert "stage-2.pt: damaged, or no file of torch.save" in capsys.readouterr().err
+    assert run("a", "vae-1", "--stages", "1") == 2
+    assert "4 epochs were made, and the stages asked for have only 1. Ask for more --stages" in capsys.readouterr().err
+    (tmp_path / "a" / "vae-1" / "checkpoints" / "stage-2.pt").write_bytes(b"weights of version 0.1")
+    assert run("a", "vae-1", "--stages", "3") == 2
+    assert re.search(r"a/vae-1: a run of version 0\.1, .*Name another --out\.", capsys.readouterr().err)
 
 
 def test_iwae_starts_as_the_paper_does(digits):
