@@ -39,7 +39,7 @@ class TrainingRecord:
 
     @staticmethod
     def from_json(line: Any) -> "TrainingRecord":
-        """Of a line of metrics.jsonl; of those written before version 0.2 too, which had all numbers side by side.
+        """Of a line of metrics.jsonl; of earlier versions too, which had all numbers side by side.
 
         Raises:
             ValueError: no such line.
@@ -62,7 +62,7 @@ _TIMING = {"seconds": "seconds", "images_per_second": "observations_per_second",
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """A record of version 0.1 in the form of today."""
+    """A record of an earlier version in the form of today."""
     whole: dict[str, Any] = {name: flat[name] for name in ("epoch", "step", "test") if name in flat}
     timing = {new: flat[old] for old, new in _TIMING.items() if old in flat}
     train = {name: value for name, value in flat.items() if name not in whole and name not in _TIMING}
@@ -76,7 +76,7 @@ def horizontal_axis(history: Sequence[TrainingRecord]) -> tuple[str, list[int]]:
         >>> horizontal_axis([TrainingRecord(1, 250, {}), TrainingRecord(1, 500, {})])
         ('step', [250, 500])
     """
-    # Records at the ends of epochs, and those of version 0.1 by epochs, which do not say their step.
+    # Records at the ends of epochs, and those of earlier versions by epochs, which do not say their step.
     if all(record.step * history[0].epoch == history[0].step * record.epoch for record in history):
         return "epoch", [record.epoch for record in history]
     return "step", [record.step for record in history]

@@ -521,9 +521,9 @@ def test_iwae_in_stages(digits, tmp_path, traced, capsys):
     assert "seed: 0 -> 1" in capsys.readouterr().err
     assert run("a", "vae-1", "--stages", "1") == 2
     assert "4 epochs were made, and the stages asked for have only 1. Ask for more --stages" in capsys.readouterr().err
-    (tmp_path / "a" / "vae-1" / "checkpoints" / "stage-2.pt").write_bytes(b"weights of version 0.1")
+    (tmp_path / "a" / "vae-1" / "checkpoints" / "stage-2.pt").write_bytes(b"weights of an earlier version")
     assert run("a", "vae-1", "--stages", "3") == 2
-    assert re.search(r"a/vae-1: a run of version 0\.1, .*Name another --out\.", capsys.readouterr().err)
+    assert re.search(r"a/vae-1: a run of an earlier version, .*Name another --out\.", capsys.readouterr().err)
 
 
 def test_iwae_starts_as_the_paper_does(digits):
