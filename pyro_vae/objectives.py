@@ -153,7 +153,7 @@ class NegativeELBO(Objective):
         reconstruction, kl = weights.reconstruction().mean(), weights.kl(analytic=analytic).mean()
         if weights.scaled and self.free_bits:
             raise ValueError(
-                "NegativeELBO: free_bits are not defined where poutine.scale stands around model or guide. Use one of the two."
+                "NegativeELBO: free_bits have no meaning under poutine.scale around model or guide. Use one of the two."
             )
         if weights.scaled:
             loss = weights.reconstruction(scaled=True).mean() + self.beta * weights.kl(analytic=analytic, scaled=True).mean()

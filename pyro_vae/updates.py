@@ -59,9 +59,8 @@ class AdamInGraph:
         return [*firsts, *seconds]
 
     def numbers(self) -> Tensor:
-        """What changes from step to step, by parameter: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), 1 - beta1, beta2, 1 - beta2.
-
-        The betas too: a schedule such as OneCycleLR moves them along with the learning rate.
+        """What changes from step to step, by parameter: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), and of the betas
+        1 - beta1, beta2, 1 - beta2: a schedule such as OneCycleLR moves them along with the learning rate.
         """
         rows: dict[Any, tuple[float, ...]] = {}
         for group, n in zip(self._groups, self._counts, strict=True):
