@@ -61,7 +61,11 @@ class Objective(nn.Module):
         """Set what changes in the course of training; called before each step, of which ``step`` of ``steps`` were made."""
 
     def diagnose(self, *batch: Tensor) -> str:
-        """What to tell of a batch whose loss or gradient is not finite."""
+        """What to tell of a batch whose loss or gradient is not finite.
+
+        It says what holds on every processor: of the data, say. What a net makes of them after an overflow, 10, -10 or NaN,
+        depends on the order of sums.
+        """
         return f"largest |x| {batch[0].abs().max().item():g}"
 
 

@@ -4,6 +4,7 @@ JSON files and weights are written whole or not at all. One process at a time wr
 """
 
 import json
+import platform
 import shutil
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, fields
@@ -28,6 +29,7 @@ __all__ = [
     "load_weights",
     "lock_run",
     "new_run",
+    "processor",
     "read_config",
     "read_records",
     "reopen_run",
@@ -189,6 +191,15 @@ def read_records(path: Path) -> list[TrainingRecord]:
         return [*map(TrainingRecord.from_json, lines)]
     except ValueError as error:
         raise CheckpointError(f"{path}: no records of a run ({error}) Put it back, or train again.") from error
+
+
+def processor() -> str:
+    """The processor's name: figures differ in their last digits, and seconds in their first, from one to another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def write_config(run: Path, settings: Settings, *, event_shape: tuple[int, ...], **provenance: Any) -> None:

@@ -454,11 +454,12 @@ def _streams(seed: int, epoch: int) -> tuple[int, int]:
 
 
 def _describe(objective: Objective, batch: tuple[Tensor, ...], epoch: int, step: int, loss: float) -> str:
-    what = "the loss" if not np.isfinite(loss) else "the gradient"
+    # A loss that is not finite is NaN or infinite by the order of sums, so which of them is not told.
+    what, value = ("the gradient", f"loss {loss:g}, ") if np.isfinite(loss) else ("the loss", "")
     first = step == 1
     advice = "No step was taken yet: look at the nets and the data." if first else "Lower the learning rate."
     return (
-        f"{what} is not finite in epoch {epoch}, step {step}: loss {loss:g}, {objective.diagnose(*batch)}. The weights are "
+        f"{what} is not finite in epoch {epoch}, step {step}: {value}{objective.diagnose(*batch)}. The weights are "
         f"those before this batch. {advice}"
     )
 

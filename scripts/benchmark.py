@@ -56,6 +56,7 @@ from pyro_vae import (
 )
 from pyro_vae.importance import CompiledWeights
 from pyro_vae.programs import ProgramPair
+from pyro_vae.run import processor
 from pyro_vae.step import CompiledStep, EagerStep
 from pyro_vae.weights import Accumulator
 
@@ -577,17 +578,12 @@ def plot(rows: list[Row]) -> Figure:
 
 
 def machine() -> dict[str, Any]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        processor = platform.processor() or platform.machine()
     versions = {"torch": torch.__version__, "pyro-ppl": pyro.__version__, "python": platform.python_version()}
     if (version := numpyro_version()) is not None:
         import jax
 
         versions |= {"numpyro": version, "jax": jax.__version__}
-    return {"processor": processor, "threads": torch.get_num_threads(), "versions": versions}
+    return {"processor": processor(), "threads": torch.get_num_threads(), "versions": versions}
 
 
 def earlier(path: Path, setting: dict[str, Any]) -> list[Row]:

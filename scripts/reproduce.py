@@ -9,7 +9,6 @@ their tolerance; 1: one is not, or a script failed; 2: bad arguments or data.
 import argparse
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -29,7 +28,7 @@ import torch
 
 import pyro_vae
 from pyro_vae import CheckpointError, DataError, load_data
-from pyro_vae.run import read_records, write_json
+from pyro_vae.run import processor, read_records, write_json
 
 
 @dataclass(frozen=True)
@@ -286,16 +285,6 @@ def markdown(board: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def hardware() -> str:
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        models = [
-            line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-        ]
-        name = models[0] if models else name
-    return f"{torch.get_num_threads()} threads on {os.cpu_count()} cores of {name}"
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -330,7 +319,7 @@ def run(args: argparse.Namespace) -> int:
         board = {
             "command": "python scripts/reproduce.py" + (" --quick" if args.quick else ""),
             "date": date.today().isoformat(),
-            "hardware": hardware(),
+            "hardware": f"{torch.get_num_threads()} threads on {os.cpu_count()} cores of {processor()}",
             "versions": {"pyro_vae": pyro_vae.__version__, "pyro-ppl": pyro.__version__, "torch": torch.__version__},
             "seconds": round(total, 1),
             "failed": failed,

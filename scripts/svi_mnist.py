@@ -49,6 +49,7 @@ from pyro_vae.run import (
     append_jsonl,
     check_new_run,
     new_run,
+    processor,
     read_config,
     reopen_run,
     save_weights,
@@ -333,6 +334,7 @@ def run(args: argparse.Namespace, settings: Settings, signals: Signals) -> None:
         "compile": args.compile,
         "precision": args.precision,
         "clip_grad_norm": args.clip_grad_norm,
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "processes": processes.count(),
         "versions": {

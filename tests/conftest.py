@@ -4,7 +4,8 @@ import importlib.util
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start too: two tests run side by side
+# One thread, since two tests run side by side; in the processes that tests start too. OMP_NUM_THREADS=4 pytest: four.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pyro
 import pytest
@@ -13,6 +14,7 @@ import torch
 import pyro_vae.engine.tracing
 from pyro_vae import VAE, BernoulliLikelihood, MLPDecoder, MLPEncoder, NormalLikelihood, load_data
 
+THREADS = int(os.environ["OMP_NUM_THREADS"])
 LIKELIHOODS = {
     "bernoulli": BernoulliLikelihood(),
     "normal-sigmoid": NormalLikelihood(),
@@ -22,7 +24,7 @@ LIKELIHOODS = {
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     pyro.clear_param_store()
     with pyro.validation_enabled(True):

@@ -26,7 +26,7 @@ OPTIONS = ["--dataset", "digits", "--epochs", "60", "--seed", "3", "--checkpoint
 
 
 def train(folder: Path) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # this is a fork, which OpenMP's threads do not survive
     torch.manual_seed(1)
     shape = {"event_shape": (1, 8, 8), "latent_dim": 5}
     vae = VAE(MLPEncoder(hidden=(64,), **shape), MLPDecoder(hidden=(64,), **shape), **shape)

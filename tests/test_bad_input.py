@@ -21,7 +21,7 @@ import pytest
 import test_data
 import test_own_data
 import torch
-from conftest import Malicious, call_script, equal, make_vae, weights
+from conftest import THREADS, Malicious, call_script, equal, make_vae, weights
 
 from pyro_vae import (
     Checkpoints,
@@ -144,7 +144,7 @@ class Free(Objective):
 def _explodes():
     with pytest.raises(NonFiniteError) as error:
         fit(NegativeELBO(make_vae()), FEW, steps=5, lr=1e30, verbose=False)
-    return re.sub(r"loss \S+|log-scale \S+", lambda match: match[0].split()[0] + " ...", str(error.value))
+    return str(error.value)
 
 
 def data_file(harm):
@@ -302,8 +302,16 @@ def said(case):
     torch.manual_seed(0)
     text = " ".join(case().split())
     text = re.sub(r"\(\[enforce .*?\)\)|\(Error downloading .*?\)", "(...)", text)  # other people's words
-    text = re.sub(r"loss (-?\d\S*|nan|inf), largest log-scale \S+", "loss ..., largest log-scale ...", text)
     return re.sub(r"\b[0-9a-f]{64}\b", "...", text).replace("|", "\\|")
+
+
+LOSS = re.compile(r"(?<=trains: loss )\d+\.\d")
+
+
+def assert_says(text, written):
+    """Word for word. But a loss is arithmetic: where two are a rounding error apart, their tenths may differ by one."""
+    assert LOSS.sub("...", text) == LOSS.sub("...", written)
+    assert np.allclose(*([float(loss) for loss in LOSS.findall(t)] for t in (text, written)), rtol=0, atol=0.101)
 
 
 def rows():
@@ -320,7 +328,7 @@ def rows():
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group, cases in CASES.items() for name in cases])
 def test_what_the_user_sees_is_what_the_table_says(group, name):
     text = said(CASES[group][name])
-    assert rows()[group, name] == text
+    assert_says(text, rows()[group, name])
     if group in ("A run folder", "Options of svi_mnist.py"):
         assert text.startswith(("exit code 2: ", "goes on, bit for bit"))
     assert not Path("pwned").exists()
@@ -335,8 +343,8 @@ def test_python_o_says_the_same():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (HERE.parent, HERE)))}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == len(CASES["In Python"])
-    assert done.stdout in TABLE.read_text()
+    written = rows()
+    assert_says(done.stdout, "".join(f"| {name} | {written['In Python', name]} |\n" for name in LIBRARY))
 
 
 def table(cases):
@@ -356,7 +364,7 @@ def write_table():
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     if "--of" in sys.argv:
         print("\n".join(table(CASES[sys.argv[-1]])))
     else:

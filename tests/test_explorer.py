@@ -237,7 +237,7 @@ def test_more_dimensions(record, open_page):
     start = page.locator("[data-part=start]")
     start.select_option("1")
     assert start.input_value() == "1"
-    mean = torch.tensor(explorer.explorer["points"])[1::3].mean(0)
+    mean = torch.tensor(explorer.explorer["points"], dtype=torch.float64)[1::3].mean(0)
     assert position(page) == pytest.approx(mean.tolist())
     page.locator("[data-part=reset]").click()
     assert position(page) == [0] * 5
@@ -317,3 +317,10 @@ def test_the_policy_stops_other_scripts(record, open_page, problems):
     assert page.evaluate("window.pwned") is None
     assert len(page.evaluate("pyroVaeExplorer.decode([0, 0])")) == 64
     assert "Content Security Policy" in problems.pop()
+
+
+def test_a_decoder_that_takes_context_is_told():
+    shape = {"event_shape": (1, 4, 4), "hidden": (16,), "latent_dim": 3}
+    vae = VAE(MLPEncoder(**shape), MLPDecoder(context_dim=2, **shape), latent_dim=3, event_shape=(1, 4, 4))
+    with pytest.raises(ValueError, match="its decoder takes context"):
+        decoder_record(vae)

@@ -213,6 +213,15 @@ def test_objective_without_forward():
         Objective()(X)
 
 
+def test_diagnose_is_of_the_data_alone(vae64):
+    expected = f"largest |x| {X.abs().max().item():g}"
+    assert NegativeELBO(vae64).diagnose(X) == expected
+    with torch.no_grad():
+        for p in vae64.parameters():
+            p.fill_(torch.nan)
+    assert NegativeELBO(vae64).diagnose(X) == expected
+
+
 # --- the importance-weighted bound ---
 
 

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 def torchrun(*arguments, **options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, **options)
 
 
@@ -32,8 +32,11 @@ def found(tmp_path_factory):
 
 def test_gradients_are_those_of_one_process_on_the_whole_batch(found):
     assert len(found["gradients"]) == 5 * 2 * 3
+    # A sum over 8 images, of chains of 8 products (4 layers, forward and backward) that sum 16 terms or fewer, so some 136
+    # roundings of half a unit in the last place, which add up like a random walk: their square root.
+    in_single = 136**0.5 * torch.finfo(torch.float32).eps / 2  # 7e-7
     for name, difference in found["gradients"].items():
-        assert difference < (1e-6 if "float32" in name else 1e-12), name
+        assert difference < (in_single if "float32" in name else 1e-12), name
 
 
 def test_all_processes_end_with_the_same_weights_resumed_or_not(found):
@@ -50,7 +53,7 @@ def test_processes_stop_at_the_same_step(found):
 def test_whole_set_figures_count_every_image_once(found):
     sets = found["sets"]
     for name in ("log_marginal", "test loss", "kl"):  # exact on any number of processes
-        assert sets[name][0] == pytest.approx(sets[name][1], rel=1e-6), name
+        assert sets[name][0] == pytest.approx(sets[name][1], rel=1e-12), name
     assert sets["evaluate"][0] == sets["evaluate"][1]
 
 

@@ -3,6 +3,7 @@
 A block that begins with ```python is run. One that cannot be, since it needs what is not installed here, begins with ```py.
 """
 
+import json
 import re
 import subprocess
 import sys
@@ -60,6 +61,37 @@ def test_python_blocks_of_the_docs(tmp_path, monkeypatch, page):
 def test_pictures_and_pages_that_are_linked_exist(page):
     for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]*)?\)", page.read_text()):
         assert (page.parent / link).exists(), link
+
+
+# The start of a line of the README that ends with a figure of ours, and where the scoreboard has it.
+FIGURES = {
+    "| `bernoulli-z20` |": ("A ELBO", "train -ELBO, epoch 40"),
+    "| `bernoulli-z10` |": ("B", "train -ELBO, epoch 5"),
+    "| `gaussian-z2` |": ("D gaussian-z2", "train loss"),
+    "| `conv-gaussian` |": ("D conv-gaussian", "train loss"),
+    "| autoencoder, 2 latents |": ("D autoencoder-z2", "test loss"),
+    "| VAE, 2 latents |": ("D gaussian-z2", "test loss"),
+    "| VAE, 2 latents, KL weight 100 |": ("D gaussian-z2-beta100", "test loss"),
+    "| convolutional autoencoder, 64 latents |": ("D conv-autoencoder", "test loss"),
+    "| convolutional VAE, 64 latents, KL weight 0.8 |": ("D conv-gaussian", "test loss"),
+}
+
+
+@pytest.mark.parametrize(("start", "place"), FIGURES.items(), ids=FIGURES)
+def test_figures_of_the_readme_are_those_of_the_scoreboard_by_its_tolerances(start, place):
+    """Both may be of other runs, on other processors."""
+    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(start)]
+    board = json.loads((DOCS / "scoreboard.json").read_text())
+    (row,) = [row for row in board["rows"] if (row["system"], row["quantity"]) == place]
+    ours = float(re.findall(r"\d+\.\d+", line)[-1])
+    assert abs(ours - row["ours"]) <= row["tolerance"]
+    assert abs(ours - row["published"]) <= row["tolerance"]
+
+
+@pytest.mark.parametrize("name", ["scoreboard", "benchmark-cpu"])
+def test_pages_of_measurements_name_their_processor(name):
+    board = json.loads((DOCS / f"{name}.json").read_text())
+    assert (board.get("hardware") or board["processor"]) in (DOCS / f"{name}.md").read_text()
 
 
 def test_files_named_in_the_readme_exist():

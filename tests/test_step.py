@@ -531,14 +531,17 @@ def test_moments_do_not_become_denormal(compiled, traced):
     assert torch.equal(state["exp_avg"], torch.zeros(4))  # 0.9^2000 is below the smallest number there is
     assert (state["exp_avg_sq"] > 1e-5).all()  # 0.999^2000 is not
     assert state["step"].item() == 2000
-    # Adam itself, whose moments are denormal from step 830 on, ends up at the same weights.
+    # Adam itself, whose moments are denormal from step 830 on, ends up at the same weights: the eager step's, bit for bit,
+    # since it is the same code. The graph may round another way in each of the 148 steps that move a weight of float32.
     weight = nn.Parameter(torch.zeros(4))
-    adam = torch.optim.Adam([weight], lr=1e-3)
+    adam = torch.optim.Adam([weight], lr=1e-3, fused=True)
     for step in range(2000):
         weight.grad = torch.full((4,), float(step == 0))
         adam.step()
-    assert torch.equal(objective.weight, weight) or compiled
-    assert torch.allclose(objective.weight, weight, rtol=1e-6)
+    if compiled:
+        torch.testing.assert_close(objective.weight, weight, rtol=148 * torch.finfo(torch.float32).eps / 2, atol=0)
+    else:
+        assert torch.equal(objective.weight, weight)
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])

@@ -223,17 +223,16 @@ class Breaks(Objective):
 @pytest.mark.parametrize("how", ["nan", "inf", "gradient"])
 def test_not_finite_stops_before_the_step(how):
     objective = Breaks(how)
-    what = "gradient" if how == "gradient" else "loss"
-    with pytest.raises(NonFiniteError, match=f"the {what} is not finite in epoch 1, step 3: loss"):
+    what, value = ("gradient", r"loss \d\.\d+, ") if how == "gradient" else ("loss", "")
+    message = rf"the {what} is not finite in epoch 1, step 3: {value}largest \|x\| \S+\. The weights"
+    with pytest.raises(NonFiniteError, match=message):
         fit(objective, X, epochs=1, batch_size=10, verbose=False)
     assert torch.equal(objective.weight, objective.good)
 
 
-def test_exploding_learning_rate_names_the_log_scale(vae):
+def test_exploding_learning_rate_says_what_any_processor_finds(vae):
     seen = []
-    with pytest.raises(
-        NonFiniteError, match=r"epoch \d+, step \d+: loss .*largest log-scale of the encoder .*learning rate"
-    ):
+    with pytest.raises(NonFiniteError, match=r"the loss is not finite in epoch 1, step 2: largest \|x\| .*learning rate"):
         fit(NegativeELBO(vae), X, epochs=200, batch_size=10, lr=1e30, verbose=False, on_record=seen.append)
     assert all(p.isfinite().all() for p in vae.parameters())
 
