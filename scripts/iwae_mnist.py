@@ -126,8 +126,8 @@ def open_run(args: argparse.Namespace, name: str, train: Data, settings: Setting
             raise CheckpointError(f"{run}: begun with other settings ({', '.join(changed)}). Name another --out.")
         if any((run / "checkpoints").glob("stage-*")):
             raise CheckpointError(
-                f"{run}: a run of an earlier version, whose stages were trainings of their own. Expected one training of all "
-                "stages, and it cannot go on as that. Name another --out."
+                f"{run}: a run of an earlier version, whose stages were trainings of their own. Expected one training of "
+                "all stages, and it cannot go on as that. Name another --out."
             )
     else:
         new_run(run, name=name)

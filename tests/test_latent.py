@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from conftest import make_vae
+from torch import nn
 
 from pyro_vae import VAE, Autoencoder, Data, MLPDecoder, MLPEncoder, NormalLikelihood, evaluate, load_preset
 from pyro_vae.figures import run_figures
