@@ -194,7 +194,7 @@ class NegativeELBO(Objective):
     def at_step(self, step: int, steps: int) -> None:
         if self.schedule is None:
             return
-        if step == 0 and (final := self.schedule(steps - 1)) < 1:
+        if step == 0 and (final := self.schedule(steps - 1)) < 0.999:  # some only come near 1
             warnings.warn(
                 f"the schedule of beta ends this run of {steps:,} steps at {final:g}, below 1: what is fitted is not the "
                 "ELBO. Train longer, or shorten the warm-up.",

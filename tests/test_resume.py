@@ -157,24 +157,28 @@ def stopped_and_resumed(folder, make, stops, **options):
     return history
 
 
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def eager_and_traced(cases, *, fast):
+    """Each case with compile=False and True; a trace takes seconds, so those that are not among the fast are slow tests."""
+    slow = [pytest.param(case, True, marks=[] if case in fast else pytest.mark.slow, id=f"{case}, traced") for case in cases]
+    return [*(pytest.param(case, False, id=f"{case}, eager") for case in cases), *slow]
+
+
+@pytest.mark.parametrize(("optimizer", "compile"), eager_and_traced(OPTIMIZERS, fast=["SGD", "Adam, eps"]))
 def test_bit_for_bit_with_any_optimizer(optimizer, compile, traced, tmp_path):
     stopped_and_resumed(tmp_path, lambda: build("elbo"), (3, 5), optimizer=OPTIMIZERS[optimizer], compile=compile)
 
 
-@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("optimizer", ["Adam, eps", "SGD"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("schedule", "compile"), eager_and_traced(SCHEDULES, fast=["OneCycleLR"]))
 def test_bit_for_bit_with_any_schedule(schedule, optimizer, compile, traced, tmp_path):
     schedule, unit = SCHEDULES[schedule]
     options = {"schedule": schedule, "schedule_by": unit, "optimizer": OPTIMIZERS[optimizer], "compile": compile}
     stopped_and_resumed(tmp_path, lambda: build("elbo"), (3, 2, 7), test=images(30), epochs=4, **options)  # 5: a record
 
 
-@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize(
-    "beta", [LinearWarmup(8), LinearWarmup(30, start=0.5), CyclicWarmup(4, cycles=2)], ids=["line", "long line", "cycles"]
+    ("beta", "compile"),
+    eager_and_traced([LinearWarmup(8), LinearWarmup(30, start=0.5), CyclicWarmup(4, cycles=2)], fast=[LinearWarmup(8)]),
 )
 @pytest.mark.filterwarnings("ignore:the schedule of beta ends this run")
 def test_bit_for_bit_with_a_warm_up(beta, compile, traced, tmp_path):
@@ -183,10 +187,9 @@ def test_bit_for_bit_with_a_warm_up(beta, compile, traced, tmp_path):
         return NegativeELBO(make_vae(), beta=beta, free_bits=0.05)
 
     stopped_and_resumed(tmp_path, make, (3, 4), test=images(30), compile=compile)
-    checkpoints = Checkpoints(tmp_path)
+    changed, state = make(LinearWarmup(99)), Checkpoints(tmp_path).load()
     with pytest.raises(CheckpointError, match=r"objective: .*Warmup\(steps=.*\) -> .*beta=LinearWarmup\(steps=99"):
-        state = checkpoints.load()
-        run(make(LinearWarmup(99)), test=images(30), compile=compile, checkpoints=checkpoints, resume=state)
+        run(changed, test=images(30), compile=compile, resume=state)
 
 
 def test_patience_counts_on_after_a_stop(tmp_path):

@@ -651,9 +651,17 @@ def test_schedules_of_the_weight_in_closed_form():
             bad()
 
 
-@pytest.mark.parametrize(("steps", "warns"), [(13, False), (12, True), (5, True)])
-def test_a_warm_up_longer_than_the_run_is_said(vae, steps, warns):
-    objective = NegativeELBO(vae, beta=LinearWarmup(12))
+@pytest.mark.parametrize(
+    ("beta", "steps", "warns"),
+    [
+        (LinearWarmup(12), 13, False),
+        (LinearWarmup(12), 12, True),
+        (LinearWarmup(12), 5, True),
+        (lambda step: 1 - 0.5**step, 13, False),
+    ],
+)
+def test_a_warm_up_longer_than_the_run_is_said(vae, beta, steps, warns):
+    objective = NegativeELBO(vae, beta=beta)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(objective, X, steps=steps, batch_size=10, verbose=False)
