@@ -27,7 +27,9 @@ from pyro_vae.posteriors import DiagonalNormal, FullCovarianceNormal
 from pyro_vae.presets import PRESETS, load_preset
 from pyro_vae.priors import NormalMixture, StandardNormal
 from pyro_vae.progress import TrainingStoppedError
+from pyro_vae.records import TrainingRecord
 from pyro_vae.run import load_run
+from pyro_vae.schedules import CyclicWarmup, LinearWarmup
 from pyro_vae.train import NonFiniteError, fit
 from pyro_vae.vae import VAE
 
@@ -42,12 +44,14 @@ __all__ = [
     "Checkpoints",
     "ConvDecoder",
     "ConvEncoder",
+    "CyclicWarmup",
     "Data",
     "DataError",
     "DiagonalNormal",
     "Estimate",
     "FullCovarianceNormal",
     "LearnedNormalLikelihood",
+    "LinearWarmup",
     "MLPDecoder",
     "MLPEncoder",
     "NegativeDirectLogLikelihood",
@@ -61,6 +65,7 @@ __all__ = [
     "ReconstructionError",
     "StandardNormal",
     "StandardizedNormalLikelihood",
+    "TrainingRecord",
     "TrainingStoppedError",
     "direct_log_marginal",
     "evaluate",

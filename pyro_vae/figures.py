@@ -1,7 +1,7 @@
 """The pictures of a run: a fitted VAE, its data and its history -> named figures."""
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from pyro_vae import latent, plots
 from pyro_vae.data import Data
 from pyro_vae.likelihoods import BernoulliLikelihood
 from pyro_vae.presets import Settings
+from pyro_vae.records import TrainingRecord
 from pyro_vae.vae import VAE
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _MOST_LABELS = 20  # more cannot be told apart in one picture
 
 @torch.no_grad()
 def run_figures(
-    vae: VAE, train: Data, test: Data, history: list[dict[str, Any]], settings: Settings
+    vae: VAE, train: Data, test: Data, history: Sequence[TrainingRecord], settings: Settings
 ) -> Iterator[tuple[str, "Figure"]]:
     """The name and figure of each picture that these data allow: those of images, of labels, of several latent dimensions.
 

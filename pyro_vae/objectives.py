@@ -122,6 +122,10 @@ class NegativeELBO(Objective):
         weights = self._weigh(batch)
         analytic = self.estimator == "mean-field"
         reconstruction, kl = weights.reconstruction().mean(), weights.kl(analytic=analytic).mean()
+        if weights.scaled and self.free_bits:
+            raise ValueError(
+                "NegativeELBO: free_bits have no meaning under poutine.scale around model or guide. Use one of the two."
+            )
         if weights.scaled:
             loss = weights.reconstruction(scaled=True).mean() + self.beta * weights.kl(analytic=analytic, scaled=True).mean()
         elif self.free_bits:
@@ -157,7 +161,7 @@ class NegativeELBO(Objective):
     def at_step(self, step: int, steps: int) -> None:
         if self.schedule is None:
             return
-        if step == 0 and (final := self.schedule(steps - 1)) < 1:
+        if step == 0 and (final := self.schedule(steps - 1)) < 0.999:  # some only come near 1
             warnings.warn(
                 f"the schedule of beta ends this run of {steps:,} steps at {final:g}, below 1: what is fitted is not the "
                 "ELBO. Train longer, or shorten the warm-up.",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_vae.data import label_name
+from pyro_vae.records import TrainingRecord, horizontal_axis
 
 if TYPE_CHECKING:
     from matplotlib.animation import FuncAnimation
@@ -322,7 +323,7 @@ def latent_pairs(
     return figure
 
 
-def training_curves(history: Sequence[Mapping[str, Any]], *, title: str = "") -> "Figure":
+def training_curves(history: Sequence[TrainingRecord], *, title: str = "") -> "Figure":
     """-ELBO, reconstruction and KL of training (line) and test (dashed), nats per image, against the epoch or the step.
 
     Args:
@@ -332,14 +333,13 @@ def training_curves(history: Sequence[Mapping[str, Any]], *, title: str = "") ->
     names = {"neg_elbo": "-ELBO", "reconstruction": "reconstruction", "kl": "KL"}
     figure = _figure(10, 3.4)
     figure.suptitle(title, fontsize=13)
-    when = "step" if "step" in history[0] else "epoch"
-    epochs = [record[when] for record in history]
+    when, places = horizontal_axis(history)
     for ax, (key, label), color in zip(figure.subplots(1, 3), names.items(), ("#832db6", "#3f90da", "#e76300"), strict=True):
-        few = {"marker": "o"} if len(epochs) == 1 else {}  # a line through one point is invisible
-        ax.plot(epochs, [record[key] for record in history], color=color, label="train", **few)
-        if all("test" in record for record in history):
-            test = [record["test"][key] for record in history]
-            ax.plot(epochs, test, "--", color="black", label="test", **few)
+        few = {"marker": "o"} if len(places) == 1 else {}  # a line through one point is invisible
+        ax.plot(places, [record.train[key] for record in history], color=color, label="train", **few)
+        test = [record.test[key] for record in history if record.test is not None]
+        if len(test) == len(places):
+            ax.plot(places, test, "--", color="black", label="test", **few)
         ax.set(xlabel=when, ylabel="nats per image", title=label)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.checks import number, shape, whole_number
@@ -14,12 +16,14 @@ from pyro_vae.likelihoods import BernoulliLikelihood, Likelihood, NormalLikeliho
 from pyro_vae.nets import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder, Standardize
 from pyro_vae.objective import Objective
 from pyro_vae.objectives import ESTIMATORS, LEAST_BETA, NegativeELBO, NegativeIWAE, ReconstructionError
+from pyro_vae.schedules import falling_stages
 from pyro_vae.vae import VAE
 
 __all__ = ["LIKELIHOODS", "OBJECTIVES", "PRESETS", "Settings", "fitting_likelihood", "load_preset"]
 
 NETS = ("mlp", "mlp-linear", "mlp-tanh", "conv")
 OBJECTIVES = (*ESTIMATORS, "iwae")
+SCHEDULES = ("constant", "stages")
 
 LIKELIHOODS = ("bernoulli", "normal", "learned-normal")
 
@@ -42,7 +46,7 @@ class Settings:
         hidden: widths of the encoder's hidden layers; the decoder has them in reverse. Of convolutional nets, the channels.
         latent_dim: number of latent dimensions.
         batch_size: observations per step.
-        lr: Adam's learning rate.
+        lr: Adam's learning rate, at the start.
         epochs: passes over the training data.
         steps: steps of the optimiser, in place of epochs.
         record_every: steps between records and evaluations; None: an epoch.
@@ -54,6 +58,9 @@ class Settings:
         objective: estimator of the KL, ``"trace"`` or ``"mean-field"``, see :class:`~pyro_vae.objectives.NegativeELBO`; or
             ``"iwae"``, the importance-weighted bound of ``particles`` draws, which has no beta but 1.
         binarization: see :class:`~pyro_vae.data.Data`.
+        eps: Adam's, added to the root of the second moment.
+        schedule: of the learning rate: ``"constant"``; or ``"stages"`` of 1, 3, 9 ... epochs in which it falls, see
+            :func:`~pyro_vae.schedules.falling_stages`.
 
     Raises:
         ValueError: a value that no model can be built with, named.
@@ -74,6 +81,8 @@ class Settings:
     particles: int = 1
     objective: str = "trace"
     binarization: str = "none"
+    eps: float = 1e-8
+    schedule: str = "constant"
 
     def __post_init__(self) -> None:
         for name in ("latent_dim", "batch_size", "particles", "epochs", "steps", "record_every", "image_size"):
@@ -83,12 +92,14 @@ class Settings:
             raise ValueError(f"epochs: expected either epochs or steps, found epochs {self.epochs}, steps {self.steps}.")
         object.__setattr__(self, "hidden", shape("hidden", self.hidden, empty=self.net != "conv"))
         number("lr", self.lr)
+        number("eps", self.eps)
         number("beta", self.beta, least=LEAST_BETA)
         for name, choices in (
             ("likelihood", (*LIKELIHOODS, "none")),
             ("net", NETS),
             ("objective", OBJECTIVES),
             ("binarization", BINARIZATIONS),
+            ("schedule", SCHEDULES),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {getattr(self, name)!r}.")
@@ -157,11 +168,17 @@ class Settings:
 
     def training(self) -> dict[str, Any]:
         """The keyword arguments of :func:`~pyro_vae.train.fit` that these settings define."""
-        return {name: getattr(self, name) for name in ("epochs", "steps", "record_every", "batch_size", "lr")}
+        arguments = {name: getattr(self, name) for name in ("epochs", "steps", "record_every", "batch_size", "lr")}
+        if self.eps != Settings.eps:
+            arguments["optimizer"] = partial(torch.optim.Adam, eps=self.eps, fused=True)
+        if self.schedule == "stages":
+            arguments["schedule"] = partial(LambdaLR, lr_lambda=falling_stages)
+        return arguments
 
 
-# The one-layer model of Burda et al. 2016; scripts/iwae_mnist.py adds its initial weights and its falling learning rate.
+# The one-layer model of Burda et al. 2016 and its training; scripts/iwae_mnist.py adds its initial weights.
 _IWAE: dict[str, Any] = {"hidden": (200, 200), "net": "mlp-tanh", "latent_dim": 50, "binarization": "dynamic"}
+_IWAE |= {"epochs": 3280, "batch_size": 20, "lr": 1e-3, "eps": 1e-4, "schedule": "stages"}
 _D: dict[str, Any] = {"batch_size": 64, "lr": 5e-4, "record_every": 250, "image_size": 32}  # what system D has in common
 _D_MLP: dict[str, Any] = {"hidden": (128, 64, 32), "net": "mlp-linear", "latent_dim": 2, "steps": 25_000, **_D}
 _D_CONV: dict[str, Any] = {"hidden": (8, 16, 4), "net": "conv", "latent_dim": 64, "steps": 30_000, **_D}
@@ -177,7 +194,7 @@ PRESETS = {
         Settings("autoencoder-z2", "none", **_D_MLP),
         Settings("conv-gaussian", "normal", beta=0.8, **_D_CONV),
         Settings("conv-autoencoder", "none", **_D_CONV),
-        Settings("bernoulli-z50", "bernoulli", epochs=3280, batch_size=20, lr=1e-3, **_IWAE),
+        Settings("bernoulli-z50", "bernoulli", **_IWAE),
     )
 }
 

@@ -8,7 +8,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
@@ -22,8 +22,9 @@ from pyro_vae.comparison import FigureOfRun, compare, conditions
 from pyro_vae.data import DATASETS
 from pyro_vae.explorer import LIMIT, NoExplorerError, decoder_record
 from pyro_vae.presets import PRESETS, Settings
+from pyro_vae.records import TrainingRecord
 from pyro_vae.report_texts import FIGURES, MEASURES, UNKNOWN_FIGURE
-from pyro_vae.run import load_run, read_config
+from pyro_vae.run import load_run, read_config, read_records
 from pyro_vae.svg import Panel, panels
 
 __all__ = ["RunRecord", "read_run", "render", "write_report"]
@@ -100,11 +101,11 @@ def read_run(folder: str | Path, *, name: str | None = None, limit: int = _LIMIT
     folder = Path(folder)
     settings, event_shape, config = read_config(folder)
     name = folder.resolve().name if name is None else name
-    metrics = _json(folder / "metrics.json", json.loads)
-    history = _json(folder / "metrics.jsonl", lambda text: [*map(json.loads, text.splitlines())]) or []
+    metrics = _json(folder / "metrics.json")
+    history = read_records(folder / "metrics.jsonl")
     latents = _latents(folder / "latents.json", settings.latent_dim)
-    if not (isinstance(metrics, dict | None) and all(isinstance(record, dict) for record in history)):
-        raise CheckpointError(f"{folder}: metrics.json or metrics.jsonl holds no records of a run. Train again.")
+    if not isinstance(metrics, dict | None):
+        raise CheckpointError(f"{folder}: metrics.json holds no figures of a run. Train again.")
     figures = _figures(metrics or {})
     train = (metrics or {}).get("train", {})
     train = {key: float(value) for key, value in train.items() if _is_number(value)} if isinstance(train, dict) else {}
@@ -141,10 +142,10 @@ def read_run(folder: str | Path, *, name: str | None = None, limit: int = _LIMIT
     )
 
 
-def _still_falls(history: Sequence[Mapping[str, Any]]) -> bool:
+def _still_falls(history: Sequence[TrainingRecord]) -> bool:
     """Whether the last test figure is the lowest."""
-    tests = [record["test"].get("neg_elbo") for record in history if isinstance(record.get("test"), dict)]
-    numbers = [value for value in tests if _is_number(value)]
+    tests = [record.test.get("neg_elbo") for record in history if record.test is not None]
+    numbers = [value for value in tests if value is not None and _is_number(value)]
     return len(numbers) > 1 and numbers[-1] == min(numbers)
 
 
@@ -152,17 +153,17 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float) or (type(value) is int and abs(value) < 1e100)  # ints beyond are no floats
 
 
-def _json(path: Path, parse: Callable[[str], Any]) -> Any:
+def _json(path: Path) -> Any:
     """What a file of JSON holds; None where there is no such file."""
     try:
-        return parse(path.read_text()) if path.exists() else None
+        return json.loads(path.read_text()) if path.exists() else None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged, no JSON ({error}). Put it back, or train again.") from error
 
 
 def _latents(path: Path, latent_dim: int) -> dict[str, Any] | None:
     """``latents.json``: posterior means of some test images, their labels, and the test set's KL per dimension."""
-    found = _json(path, json.loads)
+    found = _json(path)
     if found is None:
         return None
     try:
@@ -209,13 +210,14 @@ def _facts(
     )
     length = f"{settings.epochs} epochs" if settings.epochs is not None else f"{settings.steps:,} steps"
     objective = {"iwae": f"IWAE bound of {settings.particles} draws"}.get(settings.objective, f"ELBO ({settings.objective})")
+    falling = " and falling in stages" if settings.schedule == "stages" else ""
     weight = "" if settings.beta == 1 else f", KL weight {settings.beta:g}"
     facts = {
         "Model": f"{kind}, {nets} {widths}, {settings.latent_dim} latent dimensions (preset {settings.preset})",
         "Likelihood": common["likelihood"],
         "Data": f"{common['data set']}, {common['size']}",
         "Binarisation": common["binarisation"],
-        "Training": f"{objective}{weight}; {length}, batch {settings.batch_size}, learning rate {settings.lr:g}, "
+        "Training": f"{objective}{weight}; {length}, batch {settings.batch_size}, learning rate {settings.lr:g}{falling}, "
         f"seed {config.get('seed', 'not recorded')}",
     }
     if metrics and _is_number(metrics.get("seconds")):

@@ -1,4 +1,4 @@
-"""A run is a folder: config.json, metrics.jsonl (a line per epoch), metrics.json, latents.json, checkpoints/, figures/.
+"""A run is a folder: config.json, metrics.jsonl (a line per record), metrics.json, latents.json, checkpoints/, figures/.
 
 JSON files and weights are written whole or not at all. One process at a time writes to a folder.
 """
@@ -19,6 +19,7 @@ from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.checkpoint import CheckpointError, check_writable, read_tensors, whole_file, write_tensors
 from pyro_vae.checks import shape, usable_device
 from pyro_vae.presets import Settings
+from pyro_vae.records import TrainingRecord
 from pyro_vae.vae import VAE
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "new_run",
     "processor",
     "read_config",
+    "read_records",
     "reopen_run",
     "save_weights",
     "write_config",
@@ -171,6 +173,24 @@ def append_jsonl(path: Path, record: Any) -> None:
         raise CheckpointError(
             f"{path}: cannot be written ({error.strerror}). Make room, or mend the file's rights."
         ) from error
+
+
+def read_records(path: Path) -> list[TrainingRecord]:
+    """The records of a metrics.jsonl, of an earlier version's too; none where there is no such file.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
+    if not path.exists():
+        return []
+    try:
+        lines = [*map(json.loads, path.read_text().splitlines())]
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged, no JSON ({error}). Put it back, or train again.") from error
+    try:
+        return [*map(TrainingRecord.from_json, lines)]
+    except ValueError as error:
+        raise CheckpointError(f"{path}: no records of a run ({error}) Put it back, or train again.") from error
 
 
 def processor() -> str:

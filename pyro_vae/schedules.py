@@ -1,11 +1,15 @@
-"""Schedules of the KL's weight: functions of the number of steps that were made."""
+"""What changes in the course of training, as functions of how far it has come.
+
+:class:`LinearWarmup` and :class:`CyclicWarmup` are schedules of the KL's weight, functions of the number of steps that were
+made; :func:`falling_stages` is one of the learning rate, a function of the number of epochs.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from pyro_vae.checks import number, whole_number
 
-__all__ = ["CyclicWarmup", "LinearWarmup", "Schedule"]
+__all__ = ["CyclicWarmup", "LinearWarmup", "Schedule", "falling_stages"]
 
 Schedule = Callable[[int], float]
 """From the number of steps made to the weight of the KL in the next."""
@@ -74,6 +78,27 @@ class CyclicWarmup:
         if step >= self.cycles * self.steps:
             return self.final
         return self.start + (self.final - self.start) * min(step % self.steps / (self.rise * self.steps), 1.0)
+
+
+STAGES = 8
+"""Of :func:`falling_stages`."""
+
+
+def falling_stages(epochs: int) -> float:
+    """The learning rate, as a part of the first one, after so many epochs (Burda et al. 2016, arXiv:1509.00519).
+
+    Stage i of 8 lasts 3^(i-1) epochs, 3,280 in all, at 10^(-(i-1)/7). The last one has no end.
+
+    For :class:`torch.optim.lr_scheduler.LambdaLR`, stepped by the epoch.
+
+    Example:
+        >>> [round(falling_stages(epoch), 2) for epoch in (0, 1, 3, 4, 12, 13)]
+        [1.0, 0.72, 0.72, 0.52, 0.52, 0.37]
+    """
+    done, stage = 0, 0
+    while stage < STAGES - 1 and epochs >= done + 3**stage:
+        done, stage = done + 3**stage, stage + 1
+    return float(10 ** (-stage / 7))
 
 
 def _check(schedule: LinearWarmup | CyclicWarmup) -> None:

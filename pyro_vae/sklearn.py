@@ -17,6 +17,7 @@ from pyro_vae.estimate import LogMarginal, UnreliableEstimateWarning
 from pyro_vae.objectives import NegativeELBO
 from pyro_vae.presets import LIKELIHOODS, Settings, fitting_likelihood
 from pyro_vae.programs import evaluating
+from pyro_vae.records import TrainingRecord
 from pyro_vae.train import fit
 from pyro_vae.vae import VAE
 from pyro_vae.weights import Accumulator
@@ -50,7 +51,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     Attributes:
         vae_: the fitted :class:`~pyro_vae.VAE`, in evaluation mode.
         likelihood_: name of the likelihood.
-        history_: the records of :func:`~pyro_vae.fit`, one per epoch.
+        history_: one :class:`~pyro_vae.TrainingRecord` per epoch.
         n_features_in_: number of features.
         feature_names_in_: their names, where X had any.
 
@@ -136,7 +137,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
             torch.manual_seed(self._seed)
             moments = data.moments() if self.likelihood_ == "learned-normal" else None
             self.vae_ = settings.build_vae((x.shape[1],), moments=moments).to(data.x.dtype).eval()
-        self.history_: list[dict[str, Any]] = []
+        self.history_: list[TrainingRecord] = []
 
     def _train(self, x: NDArray[Any], epochs: int) -> "VAETransformer":
         seed = self._seed + len(self.history_)  # in partial_fit, another order and noise in each pass

@@ -19,7 +19,7 @@ from pyro_vae.data import Data
 from pyro_vae.engine.guards import held_by
 from pyro_vae.engine.tracing import Compiled, NotCompiledWarning, UntraceableError, compiled, reason_of
 from pyro_vae.objective import Objective
-from pyro_vae.updates import flush_moments, update_of
+from pyro_vae.updates import flush_moments, options_of, set_options, update_of
 
 __all__ = ["CompiledStep", "EagerStep", "NonFiniteStepError"]
 
@@ -183,8 +183,7 @@ class CompiledStep(EagerStep):
     def __call__(self, index: Tensor) -> dict[str, float]:
         if self.not_compiled:
             return super().__call__(index)
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        self._since.append((index, torch.get_rng_state(), self.count, rates))
+        self._since.append((index, torch.get_rng_state(), self.count, options_of(self.optimizer)))
         self._next()
         try:
             terms = self._step(index)
@@ -247,7 +246,7 @@ class CompiledStep(EagerStep):
         """A copy to go back to, and from here on what it takes to make the steps again."""
         self._look_up()
         self._kept = self._copy()
-        self._since: list[tuple[Tensor, Tensor, int, list[float]]] = []
+        self._since: list[tuple[Tensor, Tensor, int, list[dict[str, Any]]]] = []
         self._checked: set[int] = set()  # batch sizes
 
     def _verify(self) -> None:
@@ -257,13 +256,11 @@ class CompiledStep(EagerStep):
     def _again(self) -> dict[str, float]:
         """The steps since the copy, eagerly, which raises at the first that is not finite; the terms of the last one."""
         self._restore(self._kept)
-        groups = self.optimizer.param_groups
-        rates_now = [group["lr"] for group in groups]
+        options_now = options_of(self.optimizer)
         with torch.random.fork_rng(devices=[]):
-            for made, (index, noise, count, rates) in enumerate(self._since, start=1):
+            for made, (index, noise, count, options) in enumerate(self._since, start=1):
                 torch.set_rng_state(noise)
-                for group, rate in zip(groups, rates, strict=True):
-                    group["lr"] = rate
+                set_options(self.optimizer, options)
                 self.objective.at_step(count, count + 1 if self.steps is None else self.steps)
                 try:
                     terms = self._eager(index)
@@ -272,8 +269,7 @@ class CompiledStep(EagerStep):
                     raise
                 if (count + 1) % _FLUSH_EVERY == 0:
                     flush_moments(self.optimizer, _FLUSH_EVERY)
-        for group, rate in zip(groups, rates_now, strict=True):
-            group["lr"] = rate
+        set_options(self.optimizer, options_now)
         return terms
 
     def _check(self, size: int, index: Tensor) -> dict[str, float]:

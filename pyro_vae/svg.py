@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pyro_vae.records import TrainingRecord, horizontal_axis
+
 __all__ = ["Panel", "panels"]
 
 WIDTH, HEIGHT = 300, 170
@@ -35,35 +37,31 @@ class Panel:
     summary: str
 
 
-def panels(history: Sequence[Mapping[str, Any]]) -> list[Panel]:
+def panels(history: Sequence[TrainingRecord]) -> list[Panel]:
     """A panel each of -ELBO, reconstruction and KL, or of the loss alone where that is all there is.
 
     Args:
-        history: records of the training, as in ``metrics.jsonl``.
+        history: records of the training.
 
     Example:
-        >>> panel, = panels([{"epoch": 1, "loss": 3.0}, {"epoch": 2, "loss": 2.0}])
+        >>> panel, = panels([TrainingRecord(1, 5, {"loss": 3.0}), TrainingRecord(2, 10, {"loss": 2.0})])
         >>> panel.train
         '44.0,10.0 292.0,140.0'
     """
-    unit = "epoch" if history and all("epoch" in record for record in history) else "step"
-    names = [name for name in ("neg_elbo", "reconstruction", "kl") if any(name in record for record in history)]
+    unit, places = horizontal_axis(history)
+    names = [name for name in ("neg_elbo", "reconstruction", "kl") if any(name in record.train for record in history)]
     found = []
     for name in names or ["loss"]:
-        train = _points(history, unit, name)
-        test = _points([{**_test(record), unit: record.get(unit)} for record in history], unit, name)
+        train = _points(places, [record.train for record in history], name)
+        test = _points(places, [record.test or {} for record in history], name)
         if train or test:
             found.append(_panel(name, unit, train, test))
     return found
 
 
-def _test(record: Mapping[str, Any]) -> dict[str, Any]:
-    test = record.get("test")
-    return test if isinstance(test, dict) else {}
-
-
-def _points(records: Sequence[Mapping[str, Any]], unit: str, name: str) -> list[tuple[float, float]]:
-    pairs = [(record.get(unit), record.get(name)) for record in records]
+def _points(places: Sequence[int], terms: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    """Those that can be drawn: a file that is read may hold anything."""
+    pairs = zip(places, [each.get(name) for each in terms], strict=True)
     return [
         (float(x), float(y))
         for x, y in pairs

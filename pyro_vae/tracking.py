@@ -1,12 +1,13 @@
 """What a run shows in TensorBoard; any other tracker is a function given to ``fit(on_record=...)``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from pyro_vae.data import Data, DataError
 from pyro_vae.latent import latent_means
+from pyro_vae.records import TrainingRecord
 from pyro_vae.vae import VAE
 
 if TYPE_CHECKING:
@@ -36,13 +37,11 @@ class TensorBoard:
             raise DataError(f"TensorBoard cannot be imported ({error}). Install it: pip install tensorboard") from error
         self._writer = SummaryWriter(str(folder))
 
-    def record(self, record: dict[str, Any]) -> None:
-        """The numbers of a record of :func:`~pyro_vae.fit`, as ``train/...`` and ``test/...``, by step or epoch."""
-        when = record.get("step", record["epoch"])
-        for part, numbers in (("train", record), ("test", record.get("test", {}))):
+    def record(self, record: TrainingRecord) -> None:
+        """The numbers of a record of :func:`~pyro_vae.fit`, as ``train/...``, ``test/...`` and ``timing/...``, by step."""
+        for part, numbers in (("train", record.train), ("test", record.test or {}), ("timing", record.timing)):
             for name, value in numbers.items():
-                if name not in ("epoch", "step", "test"):
-                    self._writer.add_scalar(f"{part}/{name}", value, when)
+                self._writer.add_scalar(f"{part}/{name}", value, record.step)
         self._writer.flush()
 
     def figure(self, name: str, figure: "Figure") -> None:

@@ -1,5 +1,6 @@
 """The one training loop."""
 
+import inspect
 import itertools
 import math
 import sys
@@ -268,7 +269,17 @@ def _optimizer(
     made = torch.optim.Adam(parameters, lr=lr, fused=True) if optimizer is None else optimizer(parameters, lr=lr)
     if not isinstance(made, torch.optim.Optimizer):
         raise ValueError(f"optimizer: expected what makes an optimiser of torch.optim, found {type(made).__name__}.")
-    return made, None if schedule is None else schedule(made)
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"optimizer: expected one that steps on the gradient of one batch, found {type(made).__name__}, which evaluates "
+            "the loss several times a step. Use Adam or SGD, say."
+        )
+    scheduler = None if schedule is None else schedule(made)
+    if not (scheduler is None or (hasattr(scheduler, "step") and hasattr(scheduler, "state_dict"))):
+        found = type(scheduler).__name__
+        raise ValueError(f"schedule: expected what makes a schedule of torch.optim.lr_scheduler, found {found}.")
+    return made, scheduler
 
 
 def _plain(thing: Any, settings: dict[str, Any]) -> str:

@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["AdamInGraph", "AfterGraph", "flush_moments", "update_of"]
+__all__ = ["AdamInGraph", "AfterGraph", "flush_moments", "options_of", "set_options", "update_of"]
+
+
+def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What a schedule may change from step to step: the learning rate, and momentum or betas in some."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def set_options(optimizer: torch.optim.Optimizer, options: Sequence[dict[str, Any]]) -> None:
+    """Put back what :func:`options_of` has given."""
+    for group, values in zip(optimizer.param_groups, options, strict=True):
+        group.update(values)
 
 
 def update_of(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> "AdamInGraph | AfterGraph":
@@ -48,12 +59,15 @@ class AdamInGraph:
         return [*firsts, *seconds]
 
     def numbers(self) -> Tensor:
-        """What changes from step to step, by parameter: lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t)."""
-        rows: dict[Any, tuple[float, float]] = {}
+        """What changes from step to step, by parameter: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), and of the betas
+        1 - beta1, beta2, 1 - beta2: a schedule such as OneCycleLR moves them along with the learning rate.
+        """
+        rows: dict[Any, tuple[float, ...]] = {}
         for group, n in zip(self._groups, self._counts, strict=True):
             if (id(group), n) not in rows:
                 beta1, beta2 = group["betas"]
-                rows[id(group), n] = (group["lr"] / (1 - beta1 ** (n + 1)), 1 / math.sqrt(1 - beta2 ** (n + 1)))
+                rate, root = group["lr"] / (1 - beta1 ** (n + 1)), 1 / math.sqrt(1 - beta2 ** (n + 1))
+                rows[id(group), n] = (rate, root, 1 - beta1, beta2, 1 - beta2)
         values = [rows[id(group), n] for group, n in zip(self._groups, self._counts, strict=True)]
         return torch.tensor(values, dtype=self.parameters[0].dtype)
 
@@ -62,10 +76,10 @@ class AdamInGraph:
         moments, number = self.tensors(), len(self.parameters)
         for place, g in zip(places, gradients, strict=True):
             first, second = moments[place], moments[number + place]
-            (beta1, beta2), eps = self._groups[place]["betas"], self._groups[place]["eps"]
-            rate, root = numbers[place]
-            first_new = first + (1 - beta1) * (g - first)
-            second_new = beta2 * second + (1 - beta2) * g * g
+            eps = self._groups[place]["eps"]
+            rate, root, of_first, kept, of_second = numbers[place]
+            first_new = first + of_first * (g - first)
+            second_new = kept * second + of_second * g * g
             parameter = self.parameters[place]
             change = rate * first_new / (second_new.sqrt() * root + eps)
             for old, new in ((parameter, parameter - change), (first, first_new), (second, second_new)):
@@ -142,10 +156,9 @@ class AfterGraph:
         return copy.deepcopy(self.optimizer.state_dict())
 
     def restore(self, copied: Any) -> None:
-        rates = [group["lr"] for group in self.optimizer.param_groups]
+        options = options_of(self.optimizer)
         self.optimizer.load_state_dict(copied)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        set_options(self.optimizer, options)
 
 
 def flush_moments(optimizer: torch.optim.Optimizer, steps: int) -> None:

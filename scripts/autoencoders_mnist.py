@@ -37,7 +37,8 @@ from pyro_vae import (
     plots,
 )
 from pyro_vae.presets import Settings
-from pyro_vae.run import append_jsonl, new_run, save_weights, write_config, write_json
+from pyro_vae.records import TrainingRecord
+from pyro_vae.run import append_jsonl, new_run, read_records, save_weights, write_config, write_json
 
 # Folder of a run -> its preset, and what is changed in it. In the pictures: its name.
 RUNS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -109,17 +110,14 @@ def train_run(
     some = test.subset(slice(2000))
     codes = [latent.latent_means(model, some).numpy()] if model.latent_dim == 2 else []  # before any step
 
-    def on_record(record: dict[str, Any]) -> None:
-        append_jsonl(folder / "metrics.jsonl", record)
+    def on_record(record: TrainingRecord) -> None:
+        append_jsonl(folder / "metrics.jsonl", record.to_json())
         save_weights(folder, model)
         if codes:
             codes.append(latent.latent_means(model, some).numpy())
-        if record["step"] % (4 * settings.record_every) == 0:  # type: ignore[operator]
-            print(
-                f"  step {record['step']:6,d}  train {published(settings, record):.6g}  test "
-                f"{published(settings, record['test']):.6g}",
-                flush=True,
-            )
+        if record.step % (4 * settings.record_every) == 0:  # type: ignore[operator]
+            figures = f"train {published(settings, record.train):.6g}  test {published(settings, record.test):.6g}"
+            print(f"  step {record.step:6,d}  {figures}", flush=True)
 
     start = time.perf_counter()
     objective = settings.build_objective(model)
@@ -130,8 +128,8 @@ def train_run(
         np.savez_compressed(folder / "latents.npz", codes=np.stack(codes), labels=labels[:2000].numpy())
     last = history[-1]
     metrics = {
-        "train_loss": published(settings, last),
-        "test_loss": published(settings, last["test"]),
+        "train_loss": published(settings, last.train),
+        "test_loss": published(settings, last.test),
         "seconds": seconds,
         "test": {key: asdict(value) for key, value in evaluate(model, test, seed=args.seed).items()},
     }
@@ -140,8 +138,9 @@ def train_run(
     return model
 
 
-def published(settings: Settings, terms: dict[str, float]) -> float:
+def published(settings: Settings, terms: dict[str, float] | None) -> float:
     """The loss as the reference prints it: of an autoencoder per pixel, of a VAE squared error + KL weight x KL."""
+    terms = terms or {}  # of the test data, which are always there
     return terms["loss"] if settings.likelihood == "none" else terms["squared_error"] + settings.beta * terms["kl"]
 
 
@@ -191,8 +190,7 @@ def animate(out: Path, names: list[str]) -> None:
     kept = {name: np.load(out / name / "latents.npz") for name in names}
     codes = {RUNS[name][2]: arrays["codes"] for name, arrays in kept.items()}
     frames = min(map(len, codes.values()))
-    lines = (out / names[0] / "metrics.jsonl").read_text().splitlines()
-    steps = [0, *(json.loads(line)["step"] for line in lines)][:frames]
+    steps = [0, *(record.step for record in read_records(out / names[0] / "metrics.jsonl"))][:frames]
     keep = sorted({*range(min(frames, 12)), *np.linspace(0, frames - 1, min(frames, 60)).round().astype(int).tolist()})
     animation = plots.latent_animation(
         {name: array[keep] for name, array in codes.items()},

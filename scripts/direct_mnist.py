@@ -40,6 +40,7 @@ from pyro_vae import (
 from pyro_vae.estimate import UnreliableEstimateWarning
 from pyro_vae.log_weights import log_weights
 from pyro_vae.programs import ProgramPair
+from pyro_vae.records import TrainingRecord
 from pyro_vae.run import append_jsonl, new_run, save_weights, write_config, write_json
 
 SETTINGS = load_preset("bernoulli-z20")
@@ -93,7 +94,7 @@ def fit_elbo(args: argparse.Namespace, train: Data) -> VAE:
     return vae
 
 
-def fit_direct(args: argparse.Namespace, train: Data, out: Path) -> tuple[VAE, list[dict[str, Any]], Tensor]:
+def fit_direct(args: argparse.Namespace, train: Data, out: Path) -> tuple[VAE, list[TrainingRecord], Tensor]:
     """The same decoder and prior by direct maximum likelihood, then an encoder for that decoder, frozen."""
     torch.manual_seed(args.seed)
     vae = SETTINGS.build_vae(train.event_shape)
@@ -101,8 +102,8 @@ def fit_direct(args: argparse.Namespace, train: Data, out: Path) -> tuple[VAE, l
     how = "redrawn" if args.redraw else "fixed"
     print(f"direct fit, {args.num_draws} {how} draws")
 
-    def on_record(record: dict[str, Any]) -> None:
-        append_jsonl(out / "metrics.jsonl", record)
+    def on_record(record: TrainingRecord) -> None:
+        append_jsonl(out / "metrics.jsonl", record.to_json())
 
     history = fit(objective, train, epochs=args.epochs, batch_size=256, lr=1e-3, seed=args.seed, on_record=on_record)
     vae.decoder.requires_grad_(False)
@@ -195,7 +196,7 @@ def run(args: argparse.Namespace) -> None:
         own = -fixed(images)["loss"].item()
     table["direct fit"]["own_estimate"] = own
     metrics = {
-        "train_loss": history[-1]["loss"],
+        "train_loss": history[-1].train["loss"],
         "images": len(images),
         "seconds": time.perf_counter() - start,
         "table": table,
@@ -204,7 +205,7 @@ def run(args: argparse.Namespace) -> None:
         out / "metrics.json", {"dataset": train.name, "binarization": test.binarization, "seed": args.seed, **metrics}
     )
 
-    print(f"\nthe direct fit's last training loss: {history[-1]['loss']:.2f}")
+    print(f"\nthe direct fit's last training loss: {history[-1].train['loss']:.2f}")
     k = args.importance_samples
     print(f"log p of {len(images):,} test images, nats per image; importance sampling with {k:,} draws:\n")
     print("| decoder | the fit's own estimate | ELBO | importance sampling | median ESS | Pareto k | draws from the prior |")

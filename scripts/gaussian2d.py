@@ -35,6 +35,7 @@ from pyro_vae import (
 )
 from pyro_vae.estimate import UnreliableEstimateWarning
 from pyro_vae.gaussian2d import ENTROPY, LinearGaussian, sample, truth
+from pyro_vae.records import TrainingRecord
 from pyro_vae.run import append_jsonl, new_run, save_weights, write_json
 
 LIMITS = (-2.5, 4.5, -3.0, 4.0)
@@ -112,8 +113,8 @@ def make_figures(
     vae: VAE,
     direct: VAE,
     panels: dict[str, Any],
-    history: list[dict[str, Any]],
-    losses: dict[str, list[dict[str, Any]]],
+    history: list[TrainingRecord],
+    losses: dict[str, list[TrainingRecord]],
 ) -> None:
     """All pictures of the run, into its folder."""
 
@@ -126,11 +127,10 @@ def make_figures(
     torch.manual_seed(args.seed)
     rows = {"truth": train, "VAE": draw(vae, 10_000), "direct fit, redrawn": draw(direct, 10_000)}
     with_noise = {"samples of the VAE": rows["VAE"], "its decoder's means, without noise": draw(vae, 10_000, noise=False)}
-    per_epoch = math.ceil(len(train) / args.batch_size)
-    steps = [record["epoch"] * per_epoch for record in history]
-    lines = {"VAE: train -ELBO": (steps, [r["neg_elbo"] for r in history])}
-    lines["VAE: validation -ELBO"] = (steps, [r["test"]["neg_elbo"] for r in history])
-    lines |= {f"direct fit, {name}: train -log p": (steps, [r["loss"] for r in h]) for name, h in losses.items()}
+    steps = [record.step for record in history]
+    lines = {"VAE: train -ELBO": (steps, [r.train["neg_elbo"] for r in history])}
+    lines["VAE: validation -ELBO"] = (steps, [r.test["neg_elbo"] for r in history if r.test is not None])
+    lines |= {f"direct fit, {name}: train -log p": (steps, [r.train["loss"] for r in h]) for name, h in losses.items()}
     caption = "Losses: means over each epoch, against the step"
     figures = {
         "densities": density_panels(rows, 3, "Samples (blue) under the true density's contours (red)"),
@@ -157,11 +157,11 @@ def run(args: argparse.Namespace) -> None:
     shown = snapshots(args.epochs)
     panels = {"truth": train.numpy()}
 
-    def on_record(record: dict[str, Any]) -> None:
-        append_jsonl(out / "metrics.jsonl", record)
-        if record["epoch"] in shown:
+    def on_record(record: TrainingRecord) -> None:
+        append_jsonl(out / "metrics.jsonl", record.to_json())
+        if record.epoch in shown:
             torch.manual_seed(args.seed)
-            panels[f"epoch {record['epoch']}"] = draw(vae, 10_000).numpy()
+            panels[f"epoch {record.epoch}"] = draw(vae, 10_000).numpy()
 
     training: dict[str, Any] = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
     objective = NegativeELBO(vae, num_particles=args.num_mc)

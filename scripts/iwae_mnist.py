@@ -6,12 +6,12 @@ as Bernoulli(grey) each time an image is seen; batch 20; 8 stages of 3^(i-1) epo
 1e-3 * 10^(-(i-1)/7); Adam with eps 1e-4. VAE and IWAE with k draws per image; then log p(test) by importance sampling with
 5,000 draws and the number of active latent units.
 
---stages cuts the schedule short. A run that was stopped or killed goes on where it was: give the same command again.
+All stages are one training, whose moments and counts of Adam go on from stage to stage. --stages cuts the schedule short; a
+later call with more goes on. So does a run that was stopped or killed: give the same command again.
 """
 
 import argparse
 import json
-import shutil
 import sys
 import time
 import warnings
@@ -40,21 +40,23 @@ from pyro_vae import (
     load_preset,
 )
 from pyro_vae.estimate import UnreliableEstimateWarning
+from pyro_vae.presets import Settings
+from pyro_vae.records import TrainingRecord
 from pyro_vae.run import (
     append_jsonl,
-    load_weights,
-    lock_run,
     new_run,
+    read_config,
+    reopen_run,
     save_weights,
     write_config,
     write_json,
     write_jsonl,
 )
+from pyro_vae.schedules import STAGES
 from pyro_vae.signals import Signals
-from pyro_vae.train import PRECISIONS, format_epoch
+from pyro_vae.train import PRECISIONS, format_record
 
-SETTINGS = load_preset("bernoulli-z50")
-STAGES = 8
+PRESET = "bernoulli-z50"
 # Table 1 of the paper, one stochastic layer, binarised MNIST: -log p(test) in nats.
 PAPER = {"vae-1": 86.76, "vae-5": 86.47, "vae-50": 86.35, "iwae-1": 86.76, "iwae-5": 85.54, "iwae-50": 84.78}
 
@@ -91,7 +93,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def build(train: Data) -> VAE:
     """The model with the paper's initial weights."""
-    vae = SETTINGS.build_vae(train.event_shape)
+    vae = load_preset(PRESET).build_vae(train.event_shape)
     layers = [module for module in vae.modules() if isinstance(module, nn.Linear)]
     for layer in layers:
         two_heads = layer.out_features == 2 * vae.latent_dim  # each is a layer of its own in the paper
@@ -103,86 +105,82 @@ def build(train: Data) -> VAE:
     return vae
 
 
-def stage_path(run: Path, stage: int) -> Path:
-    return run / "checkpoints" / f"stage-{stage}.pt"
+def epochs_of(stages: int) -> int:
+    """How long the first stages are, all together."""
+    return (3**stages - 1) // 2
+
+
+def stage_of(epoch: int) -> int:
+    """The stage that an epoch, from 1 on, belongs to."""
+    return next(stage for stage in range(1, STAGES + 1) if epoch <= epochs_of(stage))
+
+
+def open_run(args: argparse.Namespace, name: str, train: Data, settings: Settings) -> Path:
+    """The folder of a new run, or of one that goes on, where it is of the same kind and settings."""
+    run = args.out / name
+    asked = {"script": "iwae_mnist", "dataset": train.name, "seed": args.seed, "precision": args.precision}
+    if (run / "config.json").is_file():
+        reopen_run(run)
+        kept = read_config(run)[2]
+        if changed := [f"{key}: {kept.get(key)} -> {value}" for key, value in asked.items() if kept.get(key) != value]:
+            raise CheckpointError(f"{run}: begun with other settings ({', '.join(changed)}). Name another --out.")
+        if any((run / "checkpoints").glob("stage-*")):
+            raise CheckpointError(
+                f"{run}: a run of an earlier version, whose stages were trainings of their own. Expected one training of "
+                "all stages, and it cannot go on as that. Name another --out."
+            )
+    else:
+        new_run(run, name=name)
+    versions = {"pyro_vae": pyro_vae.__version__, "torch": torch.__version__}
+    provenance = {**asked, "threads": torch.get_num_threads(), "versions": versions}
+    write_config(run, settings, event_shape=tuple(train.event_shape), **provenance)
+    return run
 
 
 def train_stages(args: argparse.Namespace, name: str, train: Data, signals: Signals) -> tuple[VAE, Path, float]:
-    """All stages that are asked for and not done yet; the model after the last one, its folder, seconds in all stages."""
+    """All stages that are asked for, in one training; the model after the last one, its folder, seconds in all stages."""
     model, k = name.split("-")
+    objective = "iwae" if model == "iwae" and k != "1" else "trace"  # with one draw, the bound is the ELBO
+    settings = load_preset(PRESET, objective=objective, particles=int(k), epochs=epochs_of(args.stages))
     torch.manual_seed(args.seed)
     vae = build(train)
-    run = args.out / name
-    objective = "iwae" if model == "iwae" and k != "1" else "trace"  # with one draw, the bound is the ELBO
-    settings = load_preset("bernoulli-z50", objective=objective, particles=int(k))
-    asked = {"script": "iwae_mnist", "dataset": train.name, "seed": args.seed, "precision": args.precision}
-    if (run / "config.json").is_file():
-        lock_run(run)
-        try:
-            kept = json.loads((run / "config.json").read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{run / 'config.json'}: not the config of a run: {error}. Name another --out.") from error
-        if changed := [f"{key}: {kept.get(key)} -> {value}" for key, value in asked.items() if kept.get(key) != value]:
-            raise CheckpointError(f"{run}: begun with other settings ({', '.join(changed)}). Name another --out.")
-    else:
-        new_run(run, name=name)
-        write_config(
-            run,
-            settings,
-            event_shape=tuple(train.event_shape),
-            threads=torch.get_num_threads(),
-            versions={"pyro_vae": pyro_vae.__version__, "torch": torch.__version__},
-            **asked,
-        )
-    done = max((stage for stage in range(1, args.stages + 1) if stage_path(run, stage).is_file()), default=0)
+    run = open_run(args, name, train, settings)
+    checkpoints = Checkpoints(run / "checkpoints")
+    state = checkpoints.load()
     log = run / "metrics.jsonl"
-    try:
-        records = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-        records = [record for record in records if record["stage"] <= done]
-    except (ValueError, TypeError, KeyError) as error:
+    history = state["progress"]["history"] if state else []
+    if history and history[-1]["epoch"] > epochs_of(args.stages):
         raise CheckpointError(
-            f"{log}: not the records of this run ({error}). Put it back, or name another --out."
-        ) from error
-    if done:
-        load_weights(vae, stage_path(run, done), remedy="Remove it to train this stage again.")
-        print(f"{name}: stages 1 to {done} of {args.stages} are in {run}", flush=True)
-    for stage in range(1, done + 1):  # of a process that was killed just after it
-        shutil.rmtree(stage_path(run, stage).with_suffix(""), ignore_errors=True)
-    for stage in range(done + 1, args.stages + 1):
-        epochs = 3 ** (stage - 1)
-        checkpoints = Checkpoints(stage_path(run, stage).with_suffix(""))
-        if state := checkpoints.load():
-            records.extend({"stage": stage, **record} for record in state["progress"]["history"])
-            print(f"{name} stage {stage}: going on after step {state['progress']['step']:,}", flush=True)
-        write_jsonl(log, records)  # without what a killed process has added after its last checkpoint
+            f"{run}: {history[-1]['epoch']:,} epochs were made, and the stages asked for have only "
+            f"{epochs_of(args.stages):,}. Ask for more --stages, or name another --out."
+        )
+    write_jsonl(log, history)  # without what a killed process has added after its last checkpoint
+    if state:
+        print(f"{name}: going on after step {state['progress']['step']:,}", flush=True)
 
-        def on_record(record: dict[str, Any], stage: int = stage, epochs: int = epochs) -> None:
-            records.append({"stage": stage, **record})
-            append_jsonl(log, records[-1])
-            if record["epoch"] % max(1, epochs // 9) == 0:
-                print(f"{name} stage {stage}  {format_epoch(record)}  {record['seconds']:.1f} s", flush=True)
+    def on_record(record: TrainingRecord) -> None:
+        append_jsonl(log, record.to_json())
+        save_weights(run, vae, durable=False)
+        stage = stage_of(record.epoch)
+        if (record.epoch - epochs_of(stage - 1)) % max(1, 3 ** (stage - 1) // 9) == 0:
+            print(f"{name} stage {stage}  {format_record(record)}  {record.timing['seconds']:.1f} s", flush=True)
 
-        with signals.awaited():
-            fit(
-                settings.build_objective(vae),
-                train,
-                epochs=epochs,
-                batch_size=SETTINGS.batch_size,
-                lr=1e-3 * 10 ** (-(stage - 1) / 7),
-                eps=1e-4,
-                seed=STAGES * args.seed + stage,  # another order and other noise than in the stages before
-                compile=True,
-                precision=args.precision,
-                on_record=on_record,
-                checkpoints=checkpoints,
-                resume=state,
-                stop=signals.came,
-                verbose=False,
-            )
-        save_weights(run, vae, name=f"stage-{stage}")
-        save_weights(run, vae)
-        shutil.rmtree(checkpoints.folder)  # the stage is kept
-    return vae.eval(), run, sum(record["seconds"] + record.get("compile_seconds", 0) for record in records)
+    with signals.awaited():
+        records = fit(
+            settings.build_objective(vae),
+            train,
+            seed=args.seed,
+            compile=True,
+            precision=args.precision,
+            on_record=on_record,
+            checkpoints=checkpoints,
+            resume=state,
+            stop=signals.came,
+            verbose=False,
+            **settings.training(),
+        )
+    save_weights(run, vae)
+    return vae.eval(), run, sum(record.timing["seconds"] + record.timing["compile_seconds"] for record in records)
 
 
 def measure(args: argparse.Namespace, vae: VAE, run: Path, seconds: float, train: Data, test: Data) -> None:
@@ -202,7 +200,7 @@ def measure(args: argparse.Namespace, vae: VAE, run: Path, seconds: float, train
     record = {
         **asked,
         "paper": PAPER[run.name] if train.name == "mnist" else None,
-        "epochs": (3**args.stages - 1) // 2,
+        "epochs": epochs_of(args.stages),
         "binarization": "dynamic",
         "seed": args.seed,
         "training_seconds": seconds,

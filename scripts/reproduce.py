@@ -27,8 +27,8 @@ import pyro
 import torch
 
 import pyro_vae
-from pyro_vae import DataError, load_data
-from pyro_vae.run import processor, write_json
+from pyro_vae import CheckpointError, DataError, load_data
+from pyro_vae.run import processor, read_records, write_json
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def epoch(number: int, key: str) -> Read:
     """A training average, which is what the references print; it has no error of its own."""
 
     def read(folder: Path) -> tuple[float, float | None]:
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return next(record[key] for record in records if record["epoch"] == number), None
+        records = read_records(folder / "metrics.jsonl")
+        return next(record.train[key] for record in records if record.epoch == number), None
 
     return read
 
@@ -205,7 +205,7 @@ def execute(system: System, out: Path, *, shared: Sequence[str], announce: str) 
         if done["command"] == command and rows_of(system, out, done["seconds"]):
             print(f"{announce}: done before, in {done['seconds']:.0f} s", flush=True)
             return float(done["seconds"])
-    except (OSError, ValueError, TypeError, KeyError, StopIteration):
+    except (CheckpointError, OSError, ValueError, TypeError, KeyError, StopIteration):
         pass  # no mark, or a run that was damaged since: run it
     print(f"{announce}: {shlex.join(command)}", flush=True)
     folder = out / system.out

@@ -1,5 +1,6 @@
 import io
 import itertools
+import math
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_vae import plots
+from pyro_vae import TrainingRecord, plots
 
 
 def pixels(figure):
@@ -86,13 +87,22 @@ def test_pairs_show_each_pair_once():
 @pytest.mark.parametrize("test", [False, True])
 def test_training_curves(epochs, test):
     terms = {"neg_elbo": 3.0, "reconstruction": 2.0, "kl": 1.0}
-    history = [{"epoch": e, **terms} | ({"test": terms} if test else {}) for e in range(1, epochs + 1)]
+    history = [TrainingRecord(e, 5 * e, terms, terms if test else None) for e in range(1, epochs + 1)]
     figure = plots.training_curves(history)
     assert pixels(figure) > 1000
     assert [ax.get_title() for ax in figure.axes] == ["-ELBO", "reconstruction", "KL"]
     for ax in figure.axes:
         assert [line.get_label() for line in ax.lines] == ["train", "test"][: 1 + test]
         assert list(ax.lines[0].get_xdata()) == list(range(1, epochs + 1))
+        assert ax.get_xlabel() == "epoch"
+
+
+def test_training_curves_by_steps_where_records_do_not_end_epochs():
+    history = [
+        TrainingRecord(math.ceil(step / 6), step, {"neg_elbo": 3.0, "reconstruction": 2.0, "kl": 1.0}) for step in (4, 8, 9)
+    ]
+    for ax in plots.training_curves(history).axes:
+        assert (ax.get_xlabel(), list(ax.lines[0].get_xdata())) == ("step", [4, 8, 9])
 
 
 def test_density_panels_have_the_histograms_and_the_rings():

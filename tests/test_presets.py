@@ -79,6 +79,26 @@ def test_epochs_and_steps_take_each_others_place():
         load_preset("bernoulli-z20", steps=7, epochs=1)
 
 
+def test_the_preset_of_the_iwae_paper_trains_by_the_papers_schedule():
+    """Stage i of 3^(i-1) epochs at 1e-3 * 10^(-(i-1)/7), Adam with eps 1e-4: by the preset alone."""
+    settings = load_preset("bernoulli-z50")
+    arguments = settings.training()
+    optimizer = arguments["optimizer"]([torch.zeros(3, requires_grad=True)], lr=arguments["lr"])
+    assert type(optimizer) is torch.optim.Adam
+    assert optimizer.defaults["eps"] == 1e-4
+    schedule, rates = arguments["schedule"](optimizer), []
+    for _ in range(settings.epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    expected = [1e-3 * 10 ** (-(i - 1) / 7) for i in range(1, 9) for _ in range(3 ** (i - 1))]
+    assert rates == pytest.approx(expected, rel=1e-12)
+    assert {"optimizer", "schedule"}.isdisjoint(load_preset("bernoulli-z20").training())
+    vae = load_preset("bernoulli-z50", hidden=(4,)).build_vae((1, 4, 4))
+    few = load_preset("bernoulli-z50", epochs=2).training()
+    fit(NegativeELBO(vae), torch.rand(40, 1, 4, 4), verbose=False, **few)
+
+
 def test_changes_leave_the_preset_alone():
     settings = load_preset("bernoulli-z20", latent_dim=2, beta=4.0, objective="mean-field", particles=3)
     assert PRESETS["bernoulli-z20"].latent_dim == 20
@@ -104,6 +124,8 @@ def test_changes_leave_the_preset_alone():
         ({"objective": "iwae", "beta": 2.0, "particles": 5}, "beta: expected 1 with objective iwae"),
         ({"objective": "iwae"}, "particles: expected at least 2 with objective iwae"),
         ({"binarization": "dither"}, "binarization: expected one of none, threshold, dynamic"),
+        ({"eps": 0}, "eps: expected a positive number, found 0"),
+        ({"schedule": "cosine"}, "schedule: expected one of constant, stages, found 'cosine'"),
         ({"learning_rate": 1.0}, "no setting learning_rate; the settings are preset, likelihood"),
     ],
 )

@@ -19,12 +19,22 @@ from test_scripts import FIGURES
 from torch import nn
 
 import pyro_vae.report
-from pyro_vae import VAE, LearnedNormalLikelihood, MLPDecoder, MLPEncoder, evaluate, load_preset, load_run, report_texts
+from pyro_vae import (
+    VAE,
+    LearnedNormalLikelihood,
+    MLPDecoder,
+    MLPEncoder,
+    TrainingRecord,
+    evaluate,
+    load_preset,
+    load_run,
+    report_texts,
+)
 from pyro_vae.cautions import cautions_of
 from pyro_vae.comparison import FigureOfRun, compare, conditions
 from pyro_vae.explorer import NoExplorerError, decoder_record
 from pyro_vae.report import read_run, render, write_report
-from pyro_vae.run import new_run, save_weights, write_config, write_json, write_jsonl
+from pyro_vae.run import new_run, read_records, save_weights, write_config, write_json, write_jsonl
 from pyro_vae.svg import panels
 
 ALERT = "<script>alert(1)</script>"
@@ -40,7 +50,8 @@ def run(tmp_path):
     test = {name: asdict(figure) for name, figure in figures.items()}
     write_json(folder / "metrics.json", {"seconds": 1.5, "train": {"neg_elbo": 45.0}, "test": test})
     parts = {"neg_elbo": 45.0, "reconstruction": 44.0, "kl": 1.0}
-    write_jsonl(folder / "metrics.jsonl", [{"epoch": n, "loss": 45.0 / n, **parts, "test": parts} for n in (1, 2)])
+    records = [TrainingRecord(n, 5 * n, {"loss": 45.0 / n, **parts}, parts) for n in (1, 2)]
+    write_jsonl(folder / "metrics.jsonl", [record.to_json() for record in records])
     add_pictures(folder)
     return folder
 
@@ -173,16 +184,35 @@ def test_several_runs_share_the_room_only_where_it_is_short(run, tmp_path, monke
 
 
 def test_panels():
-    history = [{"epoch": n, "loss": 1.0, "neg_elbo": 100.0 / n, "test": {"neg_elbo": 110.0 / n}} for n in (1, 2, 4)]
+    history = [TrainingRecord(n, 5 * n, {"loss": 1.0, "neg_elbo": 100.0 / n}, {"neg_elbo": 110.0 / n}) for n in (1, 2, 4)]
     (panel,) = panels(history)
     assert (panel.name, panel.unit) == ("neg_elbo", "epoch")
     assert panel.summary == "training from 100.00 to 25.00; test from 110.00 to 27.50"
     xs, ys = zip(*(map(float, pair.split(",")) for pair in panel.train.split()), strict=True)
     assert xs[1] - xs[0] == pytest.approx((xs[2] - xs[0]) / 3, abs=0.1)  # epoch 2 of 1 to 4
     assert ys[0] < ys[1] < ys[2] == 140  # downwards; the lowest value at the bottom
-    assert panels([]) == panels([{"epoch": 1, "loss": float("nan")}]) == []
-    (one,) = panels([{"step": 5, "loss": 2.0}])
+    assert panels([]) == panels([TrainingRecord(1, 5, {"loss": float("nan")})]) == []
+    (one,) = panels([TrainingRecord(1, 3, {"loss": 2.0}), TrainingRecord(1, 5, {"loss": 2.0})])
     assert (one.unit, one.test) == ("step", "")
+
+
+def test_a_run_of_an_earlier_version(run):
+    """Its metrics.jsonl had all numbers side by side, and no steps where training went by epochs."""
+    parts = {"neg_elbo": 45.0, "reconstruction": 44.0, "kl": 1.0}
+    times = {"seconds": 0.5, "images_per_second": 100.0}
+    lines = [{"epoch": n, "loss": 45.0, **parts, **times, "test": {"loss": 45.0, **parts}} for n in (1, 2)]
+    now, earlier = read_run(run).curves, run / "metrics.jsonl"
+    write_jsonl(earlier, lines)
+    assert read_run(run).curves == now
+    assert [panel.unit for panel in now] == ["epoch"] * 3
+    record = read_records(earlier)[1]
+    assert record == TrainingRecord(
+        2, 0, {"loss": 45.0, **parts}, {"loss": 45.0, **parts}, {"seconds": 0.5, "observations_per_second": 100.0}
+    )
+    by_steps = [{"epoch": 1, "step": step, "loss": 45.0, **parts, **times} for step in (10, 20)]
+    write_jsonl(earlier, by_steps)
+    assert [panel.unit for panel in read_run(run).curves] == ["step"] * 3
+    write_report([run])
 
 
 # --- what to beware of ---
@@ -415,6 +445,9 @@ BAD_LATENTS = {
         ("metrics.json", "[1]"),
         ("metrics.jsonl", "epoch 1"),
         ("metrics.jsonl", "1\n2\n"),
+        ("metrics.jsonl", '{"loss": 1.0}'),
+        ("metrics.jsonl", '{"epoch": 1, "train": {"loss": 1.0}, "step": "one"}'),
+        ("metrics.jsonl", '{"epoch": 1, "loss": 1.0, "test": 3}'),
         ("checkpoints/weights.pt", "no weights"),
         ("figures/tsne.png", "no picture"),
         *(("latents.json", json.dumps(content)) for content in BAD_LATENTS.values()),

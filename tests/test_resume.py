@@ -1,19 +1,24 @@
 """A run that is stopped and resumed ends as if it had never stopped."""
 
+import functools
 import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import THREADS, equal, make_vae, weights
+from test_train import OPTIMIZERS, SCHEDULES
 from torch import nn
+from torch.optim import lr_scheduler
 
 from pyro_vae import (
     VAE,
     Autoencoder,
     CheckpointError,
     Checkpoints,
+    CyclicWarmup,
     Data,
+    LinearWarmup,
     MLPDecoder,
     MLPEncoder,
     NegativeDirectLogLikelihood,
@@ -137,6 +142,91 @@ def compiled_and_resumed(name, tmp_path):
     assert without_times(history) == without_times(expected)
 
 
+def stopped_and_resumed(folder, make, stops, **options):
+    """The training without a stop and the one with some: their tensors and records are the same; the records."""
+    straight = make()
+    expected = run(straight, **options)
+    checkpoints = Checkpoints(folder)
+    for steps in stops:
+        with pytest.raises(TrainingStoppedError):
+            run(make(), **options, checkpoints=checkpoints, resume=checkpoints.load(), stop=after(steps))
+    resumed = make()
+    history = run(resumed, **options, checkpoints=checkpoints, resume=checkpoints.load())
+    assert equal(tensors(resumed), tensors(straight))
+    assert without_times(history) == without_times(expected)
+    return history
+
+
+def eager_and_traced(cases, *, fast):
+    """Each case with compile=False and True; a trace takes seconds, so those that are not among the fast are slow tests."""
+    slow = [pytest.param(case, True, marks=[] if case in fast else pytest.mark.slow, id=f"{case}, traced") for case in cases]
+    return [*(pytest.param(case, False, id=f"{case}, eager") for case in cases), *slow]
+
+
+@pytest.mark.parametrize(("optimizer", "compile"), eager_and_traced(OPTIMIZERS, fast=["SGD", "Adam, eps"]))
+def test_bit_for_bit_with_any_optimizer(optimizer, compile, traced, tmp_path):
+    stopped_and_resumed(tmp_path, lambda: build("elbo"), (3, 5), optimizer=OPTIMIZERS[optimizer], compile=compile)
+
+
+@pytest.mark.parametrize("optimizer", ["Adam, eps", "SGD"])
+@pytest.mark.parametrize(("schedule", "compile"), eager_and_traced(SCHEDULES, fast=["OneCycleLR"]))
+def test_bit_for_bit_with_any_schedule(schedule, optimizer, compile, traced, tmp_path):
+    schedule, unit = SCHEDULES[schedule]
+    options = {"schedule": schedule, "schedule_by": unit, "optimizer": OPTIMIZERS[optimizer], "compile": compile}
+    stopped_and_resumed(tmp_path, lambda: build("elbo"), (3, 2, 7), test=images(30), epochs=4, **options)  # 5: a record
+
+
+@pytest.mark.parametrize(
+    ("beta", "compile"),
+    eager_and_traced([LinearWarmup(8), LinearWarmup(30, start=0.5), CyclicWarmup(4, cycles=2)], fast=[LinearWarmup(8)]),
+)
+@pytest.mark.filterwarnings("ignore:the schedule of beta ends this run")
+def test_bit_for_bit_with_a_warm_up(beta, compile, traced, tmp_path):
+    def make(beta=beta):
+        torch.manual_seed(5)
+        return NegativeELBO(make_vae(), beta=beta, free_bits=0.05)
+
+    stopped_and_resumed(tmp_path, make, (3, 4), test=images(30), compile=compile)
+    changed, state = make(LinearWarmup(99)), Checkpoints(tmp_path).load()
+    with pytest.raises(CheckpointError, match=r"objective: .*Warmup\(steps=.*\) -> .*beta=LinearWarmup\(steps=99"):
+        run(changed, test=images(30), compile=compile, resume=state)
+
+
+def test_patience_counts_on_after_a_stop(tmp_path):
+    """A run that overfits: stopped by patience at the same record, and for good."""
+    options = {"data": Data(images(16)), "epochs": 60, "lr": 0.05, "test": images(40)[20:], "patience": 3}
+    history = stopped_and_resumed(tmp_path, lambda: build("elbo"), (2, 1, 1), **options)
+    scores = [record.test["neg_elbo"] for record in history]
+    assert 4 < len(scores) < 60
+    assert scores.index(min(scores)) == len(scores) - 4
+    again = build("elbo")
+    checkpoints, said = Checkpoints(tmp_path), []
+    assert run(again, **options, checkpoints=checkpoints, resume=checkpoints.load(), on_record=said.append) == history
+    assert not said
+    with pytest.raises(CheckpointError, match="patience: 3 -> 4"):
+        run(build("elbo"), **options | {"patience": 4}, checkpoints=checkpoints, resume=checkpoints.load())
+
+
+def test_another_optimizer_or_schedule_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    step = functools.partial(lr_scheduler.StepLR, step_size=2)
+    first = {"optimizer": OPTIMIZERS["SGD"], "schedule": step}
+    run(build("elbo"), checkpoints=checkpoints, **first)
+    for changes, words in (
+        ({"optimizer": torch.optim.SGD}, r"optimizer: SGD\(.*momentum=0\.9.* -> SGD\(.*momentum=0,"),
+        ({"optimizer": None}, r"optimizer: SGD\(.* -> Adam\("),
+        ({"schedule": None}, r"schedule: StepLR\(.*by epoch -> "),
+        (
+            {"schedule": functools.partial(lr_scheduler.StepLR, step_size=3)},
+            "schedule: StepLR.*step_size=2.* -> .*step_size=3",
+        ),
+        ({"schedule_by": "step"}, "schedule: .*by epoch -> .*by step"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            run(build("elbo"), checkpoints=checkpoints, resume=checkpoints.load(), **first | changes)
+    run(build("elbo"), checkpoints=checkpoints, resume=checkpoints.load(), epochs=5, **first)  # longer it may be
+
+
 def test_bit_for_bit_by_steps_with_records_of_their_own(tmp_path):
     straight = build("elbo")
     expected = run(straight, steps=23, record_every=6)
@@ -226,7 +316,7 @@ def test_changed_settings_are_listed_and_refused(tmp_path):
     ):
         with pytest.raises(CheckpointError, match=words):
             run(build("elbo"), checkpoints=checkpoints, resume=checkpoints.load(), **changes)
-    with pytest.raises(CheckpointError, match="objective: NegativeELBO(.*) -> NegativeIWAE"):
+    with pytest.raises(CheckpointError, match=r"objective: NegativeELBO\(.*\) -> NegativeIWAE\("):
         run(build("iwae"), checkpoints=checkpoints, resume=checkpoints.load())
     with pytest.raises(CheckpointError, match=r"shape of pair.module.encoder.*\(16, 16\) -> \(9, 16\)"):
         run(NegativeELBO(make_vae(hidden=(9,))), checkpoints=checkpoints, resume=checkpoints.load())

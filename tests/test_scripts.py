@@ -21,7 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import pyro_vae
-from pyro_vae import Autoencoder, load_run
+from pyro_vae import Autoencoder, Checkpoints, load_run
+from pyro_vae.run import read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # nobody listens there
@@ -448,12 +449,12 @@ def test_reproduce_quick_lands_on_the_published_early_epochs(mnist, tmp_path):
     ]
     path = tmp_path / "quick" / "B" / "metrics.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["ours"] for row in rows] == [record["neg_elbo"] for record in records]
+    assert [row["ours"] for row in rows] == [record["train"]["neg_elbo"] for record in records]
     assert all(row["within"] is (abs(row["ours"] - row["published"]) <= row["tolerance"]) for row in rows)
     assert "| train -ELBO, epoch 1 | 147.48 |" in (tmp_path / "quick" / "scoreboard.md").read_text()
 
     # A system that is done is not run again; a figure that is out is told.
-    records[1]["neg_elbo"] = 200.0
+    records[1]["train"]["neg_elbo"] = 200.0
     path.write_text("\n".join(map(json.dumps, records)) + "\n")
     again = script("reproduce.py", *arguments, cwd=tmp_path)
     assert again.returncode == 1
@@ -479,9 +480,8 @@ def test_benchmark_on_digits(tmp_path):
 
 
 @pytest.mark.parametrize("draws", [1, 3])
-def test_benchmark_of_all_ways_to_train(draws, digits, monkeypatch):
+def test_benchmark_of_all_ways_to_train(draws, digits, traced):
     """Each way in the benchmark makes its steps, on the same data."""
-    monkeypatch.setattr(pyro_vae.step, "inductor", lambda graph, inputs: graph)
     benchmark = load_script("benchmark")
     ways = benchmark.ways_to_train(digits[0], batch_size=16, draws=draws, hidden=8, steps=2, only=())
     rows = benchmark.rows_of(benchmark.measure(ways, 1), 32, case="training", precision="highest", batch_size=16)
@@ -491,9 +491,8 @@ def test_benchmark_of_all_ways_to_train(draws, digits, monkeypatch):
     assert stock["ratio_to_stock_pyro"] == 1
 
 
-def test_iwae_in_stages(digits, tmp_path, monkeypatch, capsys):
-    """Two stages, then a third after them: the same as three at once; and what cannot go on is refused."""
-    monkeypatch.setattr(pyro_vae.step, "inductor", lambda graph, inputs: graph)
+def test_iwae_in_stages(digits, tmp_path, traced, capsys):
+    """A stage, then a second after it: the same as both at once; and what cannot go on is refused."""
     iwae = load_script("iwae_mnist")
     few = ["--dataset", "digits", "--images", "20", "--importance-samples", "25"]
 
@@ -508,17 +507,25 @@ def test_iwae_in_stages(digits, tmp_path, monkeypatch, capsys):
         assert first[name] == second[name]
     assert first["epochs"] == 4
     assert first["paper"] is None  # it is for MNIST
-    lines = [json.loads(line) for line in (tmp_path / "a" / "vae-1" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["stage"] for line in lines] == [1, 2, 2, 2]
+    assert [record.epoch for record in read_records(tmp_path / "a" / "vae-1" / "metrics.jsonl")] == [1, 2, 3, 4]
+    for a, b in zip(*(weights(load_run(tmp_path / out / "vae-1")) for out in "ab"), strict=True):
+        assert torch.equal(a, b)
+    state = Checkpoints(tmp_path / "a" / "vae-1" / "checkpoints").load()
+    (group,) = state["optimizer"]["param_groups"]
+    assert group["eps"] == 1e-4
+    assert group["lr"] == pytest.approx(1e-3 * 10 ** (-2 / 7))  # of the third stage, which comes next
+    assert {int(moments["step"]) for moments in state["optimizer"]["state"].values()} == {state["progress"]["step"]}
     assert "IWAE with k = 1 is the VAE with k = 1." in (tmp_path / "a" / "table.md").read_text()
     assert isinstance(pyro_vae.load_run(tmp_path / "a" / "vae-1"), pyro_vae.VAE)
     assert run("c", "iwae-1", "--stages", "1") == 0  # alone, without the model that it equals
     capsys.readouterr()
     assert run("a", "vae-1", "--stages", "2", "--seed", "1") == 2
     assert "seed: 0 -> 1" in capsys.readouterr().err
-    (tmp_path / "a" / "vae-1" / "checkpoints" / "stage-2.pt").write_bytes(b"no weights")
-    assert run("a", "vae-1", "--stages", "2") == 2
-    assert "stage-2.pt: damaged, or no file of torch.save" in capsys.readouterr().err
+    assert run("a", "vae-1", "--stages", "1") == 2
+    assert "4 epochs were made, and the stages asked for have only 1. Ask for more --stages" in capsys.readouterr().err
+    (tmp_path / "a" / "vae-1" / "checkpoints" / "stage-2.pt").write_bytes(b"weights of an earlier version")
+    assert run("a", "vae-1", "--stages", "3") == 2
+    assert re.search(r"a/vae-1: a run of an earlier version, .*Name another --out\.", capsys.readouterr().err)
 
 
 def test_iwae_starts_as_the_paper_does(digits):
@@ -540,7 +547,7 @@ def test_direct_fit_of_real_mnist_lands_on_the_published_figure(mnist, tmp_path)
     train, _ = mnist
     vae = load_preset("bernoulli-z20").build_vae(train.event_shape)
     history = fit(NegativeDirectLogLikelihood(vae), train, epochs=40, batch_size=256, lr=1e-3)
-    assert history[-1]["loss"] == pytest.approx(142.09, abs=0.6)
+    assert history[-1].train["loss"] == pytest.approx(142.09, abs=0.6)
 
 
 def test_own_pictures_with_all_figures_and_tensorboard(tmp_path, svi_mnist_here):

@@ -1,4 +1,8 @@
+import copy
+import functools
+import json
 import math
+import warnings
 
 import numpy as np
 import pyro
@@ -6,9 +10,29 @@ import pytest
 import torch
 from conftest import equal, make_vae, weights
 from torch import nn
+from torch.distributions import Normal, kl_divergence
+from torch.optim import lr_scheduler
 
-from pyro_vae import Data, NegativeELBO, NonFiniteError, NormalLikelihood, Objective, evaluate, fit, load_preset
-from pyro_vae.records import TrainingRecord
+import pyro_vae.engine.tracing
+from pyro_vae import (
+    VAE,
+    CyclicWarmup,
+    Data,
+    FullCovarianceNormal,
+    LinearWarmup,
+    MLPDecoder,
+    MLPEncoder,
+    NegativeELBO,
+    NonFiniteError,
+    NormalLikelihood,
+    Objective,
+    TrainingRecord,
+    evaluate,
+    fit,
+    load_preset,
+    scale_latents,
+)
+from pyro_vae.engine.tracing import NotCompiledWarning
 from pyro_vae.train import format_record
 
 
@@ -324,3 +348,394 @@ def test_real_mnist_5_epochs_of_system_b(mnist):
     vae = settings.build_vae(train.event_shape)
     history = fit(settings.build_objective(vae), train, epochs=5, batch_size=128, lr=1e-2)
     assert history[-1].train["neg_elbo"] == pytest.approx(117.06, abs=0.5)
+
+
+# --- optimisers, schedules, early stopping ---
+
+OPTIMIZERS = {
+    "SGD": functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    "AdamW": functools.partial(torch.optim.AdamW, weight_decay=0.1),
+    "Adam, eps": functools.partial(torch.optim.Adam, eps=1e-4),
+    "Adam, amsgrad": functools.partial(torch.optim.Adam, amsgrad=True, weight_decay=0.01),
+    "RMSprop": functools.partial(torch.optim.RMSprop, momentum=0.5, centered=True),
+    "Adagrad": torch.optim.Adagrad,
+    "Adadelta": torch.optim.Adadelta,
+    "Adamax": torch.optim.Adamax,
+    "NAdam": torch.optim.NAdam,
+    "RAdam": torch.optim.RAdam,
+    "Rprop": torch.optim.Rprop,
+    "ASGD": torch.optim.ASGD,
+    "Adafactor": torch.optim.Adafactor,
+}
+STEPS_PER_EPOCH = 6  # of X, at batches of 10
+SCHEDULES = {
+    "StepLR": (functools.partial(lr_scheduler.StepLR, step_size=2, gamma=0.3), "epoch"),
+    "ExponentialLR": (functools.partial(lr_scheduler.ExponentialLR, gamma=0.9), "step"),
+    "CosineAnnealingLR": (functools.partial(lr_scheduler.CosineAnnealingLR, T_max=4), "epoch"),
+    "CosineAnnealingWarmRestarts": (functools.partial(lr_scheduler.CosineAnnealingWarmRestarts, T_0=5), "step"),
+    "OneCycleLR": (functools.partial(lr_scheduler.OneCycleLR, max_lr=0.02, total_steps=4 * STEPS_PER_EPOCH), "step"),
+    "CyclicLR": (functools.partial(lr_scheduler.CyclicLR, base_lr=1e-3, max_lr=2e-2, step_size_up=3), "step"),
+    "LambdaLR": (functools.partial(lr_scheduler.LambdaLR, lr_lambda=lambda n: 1 / (1 + n)), "epoch"),
+    "warm-up, then cosine": (
+        lambda optimizer: lr_scheduler.SequentialLR(
+            optimizer,
+            [lr_scheduler.LinearLR(optimizer, 0.1, total_iters=4), lr_scheduler.CosineAnnealingLR(optimizer, 20)],
+            milestones=[4],
+        ),
+        "step",
+    ),
+    "ReduceLROnPlateau": (functools.partial(lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.5, threshold=0.5), "epoch"),
+}
+
+
+class Quadratic(Objective):
+    """Without noise, so that a loop by hand can make the same steps."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+        self.mean = nn.Parameter(torch.randn(1, 4, 4, generator=generator, dtype=dtype))
+        self.scale = nn.Parameter(torch.randn(4, generator=generator, dtype=dtype))
+
+    def forward(self, x):
+        return {"loss": ((x - self.mean) * self.scale.exp()).square().mean() - self.scale.mean()}
+
+
+def by_hand(optimizer, schedule=None, unit="epoch", *, epochs=4, lr=0.01):
+    """The training of Quadratic as a loop of torch alone; the rates of each step."""
+    objective, x = Quadratic(), X.double()
+    made = optimizer(list(objective.parameters()), lr=lr)
+    scheduler = None if schedule is None else schedule(made)
+    rates = []
+    for epoch in range(1, epochs + 1):
+        seed, _ = np.random.SeedSequence((0, epoch)).generate_state(2, np.uint64)  # the order of fit's seed 0
+        for index in torch.randperm(len(x), generator=torch.Generator().manual_seed(int(seed))).split(10):
+            rates.append(made.param_groups[0]["lr"])
+            made.zero_grad()
+            objective(x[index])["loss"].backward()
+            made.step()
+            if scheduler is not None and unit == "step":
+                scheduler.step()
+        if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+            with torch.no_grad():
+                scheduler.step(objective(x[:20])["loss"].item())
+        elif scheduler is not None and unit == "epoch":
+            scheduler.step()
+    return weights(objective), rates
+
+
+def scheduled(objective, optimizer, schedule=None, unit="epoch", **options):
+    settings = {"epochs": 4, "lr": 0.01, "batch_size": 10, "compile": False, "verbose": False}
+    data = Data(X.double())
+    return fit(
+        objective, data, test=X[:20].double(), optimizer=optimizer, schedule=schedule, schedule_by=unit, **settings | options
+    )
+
+
+class Rates:
+    """An optimiser that notes the learning rate of each step."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.rates = optimizer, []
+
+    def __call__(self, parameters, lr):
+        made = self.optimizer(parameters, lr=lr)
+        made.register_step_pre_hook(lambda optimizer, *_: self.rates.append(optimizer.param_groups[0]["lr"]))
+        return made
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_any_optimizer_is_a_loop_by_hand(optimizer):
+    objective = Quadratic()
+    before = weights(objective)
+    scheduled(objective, optimizer)
+    expected, _ = by_hand(optimizer)
+    assert not equal(expected, before)
+    for found, value in zip(weights(objective), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("optimizer", ["Adam, eps", "SGD"])
+def test_any_schedule_is_a_loop_by_hand(optimizer, schedule):
+    schedule, unit = SCHEDULES[schedule]
+    objective, noting = Quadratic(), Rates(OPTIMIZERS[optimizer])
+    scheduled(objective, noting, schedule, unit)
+    expected, rates = by_hand(OPTIMIZERS[optimizer], schedule, unit)
+    assert noting.rates == rates
+    assert len(set(rates)) > 1
+    for found, value in zip(weights(objective), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_any_optimizer_traced_is_the_eager_one(optimizer, traced):
+    traced_as_eager(OPTIMIZERS[optimizer], None, "epoch")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("optimizer", ["Adam, eps", "SGD"])
+def test_any_schedule_traced_is_the_eager_one(optimizer, schedule, traced):
+    traced_as_eager(OPTIMIZERS[optimizer], *SCHEDULES[schedule])
+
+
+def traced_as_eager(optimizer, schedule, unit, **options):
+    """Warnings are errors here: what falls back to eager steps does not pass."""
+    found = []
+    vae = make_vae().double()
+    for compile in (False, True):
+        objective = NegativeELBO(copy.deepcopy(vae), **options)
+        history = scheduled(objective, optimizer, schedule, unit, compile=compile)
+        found.append((weights(objective), [record.train["loss"] for record in history]))
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-9)
+    for a, b in zip(found[1][0], found[0][0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_steps_that_are_made_again_have_the_options_they_had(monkeypatch):
+    """A compiled step that turns wrong: the steps since the copy are made again, at their own rates and betas."""
+    calls = []
+
+    def compiler(graph, inputs):
+        def call(*args):
+            calls.append(1)
+            total, *gradients = graph(*args)
+            return total * (1 + (len(calls) > 9)), *gradients
+
+        return call
+
+    monkeypatch.setattr(pyro_vae.engine.tracing, "inductor", compiler)
+    schedule, unit = SCHEDULES["OneCycleLR"]
+    for optimizer in (OPTIMIZERS["SGD"], OPTIMIZERS["Adam, eps"]):
+        calls.clear()
+        vae = make_vae().double()
+        eager, objective = NegativeELBO(copy.deepcopy(vae)), NegativeELBO(vae)
+        options = {"batch_size": 53, "epochs": 20, "record_every": 20}
+        scheduled(eager, optimizer, schedule, unit, **options)
+        with pytest.warns(NotCompiledWarning, match="compiled, its loss is"):
+            scheduled(objective, optimizer, schedule, unit, compile=True, **options)
+        assert equal(weights(objective), weights(eager))
+
+
+class StepsTwice(torch.optim.SGD):
+    def step(self, closure):
+        closure()
+
+
+class OfMyOwn(torch.optim.Optimizer):
+    """Its step takes no closure at all."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.sub_(group["lr"] * p.grad)
+
+
+def test_an_optimizer_of_ones_own_is_a_loop_by_hand():
+    objective = Quadratic()
+    scheduled(objective, OfMyOwn)
+    expected, _ = by_hand(torch.optim.SGD)
+    for found, value in zip(weights(objective), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (
+            {"optimizer": torch.optim.LBFGS},
+            "steps on the gradient of one batch, found LBFGS, which evaluates the loss several",
+        ),
+        ({"optimizer": StepsTwice}, "found StepsTwice"),
+        (
+            {"optimizer": lambda parameters, lr: "adam"},
+            "optimizer: expected what makes an optimiser of torch.optim, found str",
+        ),
+        ({"optimizer": "adam"}, "optimizer: expected a function, found 'adam'"),
+        ({"schedule": lambda optimizer: 0.1}, "schedule: expected what makes a schedule of .*lr_scheduler, found float"),
+        ({"schedule_by": "hour"}, "schedule_by: expected one of epoch, step, found 'hour'"),
+        ({"patience": 0}, "patience: expected a whole number >= 1, found 0"),
+        ({"patience": 2}, "patience: expected test data, whose loss tells when to stop, found none"),
+    ],
+)
+def test_bad_optimizers_and_schedules(vae, arguments, match):
+    before = weights(vae)
+    with pytest.raises(ValueError, match=match):
+        fit(NegativeELBO(vae), X, epochs=1, verbose=False, **arguments)
+    assert equal(weights(vae), before)
+
+
+def test_plateau_without_test_data_goes_by_the_training_loss(vae):
+    plateau = functools.partial(lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.5, threshold=1e9, threshold_mode="abs")
+    noting = Rates(torch.optim.Adam)
+    fit(NegativeELBO(vae), X, epochs=3, batch_size=53, optimizer=noting, schedule=plateau, verbose=False)
+    assert noting.rates == [1e-3, 1e-3, 5e-4]  # the first record is the best so far; the second is no better by 1e9
+
+
+class Path(Objective):
+    """A test loss as it is given, record by record."""
+
+    def __init__(self, losses):
+        super().__init__()
+        self.weight, self.losses = nn.Parameter(torch.zeros(())), iter(losses)
+
+    def forward(self, x):
+        return {"loss": 0 * self.weight + (1.0 if self.training else next(self.losses))}
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "records"),
+    [
+        ((5, 4, 3, 2, 1), 1, 5),
+        ((5, 4, 4, 4, 1), 1, 3),  # as good is no better
+        ((5, 4, 4, 4, 1), 2, 4),
+        ((5, 6, 4, 6, 6), 2, 5),
+        ((5, 6, 7, 4, 3), None, 5),
+        ((math.nan, math.nan, 1, 1, 1), 2, 2),
+    ],
+)
+def test_patience_stops_after_so_many_records_without_a_better_one(losses, patience, records):
+    history = fit(Path(losses), X, epochs=5, test=X[:5], patience=patience, verbose=False)
+    assert [record.test["loss"] for record in history] == pytest.approx(losses[:records], nan_ok=True)
+
+
+def test_a_term_may_have_any_name():
+    class Named(Mean):
+        def forward(self, x):
+            return super().forward(x) | {"epoch": torch.ones(()), "seconds": torch.tensor(2.0), "test": torch.tensor(3.0)}
+
+    (record,) = fit(Named(), X, epochs=1, test=X, verbose=False)
+    assert (record.epoch, record.train["epoch"], record.test["seconds"], record.train["test"]) == (1, 1.0, 2.0, 3.0)
+    assert TrainingRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
+
+
+# --- the weight of the KL, free bits ---
+
+
+@pytest.mark.parametrize("schedule", [LinearWarmup(9), LinearWarmup(9, start=0.3, final=2.0), CyclicWarmup(6, cycles=2)])
+def test_warm_up_traced_is_the_eager_one_in_one_graph(schedule, traced, capsys):
+    traced_as_eager(torch.optim.SGD, None, "epoch", beta=schedule)
+    vae = make_vae()
+    history = fit(NegativeELBO(vae, beta=schedule), X[:50], epochs=4, batch_size=10, compile=True)
+    assert capsys.readouterr().out.count("compiled for batches of 10") == 1
+    assert [record.timing["compile_seconds"] > 0 for record in history] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("schedule", [LinearWarmup(4, start=0.25, final=2.0), CyclicWarmup(4, cycles=2), math.exp])
+def test_the_loss_has_the_weight_of_its_step(vae, schedule):
+    history = fit(NegativeELBO(vae, beta=schedule), X[:50], steps=12, record_every=1, batch_size=10, verbose=False)
+    for step, record in enumerate(history):
+        expected = record.train["reconstruction"] + schedule(step) * record.train["kl"]
+        assert record.train["loss"] == pytest.approx(expected, rel=1e-5)
+        assert record.train["neg_elbo"] == pytest.approx(record.train["reconstruction"] + record.train["kl"], rel=1e-5)
+
+
+def test_schedules_of_the_weight_in_closed_form():
+    linear = LinearWarmup(10, start=0.2, final=1.4)
+    assert [linear(t) for t in (0, 1, 5, 10, 11, 10**9)] == pytest.approx([0.2, 0.32, 0.8, 1.4, 1.4, 1.4])
+    cyclic = CyclicWarmup(10, rise=0.4, start=0.1, final=0.9, cycles=3)
+    found = [cyclic(t) for t in range(31)]
+    period = [0.1, 0.3, 0.5, 0.7, *6 * [0.9]]
+    assert found == pytest.approx([*period, *period, *period, 0.9])
+    for bad in (
+        lambda: LinearWarmup(0),
+        lambda: LinearWarmup(5, final=0.0),
+        lambda: LinearWarmup(5, start=-1.0),
+        lambda: CyclicWarmup(5, rise=1.5),
+        lambda: CyclicWarmup(5, cycles=0),
+    ):
+        with pytest.raises(ValueError, match=r"(steps|final|start|rise|cycles): expected"):
+            bad()
+
+
+@pytest.mark.parametrize(
+    ("beta", "steps", "warns"),
+    [
+        (LinearWarmup(12), 13, False),
+        (LinearWarmup(12), 12, True),
+        (LinearWarmup(12), 5, True),
+        (lambda step: 1 - 0.5**step, 13, False),
+    ],
+)
+def test_a_warm_up_longer_than_the_run_is_said(vae, beta, steps, warns):
+    objective = NegativeELBO(vae, beta=beta)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(objective, X, steps=steps, batch_size=10, verbose=False)
+    said = [str(warning.message) for warning in caught if "the schedule of beta ends this run" in str(warning.message)]
+    assert len(said) == warns
+    if warns:
+        assert f"of {steps} steps at {(steps - 1) / 12:g}, below 1" in said[0]
+
+
+@pytest.mark.parametrize("estimator", ["trace", "mean-field"])
+@pytest.mark.parametrize("num_particles", [1, 4])
+def test_free_bits_by_hand(estimator, num_particles):
+    r"""reconstruction + beta sum_d max(kl_d, free bits), kl_d the mean over batch and draws."""
+    x = X.double()
+    vae = make_vae().double()
+    objective = NegativeELBO(vae, estimator=estimator, num_particles=num_particles, beta=0.7, free_bits=0.1)
+    torch.manual_seed(3)
+    terms = objective(x)
+    torch.manual_seed(3)
+    q, p = vae.encode(x).base_dist, Normal(torch.zeros(3, dtype=x.dtype), 1.0)
+    z = q.rsample((num_particles,) if num_particles > 1 else ())
+    kl = kl_divergence(q, p) if estimator == "mean-field" else q.log_prob(z) - p.log_prob(z)
+    kl = kl.reshape(-1, 3).mean(0)
+    reconstruction = -vae.decode(z).log_prob(x).mean()
+    assert (kl < 0.1).any()
+    torch.testing.assert_close(terms["loss"], reconstruction + 0.7 * kl.clamp_min(0.1).sum(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(terms["kl"], kl.sum(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(terms["neg_elbo"], reconstruction + kl.sum(), rtol=1e-12, atol=0)
+
+
+class Heads(nn.Module):
+    """A posterior that is the same for every x."""
+
+    def __init__(self, loc, log_variance):
+        super().__init__()
+        self.loc, self.log_variance = (nn.Parameter(torch.tensor(t, dtype=torch.float64)) for t in (loc, log_variance))
+
+    def forward(self, x):
+        return self.loc.expand(len(x), -1), self.log_variance.expand(len(x), -1)
+
+
+@pytest.mark.parametrize("estimator", ["trace", "mean-field"])
+def test_free_bits_cost_nothing_below_the_threshold(estimator):
+    """A decoder that looks away: the gradient is that of the KL alone, and 0 where a dimension is below the threshold."""
+    decoder = MLPDecoder((1, 4, 4), hidden=(4,), latent_dim=3)
+    for p in decoder.parameters():
+        nn.init.zeros_(p)
+    encoder = Heads([0.1, 2.0, -3.0], [0.0, 0.0, -1.0])
+    vae = VAE(encoder, decoder, latent_dim=3, event_shape=(1, 4, 4)).double()
+    NegativeELBO(vae, estimator=estimator, free_bits=0.5)(X.double())["loss"].backward()
+    kl = [0.5 * (loc**2 + math.exp(v) - 1 - v) for loc, v in ((0.1, 0.0), (2.0, 0.0), (-3.0, -1.0))]
+    assert kl[0] < 0.5 < min(kl[1:])
+    below, *above = encoder.loc.grad.tolist()
+    assert below == encoder.log_variance.grad[0] == 0
+    if estimator == "mean-field":
+        assert above == pytest.approx([2.0, -3.0])  # d kl / d loc
+        assert encoder.log_variance.grad[1:].tolist() == pytest.approx([0.0, (math.exp(-1) - 1) / 2], abs=1e-12)
+    else:
+        assert min(map(abs, above)) > 0.5
+
+
+def test_free_bits_traced_are_the_eager_ones(traced):
+    traced_as_eager(torch.optim.Adam, None, "epoch", free_bits=0.05, estimator="mean-field")
+
+
+def test_free_bits_are_refused_where_they_have_no_meaning():
+    encoder = MLPEncoder((1, 4, 4), hidden=(4,), latent_dim=3, heads=4)
+    decoder = MLPDecoder((1, 4, 4), hidden=(4,), latent_dim=3)
+    vae = VAE(encoder, decoder, latent_dim=3, event_shape=(1, 4, 4), posterior=FullCovarianceNormal(3))
+    with pytest.raises(ValueError, match=r"site 'z': free bits need dimensions that are independent.*MultivariateNormal"):
+        fit(NegativeELBO(vae, free_bits=0.1), X, epochs=1, verbose=False)
+    vae = make_vae()
+    scaled = NegativeELBO(scale_latents(vae.model, 2.0), scale_latents(vae.guide, 2.0), free_bits=0.1)
+    with pytest.raises(ValueError, match=r"free_bits have no meaning under poutine\.scale"):
+        scaled(X)
+    with pytest.raises(ValueError, match="free_bits: expected a positive number, found -1"):
+        NegativeELBO(vae, free_bits=-1)
