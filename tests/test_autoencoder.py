@@ -35,7 +35,7 @@ def test_a_linear_autoencoder_finds_the_principal_subspace():
     linear = Linear(encoder, decoder, latent_dim=2, event_shape=(5,))
     (*_, last) = fit(ReconstructionError(linear), x, epochs=1500, batch_size=400, lr=0.01, verbose=False)
     eigenvalues = torch.linalg.eigvalsh(x.T @ x / len(x))
-    assert last["squared_error"] == pytest.approx(eigenvalues[:3].sum().item(), rel=2e-3)
+    assert last.train["squared_error"] == pytest.approx(eigenvalues[:3].sum().item(), rel=2e-3)
 
 
 def test_evaluation_is_exact_and_does_not_depend_on_batches(autoencoder):

@@ -352,7 +352,7 @@ def test_a_vae_passes_the_exposure_on():
     with pytest.raises(ValueError, match="context tensors for the likelihood.* expected at least 1, found 0"):
         vae.decode(z)
     with pytest.raises(ValueError, match="found exposure 0, expected finite"):
-        vae.check(torch.ones(3, 4), torch.tensor([1.0, 0.0, 1.0]))
+        vae.check(torch.ones(3, 4, dtype=torch.float64), torch.tensor([1.0, 0.0, 1.0]))
 
 
 def test_counts_are_fitted_and_grey_values_refused():

@@ -59,7 +59,8 @@ def make_array(shape, dtype, fill):
         optional={
             "batch_size": some.integers(1, 10) | strange,
             "lr": some.floats(1e-5, 1) | strange,
-            "eps": some.floats(1e-8, 1) | strange,
+            "patience": some.integers(1, 3) | strange,
+            "schedule_by": some.sampled_from(["epoch", "step", "hour", 3]),
             "seed": some.integers(0, 2**63 - 1) | strange,
             "clip_grad_norm": some.floats(0.1, 10) | strange,
             "record_every": some.integers(1, 3) | strange,

@@ -228,7 +228,7 @@ def test_changed_settings_are_listed_and_refused(tmp_path):
             run(build("elbo"), checkpoints=checkpoints, resume=checkpoints.load(), **changes)
     with pytest.raises(CheckpointError, match="objective: NegativeELBO(.*) -> NegativeIWAE"):
         run(build("iwae"), checkpoints=checkpoints, resume=checkpoints.load())
-    with pytest.raises(CheckpointError, match=r"shape of vae.encoder.*\(16, 16\) -> \(9, 16\)"):
+    with pytest.raises(CheckpointError, match=r"shape of pair.module.encoder.*\(16, 16\) -> \(9, 16\)"):
         run(NegativeELBO(make_vae(hidden=(9,))), checkpoints=checkpoints, resume=checkpoints.load())
     run(build("elbo"), checkpoints=checkpoints, resume=checkpoints.load(), verbose=True, checkpoint_every=1)
 
