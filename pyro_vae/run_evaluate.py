@@ -11,7 +11,7 @@ import torch
 from pyro_vae.checkpoint import CheckpointError
 from pyro_vae.checks import whole_number
 from pyro_vae.data import Data, DataError
-from pyro_vae.evaluate import evaluate
+from pyro_vae.evaluation import evaluate
 from pyro_vae.importance import Estimate
 from pyro_vae.options import described, option
 from pyro_vae.own_data import read_data

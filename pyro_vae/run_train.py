@@ -16,7 +16,7 @@ from pyro_vae import latent, processes
 from pyro_vae.checkpoint import Checkpoints
 from pyro_vae.checks import SettingError
 from pyro_vae.data import Data, DataError, DatasetFallbackWarning, load_data
-from pyro_vae.evaluate import evaluate
+from pyro_vae.evaluation import evaluate
 from pyro_vae.figures import run_figures
 from pyro_vae.importance import Estimate
 from pyro_vae.likelihoods import NormalLikelihood
