@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pyro_vae import processes
 from pyro_vae.checkpoint import CheckpointError, Checkpoints, check_writable
-from pyro_vae.checks import compile_choice, number, usable_device, whole_number
+from pyro_vae.checks import compile_choice, number, one_of, usable_device, whole_number
 from pyro_vae.data import Data
 from pyro_vae.distributed import DistributedStep
 from pyro_vae.objective import Objective
@@ -139,8 +139,8 @@ def fit(
     clip_grad_norm = None if clip_grad_norm is None else number("clip_grad_norm", clip_grad_norm)
     checkpoint_every = None if checkpoint_every is None else whole_number("checkpoint_every", checkpoint_every)
     patience = None if patience is None else whole_number("patience", patience)
-    _one_of("precision", precision, PRECISIONS)
-    _one_of("schedule_by", schedule_by, SCHEDULE_UNITS)
+    one_of("precision", precision, PRECISIONS)
+    one_of("schedule_by", schedule_by, SCHEDULE_UNITS)
     _functions(stop=stop, on_record=on_record, optimizer=optimizer, schedule=schedule)
     if not isinstance(checkpoints, Checkpoints | None):
         raise ValueError(f"checkpoints: expected Checkpoints(folder), found {checkpoints!r}.")
@@ -195,11 +195,6 @@ def fit(
                 tqdm.write(format_record(record, by_steps=length.by_steps), file=sys.stdout)
                 sys.stdout.flush()
     return progress.history
-
-
-def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {value!r}.")
 
 
 def _functions(**functions: Any) -> None:
