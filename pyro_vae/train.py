@@ -200,7 +200,8 @@ def fit(
 def _functions(**functions: Any) -> None:
     for name, function in functions.items():
         if function is not None and not callable(function):
-            raise ValueError(f"{name}: expected a function, found {function!r}.")
+            found = repr(function) if len(repr(function)) < 40 else f"an object of {type(function).__name__}"
+            raise ValueError(f"{name}: expected a function, found {found}.")
 
 
 @dataclass(frozen=True)
@@ -233,10 +234,6 @@ def _prepare(
     place = like.device if device is None else usable_device(device)
     train = as_data(data).to(place, like.dtype)
     held_out = None if test is None else as_data(test).to(place, like.dtype)
-    objective.to(place)
-    for part in (train, held_out):
-        if part is not None:
-            part.check(objective.check, objective.forward)
     if held_out is not None and held_out.event_shape != train.event_shape:
         raise ValueError(
             f"test: expected observations of shape {tuple(train.event_shape)} like those of the training data, found "
@@ -247,6 +244,10 @@ def _prepare(
             f"test: expected batches of {', '.join(train.inputs)} like those of the training data, found "
             f"{', '.join(held_out.inputs)}. Give both the same inputs."
         )
+    objective.to(place)
+    for part in (train, held_out):
+        if part is not None:
+            part.check(objective.check, objective.forward)
     with pyro.validation_enabled(False):
         objective.prepare(*train.batch(torch.arange(min(batch_size, len(train)), device=place)))
     return train, held_out
