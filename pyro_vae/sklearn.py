@@ -51,7 +51,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     Attributes:
         vae_: the fitted :class:`~pyro_vae.VAE`, in evaluation mode.
         likelihood_: name of the likelihood.
-        history_: one :class:`~pyro_vae.TrainingRecord` per epoch.
+        history_: one :class:`~pyro_vae.records.TrainingRecord` per epoch.
         n_features_in_: number of features.
         feature_names_in_: their names, where X had any.
 

@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,9 @@ def train_run(
     folder = out / name
     if (folder / "metrics.json").is_file():
         try:
-            found = dict(json.loads((folder / "config.json").read_text()))
+            # A run of an earlier version lacks the newer settings, and had their defaults.
+            defaults = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
+            found = {**defaults, **json.loads((folder / "config.json").read_text())}
         except (OSError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{folder}: holds metrics.json, but no config.json that can be read. Remove it."

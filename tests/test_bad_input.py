@@ -26,6 +26,7 @@ from conftest import THREADS, Malicious, call_script, equal, make_vae, weights
 from pyro_vae import (
     Checkpoints,
     Data,
+    LinearWarmup,
     NegativeELBO,
     NonFiniteError,
     Objective,
@@ -35,6 +36,7 @@ from pyro_vae import (
     load_preset,
     load_run,
     log_marginal,
+    scale_latents,
 )
 from pyro_vae.checkpoint import FORMAT
 from pyro_vae.run import _LOCKS
@@ -105,7 +107,13 @@ LIBRARY = {
     "lr 1e30, later a loss that is not finite": lambda: _explodes(),
     "patience without test data": lambda: train(patience=3),
     "an optimiser in place of its class": lambda: train(optimizer=torch.optim.SGD([torch.zeros(1)], lr=0.1)),
+    "an optimiser that needs a closure": lambda: train(optimizer=torch.optim.LBFGS),
+    "a schedule that is none": lambda: train(schedule=lambda optimizer: 0.1),
     "a schedule by the hour": lambda: train(schedule_by="hour"),
+    "free bits under poutine.scale": lambda: refused(
+        NegativeELBO(scale_latents(VAE.model, 2.0), scale_latents(VAE.guide, 2.0), free_bits=0.1), FEW
+    ),
+    "a warm-up of 0 steps": lambda: refused(LinearWarmup, 0),
     "seed -1": lambda: train(seed=-1),
     "clip_grad_norm 0": lambda: train(clip_grad_norm=0),
     "checkpoint_every 0": lambda: train(checkpoint_every=0),
