@@ -1,35 +1,36 @@
 """What ``import pyro_vae`` offers, from the modules that it stands in."""
 
 # ruff: noqa: F401
-from pyro_vae.autoencoder import Autoencoder
-from pyro_vae.checkpoint import CheckpointError, Checkpoints
-from pyro_vae.data import Data, DataError, load_data
-from pyro_vae.direct import direct_log_marginal, prior_search
-from pyro_vae.estimate import Estimate
-from pyro_vae.evaluation import evaluate
-from pyro_vae.importance import log_marginal
-from pyro_vae.likelihoods import (
+from pyro_vae.data.builtin import load_data
+from pyro_vae.data.dataset import Data, DataError
+from pyro_vae.estimates.evaluate import evaluate
+from pyro_vae.estimates.importance import log_marginal
+from pyro_vae.estimates.prior_sampling import direct_log_marginal, prior_search
+from pyro_vae.estimates.records import Estimate
+from pyro_vae.models.autoencoder import Autoencoder
+from pyro_vae.models.likelihoods import (
     BernoulliLikelihood,
     LearnedNormalLikelihood,
     NormalLikelihood,
     PoissonLikelihood,
     StandardizedNormalLikelihood,
 )
-from pyro_vae.nets import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
-from pyro_vae.objective import Objective
-from pyro_vae.objectives import (
+from pyro_vae.models.nets import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
+from pyro_vae.models.posteriors import DiagonalNormal, FullCovarianceNormal
+from pyro_vae.models.priors import NormalMixture, StandardNormal
+from pyro_vae.models.vae import VAE
+from pyro_vae.runs.folder import load_run
+from pyro_vae.runs.presets import PRESETS, load_preset
+from pyro_vae.training.checkpoint import CheckpointError, Checkpoints
+from pyro_vae.training.fit import NonFiniteError, fit
+from pyro_vae.training.objective import Objective
+from pyro_vae.training.objectives import (
     NegativeDirectLogLikelihood,
     NegativeELBO,
     NegativeIWAE,
     ReconstructionError,
     scale_latents,
 )
-from pyro_vae.posteriors import DiagonalNormal, FullCovarianceNormal
-from pyro_vae.presets import PRESETS, load_preset
-from pyro_vae.priors import NormalMixture, StandardNormal
-from pyro_vae.progress import TrainingStoppedError
-from pyro_vae.records import TrainingRecord
-from pyro_vae.run import load_run
-from pyro_vae.schedules import CyclicWarmup, LinearWarmup
-from pyro_vae.train import NonFiniteError, fit
-from pyro_vae.vae import VAE
+from pyro_vae.training.records import TrainingRecord
+from pyro_vae.training.schedules import CyclicWarmup, LinearWarmup
+from pyro_vae.training.state import TrainingStoppedError

@@ -42,9 +42,9 @@ def train(argv: Sequence[str], *, prog: str = "pyro-vae train", again: str = "")
         prog: what help and errors call it.
         again: how it is started, for what is said of a run that was stopped; default: prog.
     """
-    from pyro_vae.options import add_options
-    from pyro_vae.presets import LIKELIHOODS, Settings
-    from pyro_vae.run_settings import VAES, RunSettings, TrainOptions
+    from pyro_vae._options import add_options
+    from pyro_vae.runs.presets import LIKELIHOODS, Settings
+    from pyro_vae.runs.settings import VAES, RunSettings, TrainOptions
 
     parser = _Parser(prog, TRAIN)
     add_options(parser, Settings, choices={"preset": list(VAES), "likelihood": LIKELIHOODS}, defaults=_preset_defaults(VAES))
@@ -56,11 +56,11 @@ def train(argv: Sequence[str], *, prog: str = "pyro-vae train", again: str = "")
 
 
 def _train(parser: _Parser, given: dict[str, Any], again: str) -> int:
-    from pyro_vae.checkpoint import CheckpointError
-    from pyro_vae.checks import SettingError
-    from pyro_vae.presets import Settings
-    from pyro_vae.run_settings import RunSettings, TrainOptions, make_job
-    from pyro_vae.run_train import RunStoppedError, train_run
+    from pyro_vae._checks import SettingError
+    from pyro_vae.runs.presets import Settings
+    from pyro_vae.runs.settings import RunSettings, TrainOptions, make_job
+    from pyro_vae.runs.train import RunStoppedError, train_run
+    from pyro_vae.training.checkpoint import CheckpointError
 
     classes = (Settings, RunSettings, TrainOptions)
     try:
@@ -83,7 +83,7 @@ def _preset_defaults(presets: Any) -> dict[str, str]:
     """By setting, what each preset has, in words."""
     from dataclasses import fields
 
-    from pyro_vae.presets import Settings
+    from pyro_vae.runs.presets import Settings
 
     texts = {"preset": "bernoulli-z20"}
     for name in (each.name for each in fields(Settings) if each.name != "preset"):
@@ -127,8 +127,8 @@ other data, or of the first --images alone, under "evaluations"."""
 
 def evaluate(argv: Sequence[str], *, prog: str = "pyro-vae evaluate") -> int:
     """The command ``evaluate``; the exit code."""
-    from pyro_vae.options import add_options
-    from pyro_vae.run_evaluate import EvaluateOptions, evaluate_run
+    from pyro_vae._options import add_options
+    from pyro_vae.runs.evaluate import EvaluateOptions, evaluate_run
 
     parser = _Parser(prog, EVALUATE)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
@@ -153,8 +153,8 @@ file the means as a grid of images."""
 
 def sample(argv: Sequence[str], *, prog: str = "pyro-vae sample") -> int:
     """The command ``sample``; the exit code."""
-    from pyro_vae.options import add_options
-    from pyro_vae.run_sample import SampleOptions, sample_run
+    from pyro_vae._options import add_options
+    from pyro_vae.runs.sample import SampleOptions, sample_run
 
     parser = _Parser(prog, SAMPLE)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
@@ -186,7 +186,7 @@ def report(argv: Sequence[str], *, prog: str = "pyro-vae report") -> int:
     args = parser.parse_args(argv)
 
     def action(signals: Any) -> None:
-        from pyro_vae.report import write_report
+        from pyro_vae.report.page import write_report
 
         path = write_report(args.runs, args.out, title=args.title)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
@@ -196,7 +196,7 @@ def report(argv: Sequence[str], *, prog: str = "pyro-vae report") -> int:
 
 def _named(error: Any, classes: Sequence[type]) -> str:
     """A SettingError, its setting called as on the command line."""
-    from pyro_vae.options import flag_of
+    from pyro_vae._options import flag_of
 
     flags = [flag for cls in classes if (flag := flag_of(cls, error.name))]
     return f"{flags[0]}: {error.message}" if flags else str(error)
@@ -210,11 +210,11 @@ def _run(action: Callable[[Any], None], classes: Sequence[type], lost: str) -> i
         classes: whose options the command has.
         lost: what to say of a signal that ends it at once.
     """
-    from pyro_vae.checkpoint import CheckpointError
-    from pyro_vae.checks import SettingError
-    from pyro_vae.data import DataError
-    from pyro_vae.signals import Signals
-    from pyro_vae.train import NonFiniteError
+    from pyro_vae._checks import SettingError
+    from pyro_vae.data.dataset import DataError
+    from pyro_vae.runs.signals import Signals
+    from pyro_vae.training.checkpoint import CheckpointError
+    from pyro_vae.training.fit import NonFiniteError
 
     with Signals() as signals, warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)  # as all of ours are

@@ -11,16 +11,16 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 from torch import Tensor
 
-from pyro_vae.checks import whole_number
-from pyro_vae.data import Data
-from pyro_vae.estimate import LogMarginal, UnreliableEstimateWarning
-from pyro_vae.objectives import NegativeELBO
-from pyro_vae.presets import LIKELIHOODS, Settings, fitting_likelihood
-from pyro_vae.programs import evaluating
-from pyro_vae.records import TrainingRecord
-from pyro_vae.train import fit
-from pyro_vae.vae import VAE
-from pyro_vae.weights import Accumulator
+from pyro_vae._checks import whole_number
+from pyro_vae.data.dataset import Data
+from pyro_vae.estimates.psis import Accumulator
+from pyro_vae.estimates.records import LogMarginal, UnreliableEstimateWarning
+from pyro_vae.models.programs import evaluating
+from pyro_vae.models.vae import VAE
+from pyro_vae.runs.presets import LIKELIHOODS, Settings, fitting_likelihood
+from pyro_vae.training.fit import fit
+from pyro_vae.training.objectives import NegativeELBO
+from pyro_vae.training.records import TrainingRecord
 
 __all__ = ["VAETransformer"]
 
@@ -32,13 +32,13 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
 
     Encoder and decoder are fully connected, and trained by the ELBO. By default the likelihood is the one that fits the
     table: Bernoulli where all values are 0 or 1, else a normal with learned mean and variance per feature, see
-    :class:`~pyro_vae.likelihoods.StandardizedNormalLikelihood`: features are standardised inside, and densities are those
-    of the features in their own units. Computes in the type of X, float32 or float64.
+    :class:`~pyro_vae.models.likelihoods.StandardizedNormalLikelihood`: features are standardised inside, and densities are
+    those of the features in their own units. Computes in the type of X, float32 or float64.
 
     Args:
         n_components: number of latent dimensions.
         hidden: widths of the encoder's hidden layers; the decoder has them in reverse.
-        likelihood: ``"auto"``, or one of :data:`~pyro_vae.presets.LIKELIHOODS`.
+        likelihood: ``"auto"``, or one of :data:`~pyro_vae.runs.presets.LIKELIHOODS`.
         epochs: passes over the data in :meth:`fit`.
         batch_size: rows per step.
         lr: Adam's learning rate.
@@ -51,7 +51,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     Attributes:
         vae_: the fitted :class:`~pyro_vae.VAE`, in evaluation mode.
         likelihood_: name of the likelihood.
-        history_: one :class:`~pyro_vae.records.TrainingRecord` per epoch.
+        history_: one :class:`~pyro_vae.training.records.TrainingRecord` per epoch.
         n_features_in_: number of features.
         feature_names_in_: their names, where X had any.
 
@@ -206,7 +206,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
             num_samples: K, draws per row; default: the estimator's.
 
         Returns:
-            :class:`~pyro_vae.estimate.LogMarginal`, each field ``(n_samples,)``.
+            :class:`~pyro_vae.estimates.records.LogMarginal`, each field ``(n_samples,)``.
         """
         x = self._tensor(X)
         vae: VAE = self.vae_

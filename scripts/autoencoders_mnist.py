@@ -30,15 +30,14 @@ from pyro_vae import (
     NonFiniteError,
     evaluate,
     fit,
-    latent,
     load_data,
     load_preset,
     load_run,
-    plots,
 )
-from pyro_vae.presets import Settings
-from pyro_vae.records import TrainingRecord
-from pyro_vae.run import append_jsonl, new_run, read_records, save_weights, write_config, write_json
+from pyro_vae.analysis import latent, plots
+from pyro_vae.runs.folder import append_jsonl, new_run, read_records, save_weights, write_config, write_json
+from pyro_vae.runs.presets import Settings
+from pyro_vae.training.records import TrainingRecord
 
 # Folder of a run -> its preset, and what is changed in it. In the pictures: its name.
 RUNS: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -54,11 +54,12 @@ from pyro_vae import (
     load_preset,
     log_marginal,
 )
-from pyro_vae.importance import CompiledWeights
-from pyro_vae.programs import ProgramPair
-from pyro_vae.run import processor
-from pyro_vae.step import CompiledStep, EagerStep
-from pyro_vae.weights import Accumulator
+from pyro_vae.estimates.importance import CompiledWeights
+from pyro_vae.estimates.psis import Accumulator
+from pyro_vae.models.programs import ProgramPair
+from pyro_vae.runs.folder import processor
+from pyro_vae.training.compiled_step import CompiledStep
+from pyro_vae.training.step import EagerStep
 
 SETTINGS = load_preset("bernoulli-z20")
 STOCK, PRODUCTS, EAGER, COMPILED = "stock Pyro", "matrix products alone", "pyro_vae eager", "pyro_vae compiled"

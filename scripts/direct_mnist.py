@@ -29,19 +29,18 @@ from pyro_vae import (
     direct_log_marginal,
     evaluate,
     fit,
-    latent,
     load_data,
     load_preset,
     load_run,
     log_marginal,
-    plots,
     prior_search,
 )
-from pyro_vae.estimate import UnreliableEstimateWarning
-from pyro_vae.log_weights import log_weights
-from pyro_vae.programs import ProgramPair
-from pyro_vae.records import TrainingRecord
-from pyro_vae.run import append_jsonl, new_run, save_weights, write_config, write_json
+from pyro_vae.analysis import charts, latent, plots
+from pyro_vae.estimates.log_weights import log_weights
+from pyro_vae.estimates.records import UnreliableEstimateWarning
+from pyro_vae.models.programs import ProgramPair
+from pyro_vae.runs.folder import append_jsonl, new_run, save_weights, write_config, write_json
+from pyro_vae.training.records import TrainingRecord
 
 SETTINGS = load_preset("bernoulli-z20")
 
@@ -165,7 +164,7 @@ def make_figures(args: argparse.Namespace, elbo: VAE, direct: VAE, test: Data) -
     return {
         "samples": plots.image_rows(rows, title="The two decoders for the same 8 draws from the prior"),
         "denoising": plots.image_rows(denoised, title="Encoder against search among 20,000 draws from the prior"),
-        "estimate_against_draws": plots.curves(
+        "estimate_against_draws": charts.curves(
             {name: (k, mean) for name, (k, mean, _) in estimates.items()},
             bands={name: spread for name, (_, _, spread) in estimates.items()},
             xlabel="draws per image",

@@ -31,12 +31,12 @@ from pyro_vae import (
     evaluate,
     fit,
     log_marginal,
-    plots,
 )
-from pyro_vae.estimate import UnreliableEstimateWarning
-from pyro_vae.gaussian2d import ENTROPY, LinearGaussian, sample, truth
-from pyro_vae.records import TrainingRecord
-from pyro_vae.run import append_jsonl, new_run, save_weights, write_json
+from pyro_vae.analysis import charts
+from pyro_vae.estimates.records import UnreliableEstimateWarning
+from pyro_vae.models.linear_gaussian import ENTROPY, LinearGaussian, sample, truth
+from pyro_vae.runs.folder import append_jsonl, new_run, save_weights, write_json
+from pyro_vae.training.records import TrainingRecord
 
 LIMITS = (-2.5, 4.5, -3.0, 4.0)
 
@@ -122,7 +122,7 @@ def make_figures(
         return truth().log_prob(torch.as_tensor(points)).numpy()
 
     def density_panels(samples: dict[str, Any], columns: int, title: str) -> Any:
-        return plots.density_panels(samples, log_density, columns=columns, limits=LIMITS, title=title)
+        return charts.density_panels(samples, log_density, columns=columns, limits=LIMITS, title=title)
 
     torch.manual_seed(args.seed)
     rows = {"truth": train, "VAE": draw(vae, 10_000), "direct fit, redrawn": draw(direct, 10_000)}
@@ -136,7 +136,7 @@ def make_figures(
         "densities": density_panels(rows, 3, "Samples (blue) under the true density's contours (red)"),
         "training": density_panels(panels, 4, "Samples of the VAE as training goes on"),
         "noise": density_panels(with_noise, 2, "What the decoder's noise adds"),
-        "losses": plots.curves(
+        "losses": charts.curves(
             lines, xlabel="step", ylabel="nats per point", title=caption, level=("entropy of the truth", ENTROPY)
         ),
     }

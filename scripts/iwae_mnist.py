@@ -35,14 +35,12 @@ from pyro_vae import (
     TrainingStoppedError,
     evaluate,
     fit,
-    latent,
     load_data,
     load_preset,
 )
-from pyro_vae.estimate import UnreliableEstimateWarning
-from pyro_vae.presets import Settings
-from pyro_vae.records import TrainingRecord
-from pyro_vae.run import (
+from pyro_vae.analysis import latent
+from pyro_vae.estimates.records import UnreliableEstimateWarning
+from pyro_vae.runs.folder import (
     append_jsonl,
     new_run,
     read_config,
@@ -52,9 +50,11 @@ from pyro_vae.run import (
     write_json,
     write_jsonl,
 )
-from pyro_vae.schedules import STAGES
-from pyro_vae.signals import Signals
-from pyro_vae.train import PRECISIONS, format_record
+from pyro_vae.runs.presets import Settings
+from pyro_vae.runs.signals import Signals
+from pyro_vae.training.fit import PRECISIONS
+from pyro_vae.training.records import TrainingRecord, format_record
+from pyro_vae.training.schedules import STAGES
 
 PRESET = "bernoulli-z50"
 # Table 1 of the paper, one stochastic layer, binarised MNIST: -log p(test) in nats.

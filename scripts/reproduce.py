@@ -28,7 +28,7 @@ import torch
 
 import pyro_vae
 from pyro_vae import CheckpointError, DataError, load_data
-from pyro_vae.run import processor, read_records, write_json
+from pyro_vae.runs.folder import processor, read_records, write_json
 
 
 @dataclass(frozen=True)

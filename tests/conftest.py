@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pyro
 import pytest
+import rooms  # noqa: F401, the tests' folders
 import torch
 
 import pyro_vae.engine.tracing

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
+import rooms  # noqa: F401, for the tests that it takes from
 import torch
 from conftest import make_vae
 from test_resume import OBJECTIVES, build, images
 
-from pyro_vae import Checkpoints, Data, TrainingStoppedError, evaluate, fit, log_marginal, processes
-from pyro_vae.distributed import DistributedStep
-from pyro_vae.step import EagerStep
+from pyro_vae import Checkpoints, Data, TrainingStoppedError, evaluate, fit, log_marginal
+from pyro_vae import _processes as processes
+from pyro_vae.training.distributed import DistributedStep
+from pyro_vae.training.step import EagerStep
 
 # Batch norm mixes the images of a share, and redrawn latents differ from process to process.
 EXACT = [name for name in OBJECTIVES if name not in ("dropout and batch norm", "direct, redrawn")]

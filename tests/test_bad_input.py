@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_data
-import test_own_data
+import rooms  # noqa: F401, for the tests that it takes from
+import test_dataset
+import test_own
 import torch
 from conftest import THREADS, Malicious, call_script, equal, make_vae, weights
 
@@ -38,8 +39,8 @@ from pyro_vae import (
     log_marginal,
     scale_latents,
 )
-from pyro_vae.checkpoint import FORMAT
-from pyro_vae.run import _LOCKS
+from pyro_vae.runs.folder import _LOCKS
+from pyro_vae.training.checkpoint import FORMAT
 
 HERE = Path(__file__).parent
 TABLE = HERE.parent / "docs" / "bad-input.md"
@@ -133,7 +134,7 @@ LIBRARY = {
     "checkpoints as text": lambda: train(checkpoints="runs/mine"),
     "stop True": lambda: train(stop=True),
     "a sparse tensor": lambda: train(FEW.to_sparse()),
-    "a data set that streams": lambda: train(test_own_data.Streaming(), vae=VAE),
+    "a data set that streams": lambda: train(test_own.Streaming(), vae=VAE),
     "a file of data that is not there": lambda: train("x.npy", vae=VAE),
 }
 
@@ -158,7 +159,7 @@ def _explodes():
 def data_file(harm):
     def case():
         with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
-            raw, _ = test_data.small.__wrapped__(Path(folder), monkeypatch)
+            raw, _ = test_dataset.small.__wrapped__(Path(folder), monkeypatch)
             harm(raw)
             return refused(load_data, "mnist", data_dir=folder).replace(folder, "DATA")
 
@@ -166,13 +167,13 @@ def data_file(harm):
 
 
 FILES = {
-    "a truncated file": data_file(test_data.truncate),
-    "a file with bytes after its end": data_file(test_data.lengthen),
-    "a flipped bit": data_file(test_data.flip),
-    "a file still compressed": data_file(test_data.compress),
-    "two files that changed names": data_file(test_data.swap),
-    "an empty file": data_file(test_data.empty),
-    "a file that is not there, and no network": data_file(test_data.remove),
+    "a truncated file": data_file(test_dataset.truncate),
+    "a file with bytes after its end": data_file(test_dataset.lengthen),
+    "a flipped bit": data_file(test_dataset.flip),
+    "a file still compressed": data_file(test_dataset.compress),
+    "two files that changed names": data_file(test_dataset.swap),
+    "an empty file": data_file(test_dataset.empty),
+    "a file that is not there, and no network": data_file(test_dataset.remove),
 }
 
 

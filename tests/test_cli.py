@@ -17,14 +17,14 @@ import torch
 from conftest import call_script, equal, weights
 
 from pyro_vae import PRESETS, load_run
-from pyro_vae.checks import SettingError
+from pyro_vae._checks import SettingError
+from pyro_vae._options import add_options, check_choices, described, flag_of, option
 from pyro_vae.cli import COMMANDS, main
-from pyro_vae.options import add_options, check_choices, described, flag_of, option
-from pyro_vae.presets import Settings
-from pyro_vae.run import save_weights, write_config
-from pyro_vae.run_evaluate import EvaluateOptions
-from pyro_vae.run_sample import SampleOptions
-from pyro_vae.run_settings import RunSettings, TrainOptions, make_job
+from pyro_vae.runs.evaluate import EvaluateOptions
+from pyro_vae.runs.folder import save_weights, write_config
+from pyro_vae.runs.presets import Settings
+from pyro_vae.runs.sample import SampleOptions
+from pyro_vae.runs.settings import RunSettings, TrainOptions, make_job
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ["--dataset", "digits", "--epochs", "2", "--hidden", "16", "--seed", "4", "--no-figures"]

@@ -8,7 +8,7 @@ import pytest
 
 import pyro_vae
 
-MODULES = [module.name for module in pkgutil.iter_modules(pyro_vae.__path__, "pyro_vae.")]
+MODULES = [module.name for module in pkgutil.walk_packages(pyro_vae.__path__, "pyro_vae.") if "__main__" not in module.name]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyro_vae import processes
+from pyro_vae import _processes as processes
 
 HERE = Path(__file__).parent
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_own_data
+import test_own
 import torch
 from conftest import call_script, equal, load_script, weights
 from pyro.infer import Predictive
@@ -21,9 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import pyro_vae
-import pyro_vae.run_train
+import pyro_vae.runs.train
 from pyro_vae import Autoencoder, Checkpoints, load_run
-from pyro_vae.run import read_records
+from pyro_vae.runs.folder import read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # nobody listens there
@@ -265,7 +265,7 @@ def test_a_signal_outside_training_ends_at_once_and_resume_finishes(tmp_path, mo
         signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pyro_vae.run_train, "evaluate", interrupted)
+        patch.setattr(pyro_vae.runs.train, "evaluate", interrupted)
         assert module.main([*map(str, LONG), "--epochs", "2", "--out", "run"]) == 143
     assert "SIGTERM: " in capsys.readouterr().err
     assert module.main(["--resume", "run", "--no-figures"]) == 0
@@ -296,7 +296,7 @@ def test_a_resumed_run_may_grow(tmp_path, svi_mnist_here):
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_the_data_are_read(svi_mnist_here, monkeypatch):
-    monkeypatch.setattr(pyro_vae.data, "_load_digits", None)
+    monkeypatch.setattr(pyro_vae.data.builtin, "_load_digits", None)
     code, _, err = svi_mnist_here(*LONG, "--out", "/proc/run")
     assert code == 2
     assert "/proc/run: cannot be written to" in err
@@ -553,7 +553,7 @@ def test_direct_fit_of_real_mnist_lands_on_the_published_figure(mnist, tmp_path)
 
 def test_own_pictures_with_all_figures_and_tensorboard(tmp_path, svi_mnist_here):
     for label in ("a", "b"):
-        test_own_data.save(tmp_path / "mine" / label, np.repeat(test_own_data.PIXELS, 2, 0))
+        test_own.save(tmp_path / "mine" / label, np.repeat(test_own.PIXELS, 2, 0))
     options = ("--epochs", 2, "--hidden", 8, "--importance-samples", 0, "--tensorboard", "--out", "run")
     code, out, err = svi_mnist_here("--data", "mine", *options)
     assert code == 0, err

@@ -1,0 +1,119 @@
+"""The pictures of a run: a fitted VAE, its data and its history -> named figures."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyro_vae.analysis import charts, latent, plots
+from pyro_vae.data.dataset import Data
+from pyro_vae.models.likelihoods import BernoulliLikelihood
+from pyro_vae.models.vae import VAE
+from pyro_vae.training.records import TrainingRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from pyro_vae.runs.presets import Settings
+
+__all__ = ["run_figures"]
+
+_MOST_LABELS = 20  # more cannot be told apart in one picture
+
+
+@torch.no_grad()
+def run_figures(
+    vae: VAE, train: Data, test: Data, history: Sequence[TrainingRecord], settings: "Settings"
+) -> Iterator[tuple[str, "Figure"]]:
+    """The name and figure of each picture that these data allow: those of images, of labels, of several latent dimensions.
+
+    Draws by torch's global random state. Data are where the VAE is.
+    """
+    title = f"{settings.preset} on {train.name}"
+    yield "training_curves", charts.training_curves(history, title=title)
+    if train.is_image:
+        yield from _of_images(vae, train, test, title)
+
+    labels = None if train.labels is None else train.labels.cpu()
+    if labels is not None and len(labels.unique()) > _MOST_LABELS:
+        labels = None
+    means = latent.latent_means(vae, train)
+    if vae.latent_dim > 1:
+        # All axes where they are few; else the four that the model uses most, by variance of the posterior means.
+        axes = sorted(means.var(0).argsort(descending=True)[:4].tolist())
+        which = "all axes" if vae.latent_dim <= 4 else f"the 4 of {vae.latent_dim} axes that vary most"
+        caption = f"{title}: latent means (training set), {which}"
+        yield "latent_pairs", plots.latent_pairs(means.cpu(), labels, axes=axes, title=caption, classes=train.classes)
+
+    if settings.preset == "bernoulli-z10":  # each as its reference does it
+        index, what = torch.randperm(len(train))[:1000], f"{min(1000, len(train)):,} random training images"
+        means, labels = means[index], labels if labels is None else labels[index]
+    else:
+        means = latent.latent_means(vae, test)[:3000]
+        labels = None if labels is None or test.labels is None else test.labels[:3000].cpu()
+        what = f"the {'first ' if len(means) < len(test) else ''}{len(means):,} test {test.kind}"
+    if len(means) >= 10:
+        points = latent.tsne(means, perplexity=min(30, (len(means) - 1) / 3))
+        yield "tsne", plots.latent_scatter(points, labels, title=f"{title}: t-SNE of {what}", classes=train.classes)
+
+
+def _of_images(vae: VAE, train: Data, test: Data, title: str) -> Iterator[tuple[str, "Figure"]]:
+    """Shapes: images (n, *event_shape)."""
+    show = _scaled_by(train)
+    device = test.x.device
+    some, *context = test.batch(torch.randperm(len(test))[:8].to(device))
+    decoded = vae.decode(vae.encode(some, *context).mean, *context)
+    rows = {"test image": some, "reconstruction": decoded.mean}
+    if isinstance(vae.likelihood, BernoulliLikelihood):  # a sample with normal noise on each pixel shows nothing
+        rows["Bernoulli sample"] = decoded.sample()
+    yield "reconstructions", plots.image_rows(show(rows), title=f"{title}: test images and their reconstructions")
+
+    some, *context = train.batch(torch.randperm(len(train))[:10].to(device))
+    rows = {"train image": some, "reconstruction": vae.decode(vae.encode(some, *context).mean, *context).mean}
+    yield "reconstructions_train", plots.image_rows(show(rows), title=f"{title}: training images and reconstructions")
+
+    _, *context = test.batch(torch.arange(36, device=device) % len(test))  # of a conditional model
+    samples = vae.decode(vae.prior().sample((36,)), *context).mean
+    yield "prior_samples", plots.image_grid(show({"": samples})[""], columns=6, title=f"{title}: from the prior")
+
+    ends, names = _two_images(test)
+    (start_and_end, *context) = test.batch(ends)
+    if len(ends) == 2 and not context:  # between two contexts there is no way
+        paths = latent.interpolate(vae, *start_and_end, steps=10)
+        rows = dict(zip(("latent space", "pixel space"), paths, strict=True))
+        yield "interpolation", plots.image_rows(show(rows), title=f"{title}: from {names[0]} to {names[1]}")
+
+    if _is_grey(test):
+        some, *context = test.batch(torch.randperm(len(test))[:10].to(device))
+        denoised = latent.denoise(vae, some, *context, flip_rate=0.02)
+        rows = dict(zip(("thresholded", "2 % flipped", "reconstruction"), denoised, strict=True))
+        yield "denoising", plots.image_rows(show(rows), title=f"{title}: denoising")
+
+    if train.labels is not None and len(labels := train.labels.unique().tolist()) <= _MOST_LABELS:
+        rows = {train.label_name(label): latent.sample_like(vae, train, label, num_samples=20) for label in labels}
+        caption = f"{title}: encode an image of the label, draw from its posterior, decode"
+        yield "samples_by_label", plots.image_rows(show(rows), title=caption)
+
+
+def _two_images(data: Data) -> tuple[Tensor, list[str]]:
+    """Two images to go from and to, and what they are: a 6 and a 9 where there are any, else the first of two labels."""
+    if data.labels is None:
+        index = torch.arange(min(2, len(data)), device=data.x.device)
+        return index, ["one test image", "another"]
+    labels = data.labels.unique().tolist()
+    pair = [6, 9] if {6, 9} <= set(labels) else labels[:2]
+    first = [int((data.labels == label).nonzero()[0]) for label in pair]
+    article = "" if data.classes else "a "
+    return torch.tensor(first, device=data.x.device), [article + data.label_name(label) for label in pair]
+
+
+def _is_grey(data: Data) -> bool:
+    """One channel of values in [0, 1], which can be made black and white."""
+    return data.event_shape[:-2].numel() == 1 and data.are_pixels
+
+
+def _scaled_by(data: Data) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """Brings images to [0, 1] and to the CPU, as they are shown: by the range of the data where they go beyond."""
+    low, high = (0.0, 1.0) if data.are_pixels else (data.x.min().item(), data.x.max().item())
+    return lambda rows: {name: (images.cpu() - low) / (high - low) for name, images in rows.items()}

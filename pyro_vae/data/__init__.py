@@ -1,0 +1,1 @@
+"""Data sets: tensors with one leading dimension, and where they come from."""

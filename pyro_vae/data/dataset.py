@@ -1,0 +1,356 @@
+"""Data: tensors with one leading dimension, which of them a batch has, and how pixels are scaled and binarised."""
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyro_vae._checks import whole_number
+
+__all__ = ["BINARIZATIONS", "Data", "DataError", "label_name"]
+
+BINARIZATIONS = ("none", "threshold", "dynamic")
+
+
+class DataError(ValueError):
+    """Data that is missing, damaged or unsuitable; the message says which, and how to mend it."""
+
+
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+_ROWS, _NUMBERS = 10_000, 2**23  # of a batch that is checked: larger tensors glibc would give back each time
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Data:
+    """Tensors of one leading dimension, held once in the type they came in, and which of them a batch has.
+
+    Whole numbers are never divided without saying: uint8 is ambiguous, and ``pixels`` decides. Images, ``(N, H, W)`` or
+    ``(N, C, H, W)`` with C of 1 or 3, are pixels by default, which a batch scales by 1/255; for uint8 of any other shape
+    it has to be said. All other whole numbers are counts or categories, and are kept.
+
+    Args:
+        x: observations, ``(N, *event_shape)``: floating point, taken as it is, or whole numbers. Always floating point in a
+            batch.
+        labels: ``(N,)`` whole numbers, or None.
+        name: what the results call these data.
+        dtype: floating-point type of the batches; default: that of x, or torch's default type where x is whole numbers.
+        binarization: of x: ``"none"``: values as they are (grey); ``"threshold"``: 1 where a value is above 0.5, else 0;
+            ``"dynamic"``: each value redrawn as Bernoulli(value) every time it is seen (Salakhutdinov and Murray 2008).
+        classes: names of the labels 0, 1, ..., if they have any.
+        note: how the data were read, for the record.
+        tensors: any others by name, ``(N, ...)`` each, floating point or whole numbers. Whole numbers stay so in a batch.
+        inputs: names of what a batch has, in its order: ``"x"`` first, then any of ``"labels"`` and those in ``tensors``.
+        pixels: whether x of uint8 is pixels, scaled by 1/255 (True), or whole numbers, kept (False); None: pixels, if they
+            are images. False for any other type says that values in [0, 1] are no grey levels.
+
+    Raises:
+        DataError: a tensor that is empty or sparse, or of the wrong shape, length, type or device; NaN or infinite; values
+            outside [0, 1] that are to be binarised; uint8 that may or may not be pixels; or inputs that are not there.
+
+    Example:
+        >>> images = torch.tensor([[[0, 255]], [[102, 51]]], dtype=torch.uint8)
+        >>> data = Data(images, torch.tensor([3, 7]), inputs=("x", "labels"))
+        >>> x, labels = data.batch(torch.tensor([1, 0]))
+        >>> x.shape, labels
+        (torch.Size([2, 1, 2]), tensor([7, 3]))
+        >>> x[0]
+        tensor([[0.4000, 0.2000]])
+    """
+
+    x: Tensor
+    labels: Tensor | None = None
+    name: str = "array"
+    binarization: str = "none"
+    dtype: torch.dtype | None = None
+    classes: tuple[str, ...] = ()
+    note: str = ""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ("x",)
+    pixels: bool | None = None
+
+    def __post_init__(self) -> None:
+        self._check_names()
+        named = self._named()
+        for name, value in named.items():
+            if not torch.is_tensor(value):
+                raise DataError(
+                    f"{self.name}: expected {name} as a tensor, found {type(value).__name__}: torch.as_tensor(...)."
+                )
+            if value.layout != torch.strided or value.is_meta:
+                raise DataError(
+                    f"{self.name}: expected {name} as a dense tensor with values, found {value.layout} on {value.device}: "
+                    f"{name}.to_dense()."
+                )
+        if self.binarization not in BINARIZATIONS:
+            raise DataError(f"binarization must be one of {', '.join(BINARIZATIONS)}; found {self.binarization!r}.")
+        if self.x.dim() < 2 or self.x.numel() == 0:
+            raise DataError(
+                f"{self.name}: expected at least one observation, in an array of shape (N, *event_shape); "
+                f"found shape {tuple(self.x.shape)}. A single observation needs a leading dimension: x[None]."
+            )
+        labels = self.labels
+        if labels is not None and (labels.shape != self.x.shape[:1] or labels.dtype not in _WHOLE):
+            found = f"{labels.dtype} of shape {tuple(labels.shape)}"
+            raise DataError(f"{self.name}: expected {len(self)} labels, whole numbers, found {found}.")
+        for name, value in named.items():
+            self._check_values(name, value)
+        self._check_pixels()
+        if self.binarization != "none" and not self.scaled:
+            low, high = self.x.min().item(), self.x.max().item()
+            if not (low >= 0 and high <= 1):
+                raise DataError(
+                    f"{self.name}: binarization {self.binarization!r} needs values in [0, 1], found {low:g} to {high:g}. "
+                    "Scale them first."
+                )
+
+    def _check_names(self) -> None:
+        if not isinstance(self.tensors, Mapping):
+            found = type(self.tensors).__name__
+            raise DataError(f"{self.name}: expected tensors as a mapping from name to tensor, found {found}.")
+        object.__setattr__(self, "tensors", dict(self.tensors))  # later changes of the mapping are not ours
+        for name in self.tensors:
+            if not isinstance(name, str) or not name.isidentifier() or name in ("x", "labels"):
+                raise DataError(f"{self.name}: expected names of tensors like 'y', not 'x' or 'labels'; found {name!r}.")
+        names = tuple(self._named())
+        inputs = tuple(self.inputs) if isinstance(self.inputs, list | tuple) else ()
+        if inputs[:1] != ("x",) or len(set(inputs)) < len(inputs) or not all(name in names for name in inputs):
+            raise DataError(
+                f"{self.name}: expected inputs to be names of tensors, 'x' first and none twice, of {', '.join(names)}; "
+                f"found {self.inputs!r}."
+            )
+        object.__setattr__(self, "inputs", inputs)
+
+    def _check_values(self, name: str, value: Tensor) -> None:
+        if value.dim() == 0 or len(value) != len(self.x):
+            raise DataError(
+                f"{self.name}: expected {name} of {len(self.x):,} observations, like x, found shape {tuple(value.shape)}."
+            )
+        if value.device != self.x.device:
+            raise DataError(
+                f"{self.name}: expected {name} on {self.x.device}, like x, found it on {value.device}: {name}.to(...)."
+            )
+        if value.is_floating_point():
+            # Two numbers instead of a mask as large as the data.
+            if value.numel() and not (math.isfinite(value.min().item()) and math.isfinite(value.max().item())):
+                raise DataError(f"{self.name}: found NaN or infinite values in {name}. Remove or replace them.")
+        elif value.dtype not in _WHOLE:
+            raise DataError(
+                f"{self.name}: expected {name} as floating-point or whole numbers, found {value.dtype}. Convert: "
+                f"{name}.{'long' if 'int' in str(value.dtype) else 'float'}()."
+            )
+
+    def _check_pixels(self) -> None:
+        if not isinstance(self.pixels, bool | None):
+            raise DataError(f"{self.name}: pixels: expected True, False or None, found {self.pixels!r}.")
+        if self.pixels and self.x.dtype != torch.uint8:
+            raise DataError(
+                f"{self.name}: pixels=True scales uint8 by 1/255, found {self.x.dtype}, which is taken as it is. Leave it "
+                "away, or convert: x.byte()."
+            )
+        if self.pixels is None and self.x.dtype == torch.uint8 and not self.is_image:
+            raise DataError(
+                f"{self.name}: found uint8 of shape {tuple(self.event_shape)} for each observation, no image (H, W), "
+                "(1, H, W) or (3, H, W), so that it may be pixels or counts. Say which: pixels=True (scaled by 1/255) or "
+                "pixels=False (kept as whole numbers), of Data and read_data; on the command line --pixels yes or no."
+            )
+
+    def _named(self) -> dict[str, Tensor]:
+        """All tensors there are, by name."""
+        return {"x": self.x} | ({} if self.labels is None else {"labels": self.labels}) | dict(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __repr__(self) -> str:
+        size = f"{len(self):,} of shape {tuple(self.event_shape)} in {self.x.dtype}"
+        return f"Data({self.name!r}, {size}, inputs {', '.join(self.inputs)})"
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """Shape of one observation."""
+        return self.x.shape[1:]
+
+    @property
+    def kind(self) -> str:
+        """What an observation is called, many of them: images, or the rows of a table."""
+        return "images" if len(self.event_shape) > 1 else "rows"
+
+    @property
+    def is_image(self) -> bool:
+        """Whether an observation is ``(height, width)``, or that of 1 or 3 channels."""
+        return len(self.event_shape) == 2 or (len(self.event_shape) == 3 and self.event_shape[0] in (1, 3))
+
+    @property
+    def scaled(self) -> bool:
+        """Whether x is pixels of uint8, which a batch scales by 1/255."""
+        return self.x.dtype == torch.uint8 and self.pixels is not False
+
+    @property
+    def are_pixels(self) -> bool:
+        """Whether x is grey levels or colours: uint8 that is scaled, or values in [0, 1]; not where ``pixels`` is False."""
+        return self.scaled or (self.pixels is None and bool(self.x.min() >= 0 and self.x.max() <= 1))
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """The tensors of which a batch has rows, in the order of ``inputs``, as they are held."""
+        named = self._named()
+        return tuple(named[name] for name in self.inputs)
+
+    def label_name(self, label: int) -> str:
+        """The class of a label, or the number itself."""
+        return label_name(label, self.classes)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """All tensors, each changed alike, as :func:`dataclasses.replace` takes them."""
+        labels = None if self.labels is None else function(self.labels)
+        return {"x": function(self.x), "labels": labels, "tensors": {k: function(v) for k, v in self.tensors.items()}}
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Data":
+        """The same data on another device, with batches of another floating-point type; copied only where they differ."""
+
+        def moved(value: Tensor) -> Tensor:
+            return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+
+        return replace(self, **self._each(moved), dtype=dtype or self.dtype)
+
+    def subset(self, index: Tensor | slice) -> "Data":
+        """Some of the observations, all tensors alike: those at these places, a tensor ``(n,)``; of a slice, a view.
+
+        Raises:
+            DataError: none of them, or places that are not there.
+
+        Example:
+            >>> data = Data(torch.rand(5, 2), torch.arange(5))
+            >>> data.subset(torch.tensor([4, 1])).labels, len(data.subset(slice(3)))
+            (tensor([4, 1]), 3)
+        """
+        try:
+            return replace(self, **self._each(lambda value: value[index]))
+        except IndexError as error:
+            raise DataError(f"{self.name}: expected places from 0 to {len(self) - 1:,}: {error}") from error
+
+    def resize(self, size: int) -> "Data":
+        """Images ``(N, channels, height, width)`` made ``size`` x ``size``, bilinear; whole numbers stay so, rounded.
+
+        Raises:
+            DataError: no images, or size is no whole number >= 1.
+        """
+        try:
+            size = whole_number("image size", size)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        if self.x.dim() != 4:
+            raise DataError(
+                f"{self.name}: expected images (N, channels, height, width) to resize, found {tuple(self.x.shape)}."
+            )
+        x = torch.empty(*self.x.shape[:2], size, size, dtype=self.x.dtype, device=self.x.device)
+        for part, images in zip(x.split(1000), self.x.split(1000), strict=True):  # not all of them in float at once
+            grey = images if x.is_floating_point() else images.float()
+            resized = F.interpolate(grey, size=(size, size), mode="bilinear", antialias=True)
+            part.copy_(resized if x.is_floating_point() else resized.round())
+        return replace(self, x=x)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each element of x, ``event_shape``; 1 where there is no deviation."""
+        x = self._observations(self.x)
+        scale = x.double().std(0, correction=0)
+        # A constant that floats do not hold exactly has a deviation of some digits of its last place.
+        constant = scale <= 10 * torch.finfo(x.dtype).eps * x.abs().amax(0)
+        return x.double().mean(0).to(x.dtype), torch.where(constant, 1.0, scale).to(x.dtype)
+
+    def batch(self, index: Tensor) -> tuple[Tensor, ...]:
+        """What a model sees of the observations at these places, ``(x,)`` or what ``inputs`` names, in its order.
+
+        x ``(len(index), *event_shape)`` is floating point and binarised; dynamic draws use torch's global random state. Of
+        the others, floating point is of the batch's type, and whole numbers stay as they are.
+        """
+        return self.convert(*(value.index_select(0, index) for value in self.held))
+
+    def convert(self, *rows: Tensor) -> tuple[Tensor, ...]:
+        """The batch of rows of the tensors ``held``: x scaled and binarised, floating point of one type."""
+        x, *others = rows
+        dtype = self._float_type
+        return self._observations(x), *(value.to(dtype) if value.is_floating_point() else value for value in others)
+
+    @property
+    def _float_type(self) -> torch.dtype:
+        return self.dtype or (self.x.dtype if self.x.is_floating_point() else torch.get_default_dtype())
+
+    def _observations(self, x: Tensor) -> Tensor:
+        x = x.to(self._float_type)
+        if self.scaled:
+            x = x.div_(255)  # of a copy, since x was uint8
+        if self.binarization == "threshold":
+            x = (x > 0.5).to(x.dtype)
+        elif self.binarization == "dynamic":
+            x = (torch.rand_like(x) < x).to(x.dtype)
+        return x
+
+    def check(self, function: Callable[..., Any], *others: Callable[..., Any]) -> None:
+        """Call ``function(*batch)``, which raises a ``ValueError`` for what it cannot take, on batches of all observations.
+
+        Looks at what a batch holds: scaled, binarised, in its type. torch's random state is left as found.
+
+        Args:
+            function: such as ``objective.check``.
+            others: functions that are called with batches later, such as ``objective.forward``: whether they take as many
+                tensors.
+
+        Raises:
+            DataError: a function takes another number of tensors than a batch has; or what the function raises.
+
+        Example:
+            >>> from pyro_vae import BernoulliLikelihood
+            >>> Data(torch.rand(5, 3)).check(BernoulliLikelihood().check)
+            >>> Data(torch.full((5, 3), 2.0)).check(BernoulliLikelihood().check)  # doctest: +ELLIPSIS
+            Traceback (most recent call last):
+            ...
+            ValueError: BernoulliLikelihood scores values in [0, 1]; found values from 2 to 2. ...
+        """
+        for each in (function, *others):
+            self._check_number(each)
+        rows = max(1, min(_ROWS, _NUMBERS // max(value[0].numel() for value in self.held)))
+        with torch.random.fork_rng(devices=[self.x.device] if self.x.is_cuda else []):
+            for index in torch.arange(len(self), device=self.x.device).split(rows):
+                try:
+                    function(*self.batch(index))
+                except ValueError as error:
+                    if (short := _few_values(str(error))) == str(error):
+                        raise
+                    raise DataError(f"{self.name}: {short}") from error
+
+    def _check_number(self, function: Callable[..., Any]) -> None:
+        try:
+            signature = inspect.signature(function)
+        except ValueError:  # some of those that are built in tell nothing
+            return
+        try:
+            signature.bind(*self.held)
+        except TypeError as error:
+            name = getattr(function, "__qualname__", type(function).__name__)
+            raise DataError(
+                f"{self.name}: a batch has {', '.join(self.inputs)}, which does not suit "
+                f"{name}({', '.join(signature.parameters)}): {error}. Name in their order the tensors that it takes: "
+                "Data(..., inputs=(...))."
+            ) from error
+
+
+def _few_values(text: str) -> str:
+    """A message without whole tensors, as torch's own checks of values show them: three numbers of each are left."""
+
+    def cut(match: re.Match[str]) -> str:
+        numbers = re.findall(r"[-+.\w]+", match[1])
+        return match[0] if len(numbers) <= 4 else f"tensor({', '.join(numbers[:3])}, ...)"
+
+    return re.sub(r"tensor\(([^()]*(?:\([^()]*\)[^()]*)*)\)", cut, text)
+
+
+def label_name(label: int, classes: Sequence[str]) -> str:
+    """The class of a label, or the number itself."""
+    return classes[label] if 0 <= label < len(classes) else str(label)

@@ -1,0 +1,122 @@
+"""Folders of images -> ``Data``, and what is seen in an image file: its size, transparency, bits."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_vae.data.dataset import Data, DataError
+
+__all__ = ["as_seen", "channels_first", "read_folder"]
+
+_LARGEST = 128  # images that are no larger stay as they are
+_SIZE = 32  # height and width that others are made
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+
+
+def read_folder(path: Path, size: Sequence[int] | None, pixels: bool | None) -> Data:
+    files, labels, classes = _list_images(path)
+    with ThreadPoolExecutor() as pool:
+        kinds = sorted(set(pool.map(_size, files)))
+        found = " to ".join(f"{height} x {width}" for height, width in sorted({kinds[0], kinds[-1]}))
+        if size is None:
+            size = kinds[0] if len(kinds) == 1 and max(kinds[0]) <= _LARGEST else (_SIZE, _SIZE)
+        height, width = size
+        x = torch.empty(len(files), 3, height, width, dtype=torch.uint8)
+        for place, image in zip(x, pool.map(lambda file: _read_image(file, (height, width)), files), strict=True):
+            place.copy_(image)
+    grey = torch.equal(x[:, 0], x[:, 1]) and torch.equal(x[:, 0], x[:, 2])
+    made = "" if kinds == [(height, width)] else f", made {height} x {width}"
+    note = f"{len(files):,} {'grey' if grey else 'colour'} images of {found} pixels{made}"
+    if classes:
+        some = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+        note += f"; {len(classes)} label{'s' if len(classes) > 1 else ''}: {some}"
+    if others := sum(part.is_file() for part in path.rglob("*")) - len(files):
+        note += f"; {others:,} other file{'s' if others > 1 else ''} left out"
+    x = x[:, :1].clone() if grey else x
+    return Data(x, labels, path.name or str(path), classes=classes, note=note, pixels=pixels)
+
+
+def _list_images(path: Path) -> tuple[list[Path], Tensor | None, tuple[str, ...]]:
+    def images(places: Iterator[Path]) -> list[Path]:
+        return sorted(file for file in places if file.suffix.lower() in _SUFFIXES and not file.name.startswith("."))
+
+    here = images(path.iterdir())
+    of_class = {folder.name: images(folder.rglob("*")) for folder in sorted(path.iterdir()) if folder.is_dir()}
+    of_class = {name: files for name, files in of_class.items() if files}
+    if here and of_class:
+        raise DataError(
+            f"{path}: expected images in the folder or in folders in it, one for each label, found both. Move one kind away."
+        )
+    if here:
+        return here, None, ()
+    if not of_class:
+        raise DataError(f"{path}: expected images ({', '.join(_SUFFIXES)}), in it or in folders in it, found none.")
+    files = [file for group in of_class.values() for file in group]
+    labels = torch.tensor([label for label, group in enumerate(of_class.values()) for _ in group])
+    return files, labels, tuple(of_class)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A PIL image; what goes wrong with it is a DataError."""
+    from PIL import Image  # torchvision brings it along
+
+    try:
+        with Image.open(file) as image:
+            yield image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file}: no image that can be read ({error}). Remove it or save it anew.") from error
+
+
+def _size(file: Path) -> tuple[int, int]:
+    """(height, width), as it is to be seen."""
+    with _opened(file) as image:
+        width, height = image.size
+        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF's orientation: by a quarter
+        return (width, height) if turned else (height, width)
+
+
+def _read_image(file: Path, size: tuple[int, int]) -> Tensor:
+    """``(3, height, width)``, uint8: the middle, if it has another form."""
+    from PIL import Image, ImageOps
+
+    with _opened(file) as opened:
+        opened.draft("RGB", (2 * size[1], 2 * size[0]))  # a JPEG need not be decoded at its full size
+        image = as_seen(opened).convert("RGB")
+        if image.size != size[::-1]:
+            image = ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)
+    return channels_first(image)
+
+
+def as_seen(image: Any) -> Any:
+    """A PIL image in 8 bits, grey (mode L) or in colours (RGB): oriented as its EXIF says, composited on white."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_in_8_bits(np.asarray(image, dtype=np.float64), image.mode))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "L" else image.convert("RGB")
+
+
+def _in_8_bits(values: np.ndarray[Any, Any], mode: str) -> np.ndarray[Any, Any]:
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= 65535):
+        raise DataError(f"expected an image of grey levels from 0 to at most 65535, found {low:g} to {high:g}")
+    # "I;16" is 16 bits by its name; the other two do not say what is white.
+    white = 65535 if mode.startswith("I;16") or high > 255 else 1 if mode == "F" and high <= 1 else 255
+    return (values * (255 / white)).round().astype(np.uint8)
+
+
+def channels_first(image: Any) -> Tensor:
+    """``(channels, height, width)``, uint8, of an image of mode L or RGB."""
+    pixels = np.asarray(image)
+    return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)

@@ -1,0 +1,1 @@
+"""What is measured: log weights, log p(x), whole data sets."""

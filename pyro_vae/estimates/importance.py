@@ -1,0 +1,183 @@
+"""log p(x) by importance sampling, for any Pyro model and guide with one data plate, with its error and its health.
+
+The driver, :func:`log_marginal`, weighs draws in chunks of bounded memory.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_vae import _processes as processes
+from pyro_vae._checks import compile_choice, whole_number
+from pyro_vae.data.own import as_batch
+from pyro_vae.engine.tracing import NotCompiledWarning, UntraceableError, compiled, reason_of
+from pyro_vae.estimates.log_weights import log_weights, weigh, wrong_weights
+from pyro_vae.estimates.psis import Accumulator
+from pyro_vae.estimates.records import LogMarginal, UnreliableEstimateWarning
+from pyro_vae.models.programs import ProgramPair, evaluating, programs_and_data
+
+__all__ = ["CompiledWeights", "log_marginal"]
+
+
+def log_marginal(
+    model: Any,
+    guide: Any,
+    x: Any = None,
+    *,
+    num_samples: int = 1000,
+    chunk_size: int | None = None,
+    compile: bool | None = None,
+) -> LogMarginal:
+    r"""Importance-sampled marginal log-likelihood of every observation under a Pyro model, with the guide as proposal.
+
+    .. math:: \log \hat p(x_i) = \log \frac1K \sum_{k=1}^K w_{ik}, \qquad
+        w_{ik} = \frac{p(x_i, z_{ik})}{q(z_{ik} \mid x_i)}, \quad z_{ik} \sim q(z \mid x_i)
+
+    A lower bound in expectation, by Jensen's inequality, that tightens as K grows (Burda et al. 2016, arXiv:1509.00519).
+    Latent sites that the guide does not have are drawn from the model, so a guide that does nothing gives plain Monte Carlo
+    from the prior. Scaling of sites (``poutine.scale``, subsampling) is left out: it is no part of the density. Works
+    without gradients, in evaluation mode where model and guide are modules or methods of modules, and leaves torch's random
+    state as found: the same state and chunk_size give the same draws, so seed anew between calls whose errors are to be
+    independent. Both programs are called on parts of the batch; what else they need per observation (labels, exposures) is
+    part of it: log p(x | y) of a conditional model is ``log_marginal(model, guide, (x, y))``. Draws stand in a leading
+    dimension, z ``(num_samples, B, ...)``, over which a decoder must broadcast.
+
+    Args:
+        model: Pyro program, called as ``model(*batch)``; every site in one plate of dimension -1 over the observations. Or a
+            module with methods ``model`` and ``guide``, followed by x: ``log_marginal(vae, x)``.
+        guide: Pyro program, called as ``guide(*batch)``.
+        x: observations, ``(B, ...)``: a tensor, as it is; a tuple of tensors with one leading dimension, ``(x, y)``; or
+            what :func:`~pyro_vae.data.own.as_data` takes, as one batch.
+        num_samples: draws per observation, K.
+        chunk_size: pairs (draw, observation) held at once; default: as many as hold 2^23 numbers. Memory
+            grows with it and not with K or B.
+        compile: trace model and guide once, and run each chunk as one compiled call: the same values for the same draws, at
+            1.3 times the speed, after some 15 seconds of compiling. None: on the CPU, where there are 2,000 chunks or more
+            and it pays. What cannot be compiled is run eagerly, with a
+            :class:`~pyro_vae.engine.tracing.NotCompiledWarning`. Needs a C++ compiler.
+
+    Returns:
+        :class:`~pyro_vae.estimates.records.LogMarginal`, each field ``(B,)``, float64.
+
+    Raises:
+        ValueError: no draws or data; a site outside the data plate, or in the guide alone; a log weight of nan or +inf, with
+            its site.
+
+    Warns:
+        UnreliableEstimateWarning: once, if the Pareto k of some observations says that their errors cannot be trusted. The
+            values there are still lower bounds in expectation.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(x):  # z ~ N(0, 1), x | z ~ N(z, 1), hence x ~ N(0, 2)
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):  # the exact posterior
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> x = torch.tensor([0.0, 1.0, -3.0])
+        >>> estimate = log_marginal(model, guide, x, num_samples=100)
+        >>> torch.allclose(estimate.value.float(), dist.Normal(0.0, 2**0.5).log_prob(x))
+        True
+    """
+    num_samples = whole_number("num_samples", num_samples)
+    chunk_size = None if chunk_size is None else whole_number("chunk_size", chunk_size)
+    pair, data = programs_and_data(model, guide, x)
+    batch = as_batch(data)
+    first = batch[0]
+    if first.dim() == 0 or first.numel() == 0:
+        raise ValueError(f"log_marginal: expected observations of shape (B, ...), found shape {tuple(first.shape)}.")
+    pair.check(*batch)
+    # 2^23 numbers, 32 MiB, is the largest tensor that glibc keeps for reuse rather than asking for fresh pages each time;
+    # hidden layers are rarely narrower than 128.
+    chunk_size = chunk_size or max(1, 2**23 // max(first[0].numel(), 128))
+    draws = min(num_samples, chunk_size)  # all draws of few images rather than the reverse: the guide runs once for each
+    chunks = [min(draws, num_samples - done) for done in range(0, num_samples, draws)]
+    at_once = max(1, chunk_size // draws)
+    compile = compile_choice(compile, first.device)
+    mine = [processes.share(t) for t in batch]
+    pays = first.device.type == "cpu" and (len(mine[0]) // at_once) * (num_samples // draws) >= _PAYS
+    weigh: Callable[[Sequence[Tensor], int], Tensor] = functools.partial(log_weights, pair)
+    if compile or (compile is None and pays):
+        weigh = CompiledWeights(pair, (draws, min(at_once, len(mine[0]))))
+    parts = []
+    with torch.no_grad(), torch.random.fork_rng(devices=[first.device] if first.is_cuda else []), evaluating(*pair.programs):
+        if processes.count() > 1:  # other noise on each of them
+            torch.manual_seed(int(torch.randint(2**62, ())) + processes.rank())
+        for part in zip(*(t.split(at_once) for t in mine), strict=True):
+            accumulator = Accumulator(num_samples)
+            for k in chunks:
+                accumulator.add(weigh(part, k))
+            parts.append(accumulator.figures())
+    value, error, ess, tail = (processes.gather(torch.cat(columns)) for columns in zip(*parts, strict=True))
+    result = LogMarginal(value, error, ess, tail, num_samples)
+    if bad := int(result.unreliable.sum()):
+        warnings.warn(
+            f"log_marginal: {bad:,} of {len(first):,} observations have importance weights of too heavy a tail (Pareto k): "
+            f"there the value reads low and its error too small. Draw more than {num_samples:,}, or fit a better guide.",
+            UnreliableEstimateWarning,
+            stacklevel=2,
+        )
+    return result
+
+
+# Chunks for which compiling pays by default: one takes about 90 ms, of which compiling saves a quarter.
+_PAYS = 2000
+
+
+class CompiledWeights:
+    """The log weights of one number of draws and observations as one compiled call, traced when first called.
+
+    The first chunk is weighed both ways with the same draws. Where they differ, or where a program cannot be traced, all
+    are weighed eagerly, with one :class:`~pyro_vae.engine.tracing.NotCompiledWarning`. So are chunks of another shape, and
+    those whose weights are nan or +inf, for the error that names the site.
+
+    Args:
+        pair: the programs.
+        shape: (draws, observations).
+    """
+
+    def __init__(self, pair: ProgramPair, shape: tuple[int, int]) -> None:
+        self.pair, self.shape = pair, shape
+        self._call: Callable[..., Any] | None = None
+        self._given_up = False
+
+    def __call__(self, batch: Sequence[Tensor], num_samples: int) -> Tensor:
+        """``(num_samples, B)``."""
+        if self._given_up or (num_samples, len(batch[0])) != self.shape:
+            return log_weights(self.pair, batch, num_samples)
+        noise = torch.get_rng_state()
+        if self._call is None:
+            return self._compile(batch, noise)
+        (total,) = self._call(*batch)
+        if bool(wrong_weights(total).any()):
+            torch.set_rng_state(noise)
+            return log_weights(self.pair, batch, num_samples)
+        return total
+
+    def _compile(self, batch: Sequence[Tensor], noise: Tensor) -> Tensor:
+        def function(*batch: Tensor) -> tuple[Tensor]:
+            return (weigh(self.pair, batch, self.shape[0]).log_weights.clone(),)
+
+        total = log_weights(self.pair, batch, self.shape[0])
+        after = torch.get_rng_state()
+        try:
+            with pyro.validation_enabled(False):  # it would look at values, which a graph cannot
+                call = compiled(function, batch)
+            torch.set_rng_state(noise)
+            (found,) = call(*batch)
+            if not torch.allclose(found, total, rtol=1e-4, atol=1e-3):
+                raise UntraceableError("compiled, its log weights are not those of the eager call")
+            self._call = call
+        except Exception as error:  # whatever Python, Pyro, the tracer and the compiler raise
+            self._given_up = True
+            warnings.warn(f"log_marginal, run eagerly, not compiled: {reason_of(error)}", NotCompiledWarning, stacklevel=4)
+        finally:
+            torch.set_rng_state(after)
+        return total

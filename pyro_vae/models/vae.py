@@ -1,0 +1,367 @@
+"""The variational autoencoder: ``encode`` and ``decode`` return distributions, ``model`` and ``guide`` are Pyro programs."""
+
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_vae._checks import shape, whole_number
+from pyro_vae.models.likelihoods import BernoulliLikelihood, Likelihood
+from pyro_vae.models.posteriors import DiagonalNormal, check_heads
+from pyro_vae.models.priors import StandardNormal
+
+__all__ = ["VAE"]
+
+
+class VAE(nn.Module):
+    r"""Variational autoencoder (Kingma and Welling 2014, arXiv:1312.6114) as a Pyro model and guide.
+
+    .. math:: p(x, z) = p(z) \, p(x \mid z), \qquad q(z \mid x)
+
+    Its parts are callables that return distributions: ``prior()`` is p(z), ``posterior(encoder(x))`` is q(z | x), and
+    ``likelihood(decoder(z))`` is p(x | z). By default p(z) = N(0, I), q(z | x) is a normal of independent dimensions, and
+    p(x | z) is Bernoulli.
+
+    Sites ``"z"`` (event ``(latent_dim,)``) and ``"x"`` (event ``event_shape``) in one plate ``"data"``. A plain
+    ``nn.Module``: parameters live here, not in Pyro's global store.
+
+    **Context.** A model may be conditional: p(x, z | c) and q(z | x, c) (Sohn, Lee and Yan 2015, Learning structured output
+    representation using deep conditional generative models). Context tensors c, one row per observation, follow x or z in
+    every call. Encoder, prior, decoder and likelihood each get all of them if they take any: a part's attribute
+    ``takes_context`` says so, or else the signature of its ``forward`` or ``__call__``, by more positional parameters than
+    the one it needs (the prior: none), without a default or with None. Rows belong to the last leading dimension of x or z,
+    and are the same along the others.
+
+    Args:
+        encoder: maps x ``(batch, *event_shape)`` to what posterior takes: a pair ``(loc, log_variance)``, each
+            ``(batch, latent_dim)``, for the default one.
+        decoder: maps z ``(batch, latent_dim)`` to the likelihood's raw input ``(batch, *event_shape)``. Both see one batch
+            dimension, whatever :meth:`encode` and :meth:`decode` are given.
+        latent_dim: number of latent dimensions.
+        event_shape: shape of one observation.
+        prior: p(z), see :mod:`pyro_vae.models.priors`; None: :class:`~pyro_vae.models.priors.StandardNormal`.
+        posterior: q(z | x) from the encoder's output, see :mod:`pyro_vae.models.posteriors`; None:
+            :class:`~pyro_vae.models.posteriors.DiagonalNormal`.
+        likelihood: p(x | z) from the decoder's output, see :mod:`pyro_vae.models.likelihoods`; None:
+            :class:`~pyro_vae.models.likelihoods.BernoulliLikelihood`.
+
+    Raises:
+        ValueError: a part is no callable, or a class in place of an instance; latent_dim or event_shape are no sizes.
+
+    Example:
+        >>> from pyro_vae import MLPDecoder, MLPEncoder
+        >>> shape = dict(event_shape=(1, 8, 8), hidden=(32,), latent_dim=4)
+        >>> vae = VAE(MLPEncoder(**shape), MLPDecoder(**shape), latent_dim=4, event_shape=(1, 8, 8))
+        >>> x = torch.rand(5, 1, 8, 8)
+        >>> vae.encode(x).mean.shape, vae.decode(torch.randn(3, 5, 4)).mean.shape
+        (torch.Size([5, 4]), torch.Size([3, 5, 1, 8, 8]))
+        >>> from pyro.infer import Predictive
+        >>> Predictive(vae.model, num_samples=3)(size=5)["x"].shape
+        torch.Size([3, 5, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        *,
+        latent_dim: int,
+        event_shape: Sequence[int],
+        prior: Callable[..., dist.TorchDistribution] | None = None,
+        posterior: Callable[..., dist.TorchDistribution] | None = None,
+        likelihood: Likelihood | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.latent_dim = latent_dim = whole_number("latent_dim", latent_dim)
+        self.event_shape = torch.Size(shape("event_shape", event_shape))
+        self.likelihood = _part("likelihood", likelihood, BernoulliLikelihood())
+        self.prior = _part("prior", prior, StandardNormal(latent_dim))
+        self.posterior = _part("posterior", posterior, DiagonalNormal())
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the module's type and device: its first parameter, or else buffer, of a floating-point type."""
+        tensors = itertools.chain(self.parameters(), self.buffers())
+        return next((t for t in tensors if t.is_floating_point()), torch.empty(()))
+
+    # --- distributions ---
+
+    def encode(self, x: Tensor, *context: Tensor) -> dist.TorchDistribution:
+        """q(z | x) for x of shape ``(*batch, *event_shape)``, any leading dimensions; event shape ``(latent_dim,)``.
+
+        Raises:
+            ValueError: x is of another shape or type, or the encoder's output is; context is missing, of another length, or
+                no part takes it.
+        """
+        batch = self._batch_shape("x", x, self.event_shape)
+        self._check_context(context, batch)
+        output = self._call("encoder", x.reshape(-1, *self.event_shape), context=_flat(context, batch))
+        n = batch.numel()
+        if names := getattr(self.posterior, "names", None):
+            check_heads(output, names, (n, self.latent_dim))
+        tensors = output if isinstance(output, tuple | list) else (output,)
+        if not all(torch.is_tensor(part) and part.shape[:1] == (n,) for part in tensors):
+            found = ", ".join(str(tuple(p.shape)) if torch.is_tensor(p) else type(p).__name__ for p in tensors)
+            raise ValueError(
+                f"VAE: expected the encoder to return a tensor or a tuple of tensors, each of length {n}, found {found}."
+            )
+        parts = tuple(part.reshape(*batch, *part.shape[1:]) for part in tensors)
+        q = self.posterior(parts if isinstance(output, tuple | list) else parts[0])
+        if (q.batch_shape, q.event_shape) != (batch, (self.latent_dim,)):
+            raise ValueError(
+                f"VAE: expected a posterior of batch shape {tuple(batch)} and event shape ({self.latent_dim},), found "
+                f"{tuple(q.batch_shape)} and {tuple(q.event_shape)}. Make posterior, encoder and latent_dim agree."
+            )
+        return q
+
+    def decode(self, z: Tensor, *context: Tensor) -> dist.TorchDistribution:
+        """p(x | z) for z of shape ``(*batch, latent_dim)``, any leading dimensions; event shape ``event_shape``.
+
+        Raises:
+            ValueError: z is of another shape or type, or the decoder's output is; context is missing, of another length, or
+                no part takes it.
+        """
+        batch = self._batch_shape("z", z, (self.latent_dim,))
+        self._check_context(context, batch)
+        output = self._call("decoder", z.reshape(-1, self.latent_dim), context=_flat(context, batch))
+        return self._likelihood_of(output, batch, context).to_event(len(self.event_shape))
+
+    def prior_of(self, *context: Tensor) -> dist.TorchDistribution:
+        """p(z), or p(z | context) where the prior takes context: batch shape ``()`` or ``(n,)``, event ``(latent_dim,)``.
+
+        Raises:
+            ValueError: the prior is of another shape; context is missing, or no part takes it.
+        """
+        n = _length(context[0]) if context else 1
+        self._check_context(context, torch.Size([n]))
+        p = self._call("prior", context=context)
+        if p.event_shape != (self.latent_dim,) or p.batch_shape not in ((), (1,), (n,)):
+            raise ValueError(
+                f"VAE: expected a prior of event shape ({self.latent_dim},), and of batch shape () or one per observation, "
+                f"found event shape {tuple(p.event_shape)}, batch shape {tuple(p.batch_shape)}. Make prior and latent_dim "
+                "agree; independent dimensions need .to_event(1)."
+            )
+        return p
+
+    def decoder_output(self, z: Tensor) -> Tensor:
+        """The decoder's raw output for z ``(batch, latent_dim)``, without context: what the likelihood takes.
+
+        Raises:
+            ValueError: it is not what the likelihood takes for ``batch`` observations, or decoder or likelihood need
+                context.
+        """
+        output: Tensor = self._call("decoder", z)
+        self._likelihood_of(output, z.shape[:1])
+        return output
+
+    def _likelihood_of(self, output: Tensor, batch: torch.Size, context: Sequence[Tensor] = ()) -> dist.TorchDistribution:
+        """p(x | z), batch shape ``(*batch, *event_shape)``, once the decoder's output is found to be what it takes."""
+        n, found = batch.numel(), tuple(output.shape)
+        if found[:1] == (n,):
+            rows = [c.expand(*batch, *c.shape[1:]) for c in context]
+            p = self._call("likelihood", output.reshape(*batch, *found[1:]), context=rows)
+            if p.batch_shape == (*batch, *self.event_shape):
+                return p
+        raise ValueError(
+            f"VAE: expected a decoder that maps ({n}, {self.latent_dim}) to what {self.likelihood} takes for "
+            f"({n}, {_join(self.event_shape)}) elements, found {found}. Make decoder and event_shape agree."
+        )
+
+    # --- checks, and what the likelihood says ---
+
+    def check_batch(self, x: Tensor) -> None:
+        """Raise a ``ValueError`` unless x is a batch of observations: floating point, ``(batch, *event_shape)``."""
+        if not torch.is_tensor(x) or self._batch_shape("x", x, self.event_shape) != tuple(x.shape[:1]) or len(x) == 0:
+            found = f"shape {tuple(x.shape)}" if torch.is_tensor(x) else f"{type(x).__name__}"
+            raise ValueError(
+                f"VAE: expected x of shape (batch, {_join(self.event_shape)}), found {found}. A single observation needs "
+                "a leading dimension, x[None]; a number of observations to draw is the keyword size=."
+            )
+
+    def check(self, x: Tensor, *context: Tensor) -> None:
+        """Raise a ``ValueError`` unless x is a batch that the likelihood is defined for, with this context."""
+        self.check_batch(x)
+        self._check_context(context, x.shape[:1])
+        check = getattr(self.likelihood, "check", None)
+        if check is None:
+            return
+        takes = context and _context_sizes(self.likelihood, 1)[1] and _context_sizes(check, 1)[1] >= len(context)
+        check(x, *(context if takes else ()))
+
+    def terms(self, reconstruction: Tensor) -> dict[str, Tensor]:
+        """Other names under which the literature reports the reconstruction, E[-log p(x | z)] in nats, if there are any."""
+        terms = getattr(self.likelihood, "terms", None)
+        return terms(reconstruction, self.event_shape) if terms else {}
+
+    def _batch_shape(self, name: str, value: Tensor, event_shape: Sequence[int]) -> torch.Size:
+        """The leading dimensions of x or z, once its type and last dimensions are found to be right."""
+        leading, dtype = value.dim() - len(event_shape), self.like.dtype
+        if leading < 0 or value.shape[leading:] != tuple(event_shape) or value.dtype != dtype:
+            raise ValueError(
+                f"VAE: expected {name} of shape (*batch, {_join(event_shape)}) and type {dtype}, found "
+                f"{value.dtype} of shape {tuple(value.shape)}. Reshape it, convert it, and scale uint8 images to [0, 1]."
+            )
+        return torch.Size(value.shape[:leading])
+
+    def _check_context(self, context: Sequence[Tensor], batch: torch.Size) -> None:
+        """Raise a ``ValueError`` unless each context tensor has a row per observation and some part takes them."""
+        if not context:
+            return
+        lengths = {_length(c) for c in context}
+        if lengths != {*batch[-1:]}:
+            found = ", ".join(str(tuple(c.shape)) for c in context)
+            expected = f"length {batch[-1]}, that of the observations" if batch else "x or z with a leading dimension"
+            raise ValueError(
+                f"VAE: expected, with context, {expected}, found context of shapes {found}. Context has one row per "
+                "observation; a single observation needs a leading dimension, x[None]."
+            )
+        if not any(_context_sizes(getattr(self, name), own)[1] for name, own in _TAKERS.items()):
+            raise ValueError(
+                f"VAE: found context, and none of {', '.join(_TAKERS)} takes any. Leave it out, or "
+                "give the model a part that takes it, such as MLPDecoder(..., context_dim=...)."
+            )
+
+    def _call(self, name: str, *own: Tensor, context: Sequence[Tensor] = ()) -> Any:
+        """A part, given all of the context if it takes it."""
+        part = getattr(self, name)
+        least, most = _context_sizes(part, _TAKERS[name])
+        if (least, most) == (0, 0):
+            return part(*own)
+        if not least <= len(context) <= most:
+            expected = f"at least {least}" if most == math.inf else f"{least}" if least >= most else f"{least} to {most}"
+            raise ValueError(
+                f"VAE: context tensors for the {name}, which takes them: expected {expected}, found {len(context)}. Pass "
+                "them after x or z, as model(x, *context) or decode(z, *context); where it takes none, set its "
+                "takes_context to False."
+            )
+        return part(*own, *context)
+
+    # --- Pyro programs ---
+
+    def model(self, x: Tensor | None = None, *context: Tensor, size: int = 1) -> Tensor:
+        """Pyro model: draw z from the prior and x from the decoder, or score the given x, ``(batch, *event_shape)``.
+
+        Args:
+            x: observations, or None to draw new ones.
+            context: what the model is conditional on, one row per observation.
+            size: number of observations to draw where x is None and there is no context, whose length it is otherwise.
+
+        Raises:
+            ValueError: x is no batch of observations, size is no whole number >= 1, or the context does not suit.
+        """
+        self._register()
+        if x is None:
+            size = self._size(context, whole_number("size", size))
+        else:
+            self.check_batch(x)
+            size = len(x)
+        self._check_context(context, torch.Size([size]))
+        with pyro.plate("data", size, dim=-1):
+            z = pyro.sample("z", self.prior_of(*context))
+            return pyro.sample("x", self.decode(z, *context), obs=x)
+
+    def guide(self, x: Tensor | None = None, *context: Tensor, size: int = 1) -> Tensor:
+        """Pyro guide, with the model's signature: draw z from q(z | x), ``(batch, latent_dim)``.
+
+        Raises:
+            ValueError: x is None, since q(z | x) needs it, or the context does not suit.
+        """
+        self._register()
+        if x is None:
+            raise ValueError(
+                "VAE.guide: expected x, found None: q(z | x) is conditioned on data. "
+                "Call guide(x), or sample from the prior with Predictive(vae.model, num_samples=n)(size=...)."
+            )
+        self.check_batch(x)
+        with pyro.plate("data", len(x), dim=-1):
+            return pyro.sample("z", self.encode(x, *context))
+
+    def _register(self) -> None:
+        """As ``pyro.module`` does it, which would warn of parameters that are frozen."""
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                pyro.param(f"{_param_prefix(self)}$$${name}", parameter)
+
+    def _size(self, context: Sequence[Tensor], size: int) -> int:
+        """The number of observations to draw."""
+        if not context:
+            return size
+        if size not in (1, n := _length(context[0])):
+            raise ValueError(
+                f"VAE.model: expected context of length {size}, the given size, found {n}. Leave size out: it is the "
+                "length of the context."
+            )
+        return n
+
+
+# Parts that may take context, and how many inputs of their own they have.
+_TAKERS = {"encoder": 1, "prior": 0, "decoder": 1, "likelihood": 1}
+
+
+def _part(name: str, value: Any, default: Any) -> Any:
+    value = default if value is None else value
+    if isinstance(value, type):
+        raise ValueError(f"VAE: expected an instance, {value.__name__}(), found the class itself.")
+    if not callable(value):
+        raise ValueError(f"VAE: expected a {name} such as {type(default).__name__}(), found {value!r}.")
+    return value
+
+
+def _context_sizes(part: Any, own: int) -> tuple[int, float]:
+    """How many context tensors a part takes after its own inputs, at least and at most; (0, 0): it takes none."""
+    takes = getattr(part, "takes_context", None)
+    if takes is not None and not takes:
+        return 0, 0
+    try:
+        parameters = inspect.signature(part.forward if isinstance(part, nn.Module) else part).parameters.values()
+    except ValueError:  # a function of C without a signature
+        return (1, math.inf) if takes else (0, 0)
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = sum(p.default is p.empty for p in positional)
+    # y=None is a tensor that may be left out; scale=0.3 is an option, in whose place no label must come by accident.
+    rest = list(itertools.takewhile(lambda p: p.default is p.empty or p.default is None or takes, positional[own:]))
+    open_ended = any(p.kind is p.VAR_POSITIONAL for p in parameters) and len(rest) == len(positional[own:])
+    return max(needed - own, 1 if takes else 0), math.inf if open_ended else len(rest)
+
+
+def _length(context: Any) -> int:
+    """The length of a context tensor."""
+    if not torch.is_tensor(context) or context.dim() == 0 or len(context) == 0:
+        found = f"shape {tuple(context.shape)}" if torch.is_tensor(context) else type(context).__name__
+        raise ValueError(
+            f"VAE: expected context tensors of shape (n, ...), n >= 1, one row per observation, found {found}. A number of "
+            "observations to draw is the keyword size=."
+        )
+    return len(context)
+
+
+def _flat(context: Sequence[Tensor], batch: torch.Size) -> list[Tensor]:
+    """Context for leading dimensions that are flattened into one: its rows, repeated along all but the last of them."""
+    return [c.expand(*batch, *c.shape[1:]).reshape(-1, *c.shape[1:]) for c in context]
+
+
+def _join(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes))
+
+
+_prefixes: WeakKeyDictionary[VAE, str] = WeakKeyDictionary()
+_counter = itertools.count()
+
+
+def _param_prefix(vae: VAE) -> str:
+    """A name in Pyro's param store that no other VAE of this process has or had, copies included.
+
+    Under a shared name, SVI silently trains the first module in place of the second.
+    """
+    if vae not in _prefixes:
+        _prefixes[vae] = f"vae{next(_counter)}"
+    return _prefixes[vae]

@@ -1,0 +1,352 @@
+"""Run folders -> one self-contained HTML page: what was run, how good it is, what to beware of, a decoder to play with.
+
+The page asks the network for nothing: pictures, style, script and weights are in it, and its content security policy forbids
+the rest. Whatever a run folder says is shown as text, never taken as HTML.
+"""
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyro_vae.data.builtin import DATASETS
+from pyro_vae.report.cautions import cautions_of
+from pyro_vae.report.comparison import FigureOfRun, compare, conditions
+from pyro_vae.report.explorer import LIMIT, NoExplorerError, decoder_record
+from pyro_vae.report.svg import Panel, panels
+from pyro_vae.report.texts import FIGURES, MEASURES, UNKNOWN_FIGURE
+from pyro_vae.runs.folder import load_run, read_config, read_records
+from pyro_vae.runs.presets import PRESETS, Settings
+from pyro_vae.training.checkpoint import CheckpointError, whole_file
+from pyro_vae.training.records import TrainingRecord
+
+__all__ = ["RunRecord", "read_run", "render", "write_report"]
+
+_LIMIT = 7_500_000  # bytes of pictures and weights in a page, base64 included: it stays under 8 MB
+_POINTS = 500
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG of the run: its name, what it shows, how to read it, and itself."""
+
+    name: str
+    title: str
+    reading: str
+    width: int
+    height: int
+    base64: str
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run folder holds, ready to be shown.
+
+    Args:
+        name: of the folder.
+        facts: what was run, in words, by headline.
+        settings: everything in its config: name, value, and what its preset says where that differs (else empty).
+        conditions: what figures of other runs must have in common with these to be compared.
+        figures: the final figures, of the test set and by name.
+        train: the training's last figures, by name.
+        warnings: what a reader should beware of: headline and explanation.
+        curves: of the training.
+        pictures: of its ``figures/``, but the training curves, which are drawn anew.
+        left_out: names of pictures that the page had no room for.
+        explorer: what ``explorer.js`` reads; None where there is none.
+        no_explorer: why not.
+    """
+
+    name: str
+    facts: dict[str, str]
+    settings: tuple[tuple[str, str, str], ...]
+    conditions: dict[str, str]
+    figures: dict[str, FigureOfRun]
+    train: dict[str, float]
+    warnings: tuple[tuple[str, str], ...]
+    curves: tuple[Panel, ...]
+    pictures: tuple[Picture, ...]
+    left_out: tuple[str, ...]
+    explorer: dict[str, Any] | None
+    no_explorer: str
+
+    @property
+    def size(self) -> int:
+        """Bytes that its decoder and pictures take in the page."""
+        return _size(self.explorer) + sum(len(picture.base64) for picture in self.pictures)
+
+
+def _size(explorer: Mapping[str, Any] | None) -> int:
+    return len(json.dumps(explorer)) if explorer else 0
+
+
+def read_run(folder: str | Path, *, name: str | None = None, limit: int = _LIMIT) -> RunRecord:
+    """Collect what a run folder holds; nothing is trained, no data are loaded, and no code in its files is run.
+
+    Args:
+        folder: as ``scripts/svi_mnist.py`` leaves it; a run that was stopped will do.
+        name: to show; default: the folder's.
+        limit: bytes that its decoder and pictures may take in the page.
+
+    Raises:
+        CheckpointError: no run there, or a file of it that is damaged.
+    """
+    folder = Path(folder)
+    settings, event_shape, config = read_config(folder)
+    name = folder.resolve().name if name is None else name
+    metrics = _json(folder / "metrics.json")
+    history = read_records(folder / "metrics.jsonl")
+    latents = _latents(folder / "latents.json", settings.latent_dim)
+    if not isinstance(metrics, dict | None):
+        raise CheckpointError(f"{folder}: metrics.json holds no figures of a run. Train again.")
+    figures = _figures(metrics or {})
+    train = (metrics or {}).get("train", {})
+    train = {key: float(value) for key, value in train.items() if _is_number(value)} if isinstance(train, dict) else {}
+    explorer, no_explorer = _explorer(folder, latents, settings.latent_dim, limit)
+    pictures, left_out = _pictures(folder / "figures", limit - _size(explorer))
+    images = (metrics or {}).get("images")
+    common = conditions(config, event_shape, images=images if isinstance(images, int) else None)
+    if isinstance(identity := config.get("test_identity"), str):
+        common["data set"] += f", test data {identity}"
+    elif config.get("dataset") not in DATASETS or config.get("data") is not None:
+        common["data set"] += f", as {name} read it: nothing recorded tells whether other runs read the same"
+    return RunRecord(
+        name,
+        _facts(settings, config, common, metrics),
+        _settings(settings, config),
+        common,
+        figures,
+        train,
+        tuple(
+            cautions_of(
+                config,
+                figures,
+                finished=metrics is not None,
+                train=train,
+                kl=(latents or {}).get("kl"),
+                falling=_still_falls(history),
+            )
+        ),
+        tuple(panels(history)),
+        pictures,
+        left_out,
+        explorer,
+        no_explorer,
+    )
+
+
+def _still_falls(history: Sequence[TrainingRecord]) -> bool:
+    """Whether the last test figure is the lowest."""
+    tests = [record.test.get("neg_elbo") for record in history if record.test is not None]
+    numbers = [value for value in tests if value is not None and _is_number(value)]
+    return len(numbers) > 1 and numbers[-1] == min(numbers)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 1e100)  # ints beyond are no floats
+
+
+def _json(path: Path) -> Any:
+    """What a file of JSON holds; None where there is no such file."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged, no JSON ({error}). Put it back, or train again.") from error
+
+
+def _latents(path: Path, latent_dim: int) -> dict[str, Any] | None:
+    """``latents.json``: posterior means of some test images, their labels, and the test set's KL per dimension."""
+    found = _json(path)
+    if found is None:
+        return None
+    try:
+        points = torch.tensor(found["means"], dtype=torch.float64)[:_POINTS]
+        kl = torch.tensor(found["kl_per_dimension"], dtype=torch.float64)
+        labels, names = found.get("labels"), found.get("classes")
+        kinds = None if labels is None else sorted(set(labels[: len(points)]))
+        if kinds is not None and (len(labels) != len(found["means"]) or not all(type(kind) is int for kind in kinds)):
+            raise ValueError("labels: expected a whole number for each of the means")
+        if points.shape != (len(points), latent_dim) or kl.shape != (latent_dim,) or not points.isfinite().all():
+            raise ValueError(f"expected finite means and kl_per_dimension of {latent_dim} dimensions")
+        return {
+            "points": [[round(value, 3) for value in point] for point in points.tolist()],
+            "labels": None if kinds is None else [kinds.index(label) for label in labels[: len(points)]],
+            "classes": None if kinds is None else [str(names[kind] if names else kind) for kind in kinds],
+            "kl": kl.tolist(),
+        }
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: not the latents of this run ({error}). Remove it, or evaluate the run again."
+        ) from error
+
+
+def _figures(metrics: Mapping[str, Any]) -> dict[str, FigureOfRun]:
+    test = metrics.get("test")
+    found = {**metrics, **(test if isinstance(test, dict) else {})}
+    figures = {}
+    for name, record in found.items():
+        if isinstance(record, dict) and _is_number(record.get("value")):
+            names = ("standard_error", "num_samples", "median_ess", "unreliable")
+            kept: dict[str, Any] = {key: record[key] for key in names if _is_number(record.get(key))}
+            kept = {key: value for key, value in kept.items() if math.isfinite(value) and value >= 0}
+            figures[name] = FigureOfRun(name, float(record["value"]), **kept)
+    return figures
+
+
+def _facts(
+    settings: Settings, config: Mapping[str, Any], common: Mapping[str, str], metrics: Mapping[str, Any] | None
+) -> dict[str, str]:
+    widths = "-".join(map(str, settings.hidden))
+    kind = "autoencoder" if settings.likelihood == "none" else "variational autoencoder"
+    nets = {"conv": "convolutions, channels", "mlp-tanh": "tanh layers", "mlp-linear": "ReLU layers"}.get(
+        settings.net, "ReLU layers"
+    )
+    length = f"{settings.epochs} epochs" if settings.epochs is not None else f"{settings.steps:,} steps"
+    objective = {"iwae": f"IWAE bound of {settings.particles} draws"}.get(settings.objective, f"ELBO ({settings.objective})")
+    falling = " and falling in stages" if settings.schedule == "stages" else ""
+    weight = "" if settings.beta == 1 else f", KL weight {settings.beta:g}"
+    facts = {
+        "Model": f"{kind}, {nets} {widths}, {settings.latent_dim} latent dimensions (preset {settings.preset})",
+        "Likelihood": common["likelihood"],
+        "Data": f"{common['data set']}, {common['size']}",
+        "Binarisation": common["binarisation"],
+        "Training": f"{objective}{weight}; {length}, batch {settings.batch_size}, learning rate {settings.lr:g}{falling}, "
+        f"seed {config.get('seed', 'not recorded')}",
+    }
+    if metrics and _is_number(metrics.get("seconds")):
+        facts["Time"] = f"{metrics['seconds']:,.0f} s of training on {config.get('device', 'a device not recorded')}"
+    if isinstance(versions := config.get("versions"), dict):
+        facts["Versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return facts
+
+
+def _settings(settings: Settings, config: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
+    preset = PRESETS.get(settings.preset)
+    shown = []
+    for name, value in config.items():
+        if name in ("format", "versions"):
+            continue
+        of_preset = getattr(preset, name, None) if preset and name in {field.name for field in fields(Settings)} else value
+        same = list(value) == list(of_preset) if isinstance(of_preset, tuple) else value == of_preset
+        shown.append((name, _text(value), "" if same else _text(of_preset)))
+    return tuple(shown)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    return "not set" if value is None else str(value)
+
+
+def _explorer(
+    folder: Path, latents: Mapping[str, Any] | None, latent_dim: int, limit: int
+) -> tuple[dict[str, Any] | None, str]:
+    weights = folder / "checkpoints" / "weights.pt"
+    if not weights.exists():
+        return None, "the run holds no weights: it was stopped before its first epoch ended"
+    try:
+        record = decoder_record(load_run(folder), limit=min(LIMIT, limit * 3 // 4))
+    except NoExplorerError as error:
+        return None, str(error)
+    axes = list(range(min(2, latent_dim)))
+    if latents is not None:
+        usage = torch.tensor(latents["kl"]).nan_to_num()
+        axes = sorted(usage.argsort(descending=True, stable=True)[:2].tolist())
+    return {**record, "axes": axes, **{key: (latents or {}).get(key) for key in ("points", "labels", "classes")}}, ""
+
+
+def _pictures(folder: Path, room: int) -> tuple[tuple[Picture, ...], tuple[str, ...]]:
+    """The pictures that there is room for, the most telling first, and the names of the others."""
+    order = list(FIGURES)
+    paths = sorted(folder.glob("*.png"), key=lambda p: (order.index(p.stem) if p.stem in order else len(order), p.stem))
+    shown, left_out = [], []
+    for path in paths:
+        if path.stem == "training_curves":  # drawn anew from metrics.jsonl
+            continue
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Mend its rights, or remove it.") from error
+        if not content.startswith(b"\x89PNG\r\n\x1a\n") or len(content) < 24:
+            raise CheckpointError(f"{path}: damaged, no PNG. Remove it, or make the pictures again with --resume.")
+        encoded = base64.b64encode(content).decode()
+        if len(encoded) > room:
+            left_out.append(path.stem)
+            continue
+        room -= len(encoded)
+        title, reading = FIGURES.get(path.stem, (path.stem.replace("_", " ").replace("-", " "), UNKNOWN_FIGURE))
+        width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))  # of the PNG's header
+        shown.append(Picture(path.stem, title, reading, width, height, encoded))
+    return tuple(shown), tuple(left_out)
+
+
+def render(runs: Sequence[RunRecord], *, title: str | None = None) -> str:
+    """The page of one run, or of several with their comparison, as HTML."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # here, so that `import pyro_vae` stays light
+    from markupsafe import Markup
+
+    def data(content: Any) -> Markup:
+        """JSON that cannot end the script element it stands in."""
+        text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+        return Markup(text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e"))
+
+    script = files("pyro_vae.report").joinpath("explorer.js").read_text("utf-8")
+    environment = Environment(
+        loader=PackageLoader("pyro_vae.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["data"] = data
+    return environment.get_template("report.html.j2").render(
+        title=title or (f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs compared"),
+        runs=runs,
+        groups=compare([(run.name, run.conditions, run.figures) for run in runs]) if len(runs) > 1 else [],
+        measures=MEASURES,
+        style=Markup(files("pyro_vae.report").joinpath("report.css").read_text("utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def write_report(folders: Sequence[str | Path], out: str | Path | None = None, *, title: str | None = None) -> Path:
+    """Write the page of these runs, in place of an earlier one, whole or not at all.
+
+    Args:
+        folders: of the runs.
+        out: file; default: ``report.html``, of one run in its folder, of several in the working folder.
+        title: of the page.
+
+    Returns:
+        The file.
+
+    Raises:
+        CheckpointError: a folder that holds no run, or a damaged one; or the file cannot be written.
+
+    Example:
+        >>> write_report(["runs/demo"])  # doctest: +SKIP
+        PosixPath('runs/demo/report.html')
+    """
+    paths = [Path(folder) for folder in folders]
+    resolved = [path.resolve() for path in paths]
+    if not paths or len(set(resolved)) < len(paths):
+        raise CheckpointError("report: expected one or more different run folders. Name each once.")
+    clash = len({path.name for path in resolved}) < len(paths)
+    names = [str(path) if clash else None for path in paths]
+    runs = [read_run(path, name=name) for path, name in zip(paths, names, strict=True)]
+    if sum(run.size for run in runs) > _LIMIT:  # then each gets its share
+        runs = [read_run(path, name=name, limit=_LIMIT // len(paths)) for path, name in zip(paths, names, strict=True)]
+    if out is None:
+        out = paths[0] / "report.html" if len(paths) == 1 else Path("report.html")
+    page = render(runs, title=title)
+    with whole_file(Path(out)) as stream:
+        stream.write(page.encode(errors="replace"))  # a config can hold half a character
+    return Path(out)

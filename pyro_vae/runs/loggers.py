@@ -1,0 +1,61 @@
+"""What a run shows in TensorBoard; any other tracker is a function given to ``fit(on_record=...)``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from pyro_vae.data.dataset import Data, DataError
+from pyro_vae.analysis.latent import latent_means
+from pyro_vae.training.records import TrainingRecord
+from pyro_vae.models.vae import VAE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["TensorBoard"]
+
+
+class TensorBoard:
+    """Writes event files; look at them with ``tensorboard --logdir FOLDER``.
+
+    Args:
+        folder: made if it is not there.
+
+    Raises:
+        DataError: the package tensorboard cannot be imported.
+
+    Example:
+        >>> board = TensorBoard("runs/mine/tensorboard")  # doctest: +SKIP
+        >>> fit(objective, data, epochs=3, on_record=board.record)  # doctest: +SKIP
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # heavy, and only needed here
+        except ImportError as error:
+            raise DataError(f"TensorBoard cannot be imported ({error}). Install it: pip install tensorboard") from error
+        self._writer = SummaryWriter(str(folder))
+
+    def record(self, record: TrainingRecord) -> None:
+        """The numbers of a record of :func:`~pyro_vae.fit`, as ``train/...``, ``test/...`` and ``timing/...``, by step."""
+        for part, numbers in (("train", record.train), ("test", record.test or {}), ("timing", record.timing)):
+            for name, value in numbers.items():
+                self._writer.add_scalar(f"{part}/{name}", value, record.step)
+        self._writer.flush()
+
+    def figure(self, name: str, figure: "Figure") -> None:
+        """A picture."""
+        self._writer.add_figure(name, figure)
+
+    def embedding(self, vae: VAE, data: Data, *, limit: int = 1000) -> None:
+        """Posterior means of the first observations, with their labels and pictures, for TensorBoard's projector."""
+        batch = data.batch(torch.arange(min(limit, len(data)), device=data.x.device))
+        x = batch[0]
+        labels = None if data.labels is None else [data.label_name(label) for label in data.labels[: len(x)].tolist()]
+        images = x if x.dim() == 4 and data.is_image and data.are_pixels else None
+        self._writer.add_embedding(latent_means(vae, batch).cpu(), metadata=labels, label_img=images)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()

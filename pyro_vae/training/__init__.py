@@ -1,0 +1,1 @@
+"""What is minimised, step by step, and what a run's state is."""

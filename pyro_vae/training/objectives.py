@@ -1,0 +1,277 @@
+"""What is minimised: modules that map a batch to a dict of scalar tensors, mean nats per image.
+
+``"loss"`` is what is minimised (lower is better); the other entries are its parts, logged under their own names. The
+training loop knows nothing else of an objective.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pyro.poutine.scale_messenger import ScaleMessenger
+from torch import Tensor
+
+from pyro_vae._checks import number, whole_number
+from pyro_vae.estimates.log_weights import Weights, weigh
+from pyro_vae.estimates.prior_sampling import direct_log_prob, pairwise_log_prob
+from pyro_vae.models.autoencoder import Autoencoder
+from pyro_vae.models.programs import ProgramPair
+from pyro_vae.models.vae import VAE
+from pyro_vae.training.objective import Objective
+from pyro_vae.training.schedules import Schedule
+
+__all__ = [
+    "ESTIMATORS",
+    "NegativeDirectLogLikelihood",
+    "NegativeELBO",
+    "NegativeIWAE",
+    "ReconstructionError",
+    "scale_latents",
+]
+
+ESTIMATORS = ("trace", "mean-field")
+
+
+class _ScaleLatents(ScaleMessenger):
+    """Pyro's scale handler, on the latent sites alone."""
+
+    def _process_message(self, msg: Any) -> None:
+        if msg["type"] == "sample" and not msg["is_observed"]:
+            super()._process_message(msg)
+
+
+def scale_latents(fn: Callable[..., Any], scale: float) -> Callable[..., Any]:
+    """Scale the log-probability of every latent site of a Pyro program; observed sites keep theirs.
+
+    Applied to model and guide alike it gives the KL term that weight (beta-VAE: Higgins et al. 2017), also under Pyro's
+    own SVI: ``SVI(scale_latents(vae.model, 4.0), scale_latents(vae.guide, 4.0), optimizer, Trace_ELBO())``.
+    """
+    return _ScaleLatents(scale)(fn)
+
+
+LEAST_BETA = 1e-30  # a KL times less is 0 in float32, and would be recorded as nan
+
+
+class NegativeELBO(Objective):
+    r"""Negative evidence lower bound, in nats per observation.
+
+    .. math:: -\mathrm{ELBO} = \underbrace{E_{q(z|x)}[-\log p(x \mid z)]}_{\text{reconstruction}}
+        + \underbrace{\mathrm{KL}(q(z \mid x) \,\|\, p(z))}_{\text{kl}}, \qquad
+        \text{loss} = \text{reconstruction} + \beta \, \text{kl}
+
+    For any Pyro model and guide with one data plate, see :class:`~pyro_vae.models.programs.ProgramPair`: with several latent
+    sites, kl is the sum over them. The value and gradient of ``loss`` are those of Pyro's
+    ``differentiable_loss`` divided by the batch size, for the same noise. Differently from it, the terms are kept apart
+    and per observation, and nothing is read back from the device. Where ``poutine.scale`` stands around model or guide,
+    ``loss`` has its factors; the other terms are those of the densities.
+
+    Args:
+        model: the model; or a module with methods ``model`` and ``guide``, a :class:`~pyro_vae.VAE`, say, without a second
+            argument. Normalising constants of its likelihood are part of ``reconstruction``.
+        guide: the guide. Its draws must be reparameterised (``rsample``).
+        estimator: ``"trace"`` estimates kl by log q(z | x) - log p(z) at the drawn z (:class:`pyro.infer.Trace_ELBO`);
+            ``"mean-field"`` uses the closed form (:class:`pyro.infer.TraceMeanField_ELBO`), and is refused where there is
+            none.
+        num_particles: latent draws per observation, evaluated in one vectorised pass, in a leading dimension.
+        beta: weight of kl in the loss (Higgins et al. 2017); or a schedule of it, such as
+            :class:`~pyro_vae.training.schedules.LinearWarmup`. ``neg_elbo`` is always the unweighted bound.
+        free_bits: nats of each latent dimension's kl, averaged over the batch, that cost nothing more when lowered: the
+            loss has max(kl of the dimension, free_bits) (Kingma et al. 2016, arXiv:1606.04934). 0: none.
+
+    A call on a batch returns the scalars ``loss``, ``neg_elbo``, ``reconstruction``, ``kl``, and
+    what the likelihood adds (``squared_error`` for :class:`~pyro_vae.models.likelihoods.NormalLikelihood`).
+
+    Raises:
+        ValueError: no model and guide, unknown estimator, fewer than one particle, beta not positive.
+    """
+
+    beta: Tensor
+
+    def __init__(
+        self,
+        model: Any,
+        guide: Callable[..., Any] | None = None,
+        *,
+        estimator: str = "trace",
+        num_particles: int = 1,
+        beta: float | Schedule = 1.0,
+        free_bits: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"NegativeELBO: estimator must be one of {', '.join(ESTIMATORS)}, found {estimator!r}.")
+        self.pair = ProgramPair(model, guide)
+        self.estimator = estimator
+        self.num_particles = whole_number("num_particles", num_particles)
+        self.schedule = beta if callable(beta) else None
+        first = beta(0) if callable(beta) else number("beta", beta, least=LEAST_BETA)
+        # A buffer, so that a compiled step takes it as it is at each step.
+        self.register_buffer("beta", torch.tensor(float(first), dtype=torch.float64), persistent=False)
+        self.free_bits = number("free_bits", free_bits) if free_bits else 0.0
+
+    def per_observation(self, *batch: Tensor, num_particles: int | None = None) -> tuple[Tensor, Tensor]:
+        """reconstruction and kl per draw and observation, each ``(num_particles, batch)``, nats."""
+        weights = self._weigh(batch, num_particles)
+        return weights.reconstruction(), weights.kl(analytic=self.estimator == "mean-field")
+
+    def forward(self, *batch: Tensor) -> dict[str, Tensor]:
+        weights = self._weigh(batch)
+        analytic = self.estimator == "mean-field"
+        reconstruction, kl = weights.reconstruction().mean(), weights.kl(analytic=analytic).mean()
+        if weights.scaled and self.free_bits:
+            raise ValueError(
+                "NegativeELBO: free_bits have no meaning under poutine.scale around model or guide. Use one of the two."
+            )
+        if weights.scaled:
+            loss = weights.reconstruction(scaled=True).mean() + self.beta * weights.kl(analytic=analytic, scaled=True).mean()
+        elif self.free_bits:
+            loss = reconstruction + self.beta * weights.kl_per_dimension(analytic=analytic).clamp_min(self.free_bits).sum()
+        else:
+            loss = reconstruction + self.beta * kl
+        terms = {"loss": loss, "neg_elbo": reconstruction + kl, "reconstruction": reconstruction, "kl": kl}
+        return terms | self.pair.terms(reconstruction)
+
+    def _weigh(self, batch: Sequence[Tensor], num_particles: int | None = None) -> Weights:
+        weights = weigh(self.pair, batch, self.num_particles if num_particles is None else num_particles)
+        for site in weights.sites:
+            if site.q is not None and not site.q.has_rsample:
+                raise ValueError(
+                    f"{type(self).__name__}: expected a reparameterised guide, found {site.q} at site {site.name!r}, whose "
+                    "draws carry no gradient. Use a distribution with rsample, or train by pyro.infer.SVI with Trace_ELBO."
+                )
+        return weights
+
+    def prepare(self, *batch: Tensor) -> None:
+        self.pair.prepare(*batch)
+
+    def check(self, *batch: Tensor) -> None:
+        self.pair.check(*batch)
+
+    def identity(self) -> str:
+        beta = f"{self.beta.item():g}" if self.schedule is None else _name(self.schedule)
+        return (
+            f"{type(self).__name__}(estimator={self.estimator}, num_particles={self.num_particles}, beta={beta}, "
+            f"free_bits={self.free_bits:g})"
+        )
+
+    def at_step(self, step: int, steps: int) -> None:
+        if self.schedule is None:
+            return
+        if step == 0 and (final := self.schedule(steps - 1)) < 0.999:  # some only come near 1
+            warnings.warn(
+                f"the schedule of beta ends this run of {steps:,} steps at {final:g}, below 1: what is fitted is not the "
+                "ELBO. Train longer, or shorten the warm-up.",
+                UserWarning,
+                stacklevel=3,
+            )
+        self.beta.fill_(self.schedule(step))
+
+
+def _name(schedule: Schedule) -> str:
+    """The same in every process, as the address of a function is not."""
+    return repr(schedule) if is_dataclass(schedule) else getattr(schedule, "__qualname__", type(schedule).__name__)
+
+
+class NegativeIWAE(NegativeELBO):
+    r"""Negative importance-weighted bound with K draws per observation (Burda et al. 2016, arXiv:1509.00519), nats.
+
+    .. math:: \mathcal L_K(x) = E_{z_1 \dots z_K \sim q(z|x)} \Big[ \log \frac1K \sum_k
+        \frac{p(x, z_k)}{q(z_k \mid x)} \Big], \qquad \mathrm{ELBO} = \mathcal L_1 \le \mathcal L_K \le \log p(x)
+
+    The weights are normalised per observation. (:class:`pyro.infer.RenyiELBO` with alpha = 0 is the same on a batch of one;
+    on a larger one it weighs the batch as a whole, which is looser.)
+
+    Args:
+        model: the model, or a module with methods ``model`` and ``guide``; see :class:`NegativeELBO`.
+        guide: the guide.
+        num_particles: draws per observation, K.
+
+    A call returns ``loss``, the negative bound, and ``neg_elbo``, ``reconstruction``, ``kl`` of the same draws.
+    """
+
+    def __init__(self, model: Any, guide: Callable[..., Any] | None = None, *, num_particles: int = 5) -> None:
+        super().__init__(model, guide, num_particles=num_particles)
+
+    def forward(self, *batch: Tensor) -> dict[str, Tensor]:
+        weights = self._weigh(batch)
+        bound = weights.log_weights.logsumexp(0) - math.log(self.num_particles)
+        reconstruction, kl = weights.reconstruction().mean(), weights.kl().mean()
+        terms = {"neg_elbo": reconstruction + kl, "reconstruction": reconstruction, "kl": kl}
+        return {"loss": -bound.mean()} | terms | self.pair.terms(reconstruction)
+
+
+class NegativeDirectLogLikelihood(Objective):
+    r"""Direct Monte-Carlo maximum likelihood: decoder and prior alone, no encoder. Nats per image.
+
+    .. math:: \text{loss} = -\frac1B \sum_i \log \frac1M \sum_m p(x_i \mid z_m), \qquad z_m \sim p(z)
+
+    The draws are shared by all images, so that all pairs are one matrix product. Two ways to draw, both biased for log p(x)
+    from below by Jensen's inequality, by about Var(p-hat) / (2 p^2):
+
+    - fixed once (the default): the loss is then the exact negative log-likelihood of another model, the mixture of M
+      components p(x | z_m), and can be minimised without noise. It fits these M points and need not be good between them:
+      the same decoder under fresh draws scores worse.
+    - redrawn at each step: the gradient is noisy, with a few draws dominating each image, but no fixed set of points can be
+      fitted, and the decoder must be good all over the prior.
+
+    Args:
+        vae: its decoder, likelihood and prior are used; the encoder's parameters get no gradient, nor do those of a prior
+            whose draws carry none, such as :class:`~pyro_vae.models.priors.NormalMixture`.
+        num_draws: number of draws, M.
+        redraw: draw anew at each call, instead of once, here, from torch's global random state.
+
+    Raises:
+        ValueError: the likelihood has no ``pairwise_log_prob``.
+    """
+
+    z: Tensor
+
+    def __init__(self, vae: VAE, *, num_draws: int = 64, redraw: bool = False) -> None:
+        super().__init__()
+        self.vae = _require_vae(vae)
+        pairwise_log_prob(vae)
+        self.redraw = redraw
+        num_draws = whole_number("num_draws", num_draws)
+        self.register_buffer("z", vae.prior_of().sample((num_draws,)))  # (num_draws, latent_dim)
+
+    def forward(self, *batch: Tensor) -> dict[str, Tensor]:
+        (x,) = batch
+        self.vae.check_batch(x)
+        prior, shape = self.vae.prior_of(), self.z.shape[:1]
+        draw = prior.rsample if prior.has_rsample else prior.sample
+        z = draw(shape) if self.redraw else self.z
+        return {"loss": -direct_log_prob(self.vae, z, x).mean()}
+
+    def check(self, *batch: Tensor) -> None:
+        self.vae.check(*batch)
+
+
+class ReconstructionError(Objective):
+    r"""Mean squared error of a plain autoencoder, per element: :math:`\frac{1}{D} \lVert x - \hat x \rVert^2`, no nats.
+
+    Args:
+        autoencoder: what is trained.
+
+    A call returns ``loss`` and ``squared_error``, D times as much: the sum over elements, as for a VAE of normal likelihood.
+    """
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        if not isinstance(autoencoder, Autoencoder):
+            raise ValueError(f"ReconstructionError: expected an Autoencoder, found {type(autoencoder).__name__}.")
+        self.autoencoder = autoencoder
+
+    def forward(self, *batch: Tensor) -> dict[str, Tensor]:
+        (x,) = batch
+        loss = F.mse_loss(self.autoencoder(x), x)
+        return {"loss": loss, "squared_error": loss * x[0].numel()}
+
+
+def _require_vae(vae: VAE) -> VAE:
+    if not isinstance(vae, VAE):
+        raise ValueError(f"expected a VAE, found {type(vae).__name__}. Put encoder and decoder into a pyro_vae.VAE first.")
+    return vae

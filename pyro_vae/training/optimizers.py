@@ -1,0 +1,64 @@
+"""Optimisers and schedules of the learning rate, as they are asked for."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from pyro_vae.training.objective import Objective
+
+__all__ = ["Scheduler", "describe", "make_optimizer"]
+
+
+def make_optimizer(
+    objective: Objective,
+    lr: float,
+    optimizer: Callable[..., torch.optim.Optimizer] | None,
+    schedule: Callable[[torch.optim.Optimizer], Any] | None,
+) -> tuple[torch.optim.Optimizer, Any]:
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("fit: the objective has no parameter that requires a gradient; nothing to train.")
+    made = torch.optim.Adam(parameters, lr=lr, fused=True) if optimizer is None else optimizer(parameters, lr=lr)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ValueError(f"optimizer: expected what makes an optimiser of torch.optim, found {type(made).__name__}.")
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"optimizer: expected one that steps on the gradient of one batch, found {type(made).__name__}, which evaluates "
+            "the loss several times a step. Use Adam or SGD, say."
+        )
+    scheduler = None if schedule is None else schedule(made)
+    if not (scheduler is None or (hasattr(scheduler, "step") and hasattr(scheduler, "state_dict"))):
+        found = type(scheduler).__name__
+        raise ValueError(f"schedule: expected what makes a schedule of torch.optim.lr_scheduler, found {found}.")
+    return made, scheduler
+
+
+def describe(thing: Any, settings: dict[str, Any]) -> str:
+    """Its class and those settings that are numbers, flags or words: what tells one from another in a checkpoint."""
+
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, list | tuple):
+            return all(map(is_plain, value))
+        return isinstance(value, bool | int | float | str)
+
+    how = ("fused", "foreach")  # of the same arithmetic
+    kept = {name: v for name, v in settings.items() if name not in how and not name.startswith("_") and is_plain(v)}
+    return f"{type(thing).__name__}({', '.join(f'{name}={value}' for name, value in sorted(kept.items()))})"
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """Steps a scheduler of the learning rate when its time has come."""
+
+    scheduler: Any
+    unit: str
+
+    def after(self, step: int, per_epoch: int) -> None:
+        due = self.unit == "step" or step % per_epoch == 0
+        if due and self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step()

@@ -1,0 +1,106 @@
+"""What training leaves behind at each record: a line of metrics.jsonl."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["TrainingRecord", "horizontal_axis"]
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """Figures of training since the last record.
+
+    Args:
+        epoch: in which it was made, from 1.
+        step: steps of the optimiser made so far.
+        train: the objective's terms, averaged over the observations since the last record, made while the parameters move;
+            nats per observation.
+        test: the same terms on the held-out data, where there are any.
+        timing: ``seconds`` of training and ``observations_per_second`` since the last record, and ``compile_seconds``,
+            which are no part of them.
+    """
+
+    epoch: int
+    step: int
+    train: dict[str, float]
+    test: dict[str, float] | None = None
+    timing: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def score(self) -> float:
+        """What tells the best record, lower is better: ``neg_elbo`` where there is one, else ``loss``; on the test data."""
+        terms = self.train if self.test is None else self.test
+        return terms["neg_elbo" if "neg_elbo" in terms else "loss"]
+
+    def to_json(self) -> dict[str, Any]:
+        """As a line of metrics.jsonl."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(line: Any) -> "TrainingRecord":
+        """Of a line of metrics.jsonl; of earlier versions too, which had all numbers side by side.
+
+        Raises:
+            ValueError: no such line.
+
+        Example:
+            >>> TrainingRecord.from_json({"epoch": 1, "loss": 3.5, "seconds": 2.0, "images_per_second": 30.0}).timing
+            {'seconds': 2.0, 'observations_per_second': 30.0}
+        """
+        if not isinstance(line, dict) or type(line.get("epoch")) is not int:
+            raise ValueError(f"expected a record of training, an object with an epoch, found {line!r:.80}.")
+        if not isinstance(line.get("train"), dict):
+            line = _nested(line)
+        step, test, timing = line.get("step", 0), line.get("test"), line.get("timing", {})
+        if type(step) is not int or not isinstance(test, dict | None) or not isinstance(timing, dict):
+            raise ValueError(f"expected step, test and timing of a record of training, found {line!r:.80}.")
+        return TrainingRecord(line["epoch"], step, line["train"], test, timing)
+
+
+_TIMING = {"seconds": "seconds", "images_per_second": "observations_per_second", "compile_seconds": "compile_seconds"}
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """A record of an earlier version in the form of today."""
+    whole: dict[str, Any] = {name: flat[name] for name in ("epoch", "step", "test") if name in flat}
+    timing = {new: flat[old] for old, new in _TIMING.items() if old in flat}
+    train = {name: value for name, value in flat.items() if name not in whole and name not in _TIMING}
+    return {**whole, "train": train, "timing": timing}
+
+
+def horizontal_axis(history: Sequence[TrainingRecord]) -> tuple[str, list[int]]:
+    """What to draw records over: ``"epoch"`` where each ends one, else ``"step"``; and the place of each.
+
+    Example:
+        >>> horizontal_axis([TrainingRecord(1, 250, {}), TrainingRecord(1, 500, {})])
+        ('step', [250, 500])
+    """
+    # Records at the ends of epochs, and those of earlier versions by epochs, which do not say their step.
+    if all(record.step * history[0].epoch == history[0].step * record.epoch for record in history):
+        return "epoch", [record.epoch for record in history]
+    return "step", [record.step for record in history]
+
+
+_LABELS = {"reconstruction": "rec", "kl": "kl", "neg_elbo": "-ELBO", "squared_error": "squared error"}
+
+
+def format_record(record: TrainingRecord, *, by_steps: bool = False) -> str:
+    """One line for people: ``epoch  1  rec=150.72  kl=14.92  -ELBO=165.64  test -ELBO=...``; by steps, ``step   250  ...``.
+
+    ``loss`` is shown where it is not the negative ELBO already shown.
+    """
+    train = record.train
+    names: list[str] = [name for name in ("reconstruction", "squared_error", "kl", "neg_elbo") if name in train]
+    if "neg_elbo" not in train or abs(train["loss"] - train["neg_elbo"]) > 1e-6 * abs(train["loss"]):
+        names.append("loss")
+    when = f"step {record.step:5d}" if by_steps else f"epoch {record.epoch:2d}"
+    parts = [when, *(f"{_LABELS.get(name, name)}={_figure(name, train[name])}" for name in names)]
+    if record.test is not None:
+        name = "neg_elbo" if "neg_elbo" in record.test else "loss"
+        parts.append(f"test {_LABELS.get(name, name)}={_figure(name, record.test[name])}")
+    return "  ".join(parts)
+
+
+def _figure(name: str, value: float) -> str:
+    return f"{value:.5f}" if name == "loss" and abs(value) < 0.1 else f"{value:.2f}"  # a mean per pixel is small

@@ -1,0 +1,229 @@
+"""How far a run has come: all of its state, which checkpoints keep and a run goes on from."""
+
+import copy
+import math
+import platform
+import time
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae import _processes as processes
+from pyro_vae.data.dataset import Data
+from pyro_vae.training.checkpoint import CheckpointError, Checkpoints
+from pyro_vae.training.objective import Objective
+from pyro_vae.training.records import TrainingRecord
+
+if TYPE_CHECKING:
+    from pyro_vae.training.step import EagerStep
+
+__all__ = ["Keeper", "NotTheSameWarning", "Progress", "TrainingStoppedError", "identity", "restore", "set_noise"]
+
+
+class TrainingStoppedError(Exception):
+    """``stop`` was true after the step ``step``, and training ended there, its checkpoint written."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped after step {step:,}")
+        self.step = step
+
+
+class NotTheSameWarning(UserWarning):
+    """A run that goes on under other conditions, so that its last digits will not be those of an uninterrupted one."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    totals: dict[str, float] = field(default_factory=dict)  # since the last record: terms summed over observations
+    seen: int = 0  # observations
+    seconds: float = 0.0  # of training
+    compile_seconds: float = 0.0
+    history: list[TrainingRecord] = field(default_factory=list)
+    best: float = math.inf  # score of a record
+    since_best: int = 0  # records
+
+    def add(self, terms: dict[str, float], size: int) -> None:
+        """A step on so many observations was made."""
+        for name, value in terms.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value * size
+        self.seen += size
+        self.step += 1
+
+    def record(self, epoch: int) -> TrainingRecord:
+        """What came since the last record; counting begins anew."""
+        train = {name: total / self.seen for name, total in self.totals.items()}
+        timing = {"seconds": self.seconds, "observations_per_second": self.seen / self.seconds}
+        timing["compile_seconds"] = self.compile_seconds
+        self.totals, self.seen, self.seconds, self.compile_seconds = {}, 0, 0.0, 0.0
+        return TrainingRecord(epoch, self.step, train, timing=timing)
+
+    def note(self, record: TrainingRecord) -> None:
+        """Add a record to the history."""
+        self.history.append(record)
+        self.since_best += 1
+        if record.score < self.best:
+            self.best, self.since_best = record.score, 0
+
+    def has_stalled(self, patience: int | None) -> bool:
+        """Whether so many records have gone by since the best one."""
+        return patience is not None and self.since_best >= patience
+
+
+class Keeper:
+    """After each step: whether training is to stop, or a checkpoint is due."""
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints | None,
+        every: int | None,
+        stop: Callable[[], bool] | None,
+        settings: dict[str, Any],
+        step: "EagerStep",
+        scheduler: Any,
+        progress: Progress,
+    ) -> None:
+        self._checkpoints, self._every, self._stop = checkpoints, every, stop
+        self._settings, self._step, self._scheduler, self._progress = settings, step, scheduler, progress
+        self._best: dict[str, Any] | None = None  # not written yet
+        self._written, self._took = time.monotonic(), 0.0
+
+    def look(self, *, last: bool = False) -> None:
+        """Write a checkpoint if one is due, or this is the last step; end training if that is asked for."""
+        if self._checkpoints is None and self._stop is None:
+            return
+        flags = (self._stop is not None and self._stop(), self._checkpoints is not None and self._is_due())
+        stopping, due = processes.agree(flags, self._step.data.x.device)
+        if self._checkpoints is not None and (stopping or due or last):
+            self._step.end()
+            self._write(self._checkpoints)
+        if stopping and not last:
+            raise TrainingStoppedError(self._progress.step)
+
+    def recorded(self) -> None:
+        """Keep the weights after a record, if they are the best so far."""
+        if self._checkpoints is not None and self._progress.since_best == 0:
+            self._best = copy.deepcopy(self._content())
+
+    def _is_due(self) -> bool:
+        if self._every is not None:
+            return self._progress.step % self._every == 0
+        return time.monotonic() - self._written >= max(10.0, 50 * self._took)
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "settings": self._settings,
+            "conditions": _conditions(),
+            "tensors": _tensors(self._step.objective),
+            "optimizer": self._step.optimizer.state_dict(),
+            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
+            "noise": processes.gather_objects(_noise(self._step.data.x.device)),
+            "not_compiled": self._step.not_compiled,
+            "progress": asdict(self._progress),
+        }
+
+    def _write(self, checkpoints: Checkpoints) -> None:
+        start = time.monotonic()
+        content = self._content()
+
+        def save() -> None:
+            checkpoints.save(self._progress.step, content)
+            if self._best is not None:
+                checkpoints.save_best(self._best)
+
+        processes.first(save)  # the others wait, and hear of an error
+        self._best = None
+        self._written = time.monotonic()
+        self._took = self._written - start
+
+
+def _tensors(objective: Objective) -> dict[str, Tensor]:
+    """Parameters and buffers, those that are not part of the state_dict too."""
+    return {name: tensor.detach() for name, tensor in (*objective.named_parameters(), *objective.named_buffers())}
+
+
+def identity(data: Data) -> str:
+    """What tells one data set from another, as its batches have it."""
+    x, *others = data.held
+    text = f"{len(data):,} of shape {tuple(data.event_shape)}, binarization {data.binarization}, CRC-32 {_digest(x)}"
+    if x.dtype == torch.uint8 and not data.scaled:
+        text += ", not scaled"
+    for name, tensor in zip(data.inputs[1:], others, strict=True):
+        text += f"; {name} of shape {tuple(tensor.shape[1:])}, CRC-32 {_digest(tensor)}"
+    return text
+
+
+def _digest(tensor: Tensor) -> str:
+    return f"{zlib.crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data):08x}"
+
+
+def _conditions() -> dict[str, Any]:
+    """What may differ from one part of a run to the next, at the price of the last digits."""
+    return {
+        "threads": torch.get_num_threads(),
+        "processes": processes.count(),
+        "torch": str(torch.__version__),
+        "machine": platform.machine(),
+    }
+
+
+def restore(
+    resume: dict[str, Any],
+    settings: dict[str, Any],
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any = None,
+) -> Progress:
+    """Parameters, buffers, optimiser and schedule from a checkpoint of the same settings; how far it had come."""
+    try:
+        saved, conditions, tensors = resume["settings"], resume["conditions"], resume["tensors"]
+        progress = Progress(**resume["progress"])
+        progress.history = [TrainingRecord(**record) for record in resume["progress"]["history"]]
+        resume["noise"][0]["cpu"], resume["not_compiled"]
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        changed = [f"{name}: {saved.get(name)} -> {value}" for name, value in settings.items() if saved.get(name) != value]
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"resume: no checkpoint that fit has written ({type(error).__name__}: {error}).") from error
+    expected = _tensors(objective)
+    for name in {**found, **expected}:
+        now = tuple(expected[name].shape) if name in expected else None
+        if found.get(name) != now:
+            changed.append(f"shape of {name}: {found.get(name)} -> {now}")
+    if changed:
+        raise CheckpointError(
+            f"resume: the checkpoint is of a run with other settings (saved -> asked): {'; '.join(changed)}. Ask for "
+            "the same, or start a new run in another folder."
+        )
+    here = _conditions().items()
+    if others := [f"{name}: {conditions.get(name)} -> {value}" for name, value in here if conditions.get(name) != value]:
+        warnings.warn(
+            f"resume: not under the same conditions ({'; '.join(others)}), so that the last digits will differ from those "
+            "of an uninterrupted run.",
+            NotTheSameWarning,
+            stacklevel=3,
+        )
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(tensors[name])
+    optimizer.load_state_dict(resume["optimizer"])
+    if scheduler is not None:
+        scheduler.load_state_dict(resume["scheduler"])
+    return progress
+
+
+def _noise(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_noise(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -1,0 +1,173 @@
+"""Checkpoint files: whole or not there, verified when read, and never code that runs."""
+
+import errno
+import os
+import pickle
+import zipfile
+from contextlib import suppress
+
+import pytest
+import torch
+from conftest import Malicious
+
+from pyro_vae import CheckpointError, Checkpoints
+from pyro_vae.training.checkpoint import FORMAT, DamagedCheckpointWarning, read_tensors, whole_file, write_tensors
+
+
+def content(step=1):
+    return {"step": step, "weights": torch.arange(1000.0) + step, "words": ["a", None, 0.1]}
+
+
+def same(a, b):
+    return a["step"] == b["step"] and torch.equal(a["weights"], b["weights"]) and a["words"] == b["words"]
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Checkpoints of which three were saved."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    for step in (10, 20, 30):
+        checkpoints.save(step, content(step))
+    return checkpoints
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "a" / "b")
+    assert checkpoints.load() is None
+    checkpoints.save(7, content(7))
+    assert same(checkpoints.load(), content(7))
+
+
+def test_the_last_two_and_the_best_are_kept(three):
+    three.save_best(content(10))
+    three.save(1_000_000_000, content(40))  # longer than the padding of the name
+    names = {path.name for path in three.folder.iterdir()}
+    assert names == {"step-000000030.pt", "step-1000000000.pt", "best.pt"}
+    assert same(three.load(), content(40))
+
+
+def test_the_order_is_that_of_the_steps_however_long_their_names(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (999_999_998, 999_999_999, 1_000_000_000):
+        checkpoints.save(step, content(step))
+    assert [path.name for path in checkpoints.paths()] == ["step-1000000000.pt", "step-999999999.pt"]
+
+
+def test_going_on_from_an_earlier_one_removes_the_later(three):
+    three.save(25, content(25))
+    assert [path.name for path in three.paths()] == ["step-000000025.pt", "step-000000020.pt"]
+
+
+@pytest.mark.parametrize("when", ["write", "flush", "rename"])
+def test_a_full_disk_leaves_what_was_there(three, monkeypatch, when):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = {path.name: path.read_bytes() for path in three.folder.iterdir()}
+    large = content(40) | {"large": torch.zeros(100_000)}  # torch answers with words of its own
+    if when == "write":
+        (three.folder / ".step-000000040.pt.tmp").symlink_to("/dev/full")
+    else:
+        monkeypatch.setattr(os, {"flush": "fsync", "rename": "replace"}[when], full)
+    with pytest.raises(CheckpointError, match=r"step-000000040.pt: cannot be written \(No space left on device\)"):
+        three.save(40, large)
+    assert {path.name: path.read_bytes() for path in three.folder.iterdir()} == before
+
+
+def test_a_write_that_is_killed_leaves_what_was_there(tmp_path):
+    path = tmp_path / "file.pt"
+    write_tensors(path, content(1))
+    with suppress(KeyboardInterrupt), whole_file(path) as stream:
+        stream.write(b"half of it")
+        raise KeyboardInterrupt
+    assert same(read_tensors(path), content(1))
+    (tmp_path / ".file.pt.tmp").write_bytes(b"left by a process that was killed")
+    write_tensors(path, content(2))
+    assert same(read_tensors(path), content(2))
+    assert [p.name for p in tmp_path.iterdir()] == ["file.pt"]
+
+
+def test_no_flipped_bit_changes_what_is_loaded(tmp_path):
+    path = tmp_path / "file.pt"
+    write_tensors(path, content())
+    whole = path.read_bytes()
+    found = 0
+    for place in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+        try:
+            loaded = read_tensors(path)
+        except CheckpointError:
+            found += 1
+        else:  # a bit that nobody reads, of a date or of padding
+            assert same(loaded, content()), place
+    assert found > len(whole) / 7 / 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_told(three, share):
+    newest = three.paths()[0]
+    newest.write_bytes(newest.read_bytes()[: int(newest.stat().st_size * share)])
+    with pytest.warns(DamagedCheckpointWarning, match=rf"{newest.name}: damaged.* Going on from .*step-000000020.pt"):
+        assert same(three.load(), content(20))
+
+
+def test_nothing_whole_is_an_error_that_names_all(three):
+    for path in three.paths():
+        path.write_bytes(b"no zip")
+    with pytest.raises(CheckpointError, match=r"step-000000030.pt: damaged.*step-000000020.pt: damaged.*train again"):
+        three.load()
+
+
+def test_code_in_a_file_does_not_run(three, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    newest = three.paths()[0]
+    torch.save({"format": FORMAT, "weights": Malicious()}, newest)
+    with pytest.warns(DamagedCheckpointWarning, match="code in a file is not run"):
+        assert same(three.load(), content(20))
+    newest.write_bytes(pickle.dumps(Malicious()))  # without the zip around it
+    with pytest.warns(DamagedCheckpointWarning, match="damaged"):
+        three.load()
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_newer_format_is_told_and_no_reason_to_go_back(three):
+    torch.save({**content(40), "format": FORMAT + 1}, three.folder / "step-000000040.pt")
+    with pytest.raises(CheckpointError, match=f"newer pyro_vae .format {FORMAT + 1}; this one reads up to {FORMAT}"):
+        three.load()
+
+
+@pytest.mark.parametrize("other", [{"weights": torch.zeros(2)}, [1, 2], {"format": "1"}, {"format": True}])
+def test_another_file_of_torch_save_is_no_checkpoint(tmp_path, other):
+    torch.save(other, tmp_path / "step-000000001.pt")
+    with pytest.raises(CheckpointError, match="no checkpoint of pyro_vae"):
+        Checkpoints(tmp_path).load()
+
+
+def test_a_member_that_torch_would_load_damaged(tmp_path):
+    """The reason for the CRC: torch loads flipped bits of a tensor without a word."""
+    path = tmp_path / "file.pt"
+    write_tensors(path, {"weights": torch.ones(1000)})
+    whole = bytearray(path.read_bytes())
+    place = whole.find(torch.ones(8).numpy().tobytes())
+    whole[place + 2] ^= 0x40
+    path.write_bytes(whole)
+    assert not torch.equal(torch.load(path, weights_only=True)["weights"], torch.ones(1000))
+    with pytest.raises(CheckpointError, match="the CRC of .* is wrong"):
+        read_tensors(path)
+
+
+def test_a_zip_that_is_no_file_of_torch_save(tmp_path):
+    with zipfile.ZipFile(tmp_path / "file.pt", "w") as archive:
+        archive.writestr("a", "b")
+    with pytest.raises(CheckpointError, match="no file of torch.save"):
+        read_tensors(tmp_path / "file.pt")
+
+
+def test_a_file_that_cannot_be_read_says_why(tmp_path):
+    with pytest.raises(CheckpointError, match=r"cannot be read \(No such file or directory\). Train again."):
+        read_tensors(tmp_path / "none.pt", remedy="Train again.")
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot be read \(Is a directory\)"):
+        read_tensors(tmp_path / "folder.pt")
