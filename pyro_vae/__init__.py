@@ -1,36 +1,10 @@
 """Variational autoencoders as Pyro model and guide functions, measured honestly. All figures are nats per observation."""
 
-from pyro_vae.autoencoder import Autoencoder
-from pyro_vae.checkpoint import CheckpointError, Checkpoints
-from pyro_vae.data import Data, DataError, load_data
-from pyro_vae.direct import direct_log_marginal, prior_search
-from pyro_vae.evaluate import evaluate
-from pyro_vae.importance import Estimate, log_marginal
-from pyro_vae.likelihoods import (
-    BernoulliLikelihood,
-    LearnedNormalLikelihood,
-    NormalLikelihood,
-    PoissonLikelihood,
-    StandardizedNormalLikelihood,
-)
-from pyro_vae.nets import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
-from pyro_vae.objectives import (
-    NegativeDirectLogLikelihood,
-    NegativeELBO,
-    NegativeIWAE,
-    Objective,
-    ReconstructionError,
-    scale_latents,
-)
-from pyro_vae.posteriors import DiagonalNormal, FullCovarianceNormal
-from pyro_vae.presets import PRESETS, load_preset
-from pyro_vae.priors import NormalMixture, StandardNormal
-from pyro_vae.progress import TrainingStoppedError
-from pyro_vae.records import TrainingRecord
-from pyro_vae.run import load_run
-from pyro_vae.schedules import CyclicWarmup, LinearWarmup
-from pyro_vae.train import NonFiniteError, fit
-from pyro_vae.vae import VAE
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyro_vae._public import *
 
 __version__ = "0.1.0"
 
@@ -76,3 +50,16 @@ __all__ = [
     "prior_search",
     "scale_latents",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names are imported at the first use of any, so that the command line can answer before torch is there."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    public = vars(import_module("pyro_vae._public"))
+    globals().update({each: public[each] for each in __all__})
+    return public[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,13 +2,29 @@
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 
-__all__ = ["compile_choice", "number", "shape", "usable_device", "whole_number"]
+__all__ = ["SettingError", "compile_choice", "number", "one_of", "shape", "usable_device", "whole_number"]
+
+
+class SettingError(ValueError):
+    """A setting with a value that it cannot have; its text is ``name: message``.
+
+    Attributes:
+        name: of the setting, as in Python; a command line has an option of its own for it.
+        message: what was expected and what was found.
+    """
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(name, message)  # both, so that it can be pickled
+        self.name, self.message = name, message
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.message}"
 
 
 def whole_number(name: str, value: Any, *, minimum: int = 1) -> int:
@@ -18,9 +34,9 @@ def whole_number(name: str, value: Any, *, minimum: int = 1) -> int:
     except TypeError:
         number = minimum - 1
     if isinstance(value, bool) or number < minimum:
-        raise ValueError(f"{name}: expected a whole number >= {minimum}, found {value!r}.")
+        raise SettingError(name, f"expected a whole number >= {minimum}, found {value!r}.")
     if number >= 2**63:
-        raise ValueError(f"{name}: expected a whole number below 2^63, found {number:.3g}.")
+        raise SettingError(name, f"expected a whole number below 2^63, found {number:.3g}.")
     return number
 
 
@@ -29,10 +45,10 @@ def number(name: str, value: Any, *, least: float = 0.0) -> float:
     try:
         result = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:  # an int that no float holds
-        raise ValueError(f"{name}: expected a number below 1e308, found one of {len(str(value))} digits.") from None
+        raise SettingError(name, f"expected a number below 1e308, found one of {len(str(value))} digits.") from None
     if not (0 < result < math.inf and result >= least):
         expected = f"finite number from {least:g} on" if least else "positive number"
-        raise ValueError(f"{name}: expected a {expected}, found {value!r}.")
+        raise SettingError(name, f"expected a {expected}, found {value!r}.")
     return result
 
 
@@ -45,16 +61,22 @@ def shape(name: str, value: Any, *, empty: bool = False) -> tuple[int, ...]:
         if not (sizes or empty):
             raise ValueError
     except ValueError:
-        raise ValueError(f"{name}: expected whole numbers >= 1, such as (400, 200), found {value!r}.") from None
+        raise SettingError(name, f"expected whole numbers >= 1, such as (400, 200), found {value!r}.") from None
     return sizes
+
+
+def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
+    """One of these words."""
+    if value not in choices:
+        raise SettingError(name, f"expected one of {', '.join(choices)}, found {value!r}.")
 
 
 def compile_choice(value: Any, device: torch.device) -> bool | None:
     """True, False, or None for the default; True only on a CPU."""
     if not isinstance(value, bool | None):
-        raise ValueError(f"compile: expected True, False or None, found {value!r}.")
+        raise SettingError("compile", f"expected True, False or None, found {value!r}.")
     if value and device.type != "cpu":
-        raise ValueError(f"compile: expected device cpu, found {device}. Leave compile out to run there eagerly.")
+        raise SettingError("compile", f"expected device cpu, found {device}. Leave compile out to run there eagerly.")
     return value
 
 
@@ -65,7 +87,7 @@ def usable_device(device: torch.device | str) -> torch.device:
         torch.empty(0, device=result)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"device: expected one that torch can use here, such as 'cpu', found {device!r} ({reason})."
+        raise SettingError(
+            "device", f"expected one that torch can use here, such as 'cpu', found {device!r} ({reason})."
         ) from error
     return result

@@ -9,20 +9,23 @@ The same M draws serve all images, so the log-likelihoods of all pairs (draw, im
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pyro_vae.checks import whole_number
-from pyro_vae.importance import ImportanceEstimate, LogMarginal
+from pyro_vae.estimate import ImportanceEstimate, LogMarginal
 from pyro_vae.programs import evaluating
-from pyro_vae.vae import VAE
 from pyro_vae.weights import Accumulator
+
+if TYPE_CHECKING:
+    from pyro_vae.vae import VAE
 
 __all__ = ["DirectLogMarginal", "direct_log_marginal", "direct_log_prob", "pairwise_log_prob", "prior_search"]
 
 
-def pairwise_log_prob(vae: VAE) -> Callable[[Tensor, Tensor], Tensor]:
+def pairwise_log_prob(vae: "VAE") -> Callable[[Tensor, Tensor], Tensor]:
     """The likelihood's method of that name: decoder outputs ``(M, ...)``, x ``(B, *event_shape)`` -> ``(M, B)``, nats.
 
     Raises:
@@ -38,14 +41,14 @@ def pairwise_log_prob(vae: VAE) -> Callable[[Tensor, Tensor], Tensor]:
     return method
 
 
-def direct_log_prob(vae: VAE, z: Tensor, x: Tensor) -> Tensor:
+def direct_log_prob(vae: "VAE", z: Tensor, x: Tensor) -> Tensor:
     """log (1/M) sum_m p(x_i | z_m) for given draws: z ``(M, latent_dim)``, x ``(B, *event_shape)`` -> ``(B,)``, nats."""
     return pairwise_log_prob(vae)(vae.decoder_output(z), x).logsumexp(0) - math.log(len(z))
 
 
 @dataclass(frozen=True, eq=False)
 class DirectLogMarginal(LogMarginal):
-    """:class:`~pyro_vae.importance.LogMarginal` by draws from the prior that all observations share.
+    """:class:`~pyro_vae.estimate.LogMarginal` by draws from the prior that all observations share.
 
     Args:
         mean_error: standard error of the mean over the observations. Their errors are not independent, since the draws are
@@ -60,7 +63,7 @@ class DirectLogMarginal(LogMarginal):
 
 
 @torch.no_grad()
-def direct_log_marginal(vae: VAE, x: Tensor, *, num_samples: int = 10_000) -> DirectLogMarginal:
+def direct_log_marginal(vae: "VAE", x: Tensor, *, num_samples: int = 10_000) -> DirectLogMarginal:
     """log p(x) by plain Monte Carlo from the prior, in groups of draws, so that memory stays bounded whatever M.
 
     Unbiased for p(x), and for log p(x) a lower bound in expectation that is loose while few draws explain x: see ``ess`` and
@@ -96,7 +99,7 @@ def direct_log_marginal(vae: VAE, x: Tensor, *, num_samples: int = 10_000) -> Di
 
 
 @torch.no_grad()
-def prior_search(vae: VAE, x: Tensor, *, num_samples: int = 20_000) -> tuple[Tensor, Tensor]:
+def prior_search(vae: "VAE", x: Tensor, *, num_samples: int = 20_000) -> tuple[Tensor, Tensor]:
     """Reconstruct without an encoder: score draws from the prior by p(x | z).
 
     Uses torch's global random state.

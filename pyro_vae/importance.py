@@ -4,10 +4,8 @@ The driver, :func:`log_marginal`, weighs draws in chunks of bounded memory.
 """
 
 import functools
-import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -17,94 +15,13 @@ from torch import Tensor
 from pyro_vae import processes
 from pyro_vae.checks import compile_choice, whole_number
 from pyro_vae.engine.tracing import NotCompiledWarning, UntraceableError, compiled, reason_of
+from pyro_vae.estimate import LogMarginal, UnreliableEstimateWarning
 from pyro_vae.log_weights import log_weights, weigh, wrong_weights
 from pyro_vae.own_data import as_batch
 from pyro_vae.programs import ProgramPair, evaluating, programs_and_data
 from pyro_vae.weights import Accumulator
 
-__all__ = [
-    "CompiledWeights",
-    "Estimate",
-    "ImportanceEstimate",
-    "LogMarginal",
-    "UnreliableEstimateWarning",
-    "log_marginal",
-]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A Monte-Carlo figure.
-
-    Args:
-        value: mean over the data, nats per observation.
-        standard_error: how far ``value`` would move if the latents were drawn anew, the data kept: 0 where it is exact.
-        num_samples: latent draws made per observation; 0 where none was needed.
-    """
-
-    value: float
-    standard_error: float
-    num_samples: int
-
-
-@dataclass(frozen=True)
-class ImportanceEstimate(Estimate):
-    """An :class:`Estimate` by importance sampling, with the health of its weights.
-
-    Args:
-        median_ess: median over the observations of the effective sample size.
-        unreliable: number of observations whose Pareto k says that their error cannot be trusted; None where fewer than 25
-            draws show no tail.
-    """
-
-    median_ess: float
-    unreliable: int | None
-
-
-class UnreliableEstimateWarning(UserWarning):
-    """Importance weights whose tail is too heavy for the estimate's error to be trusted."""
-
-
-@dataclass(frozen=True, eq=False)
-class LogMarginal:
-    """log p(x) per observation, in nats, estimated from below: E[value] <= log p(x), equal as the draws grow.
-
-    Args:
-        value: ``(B,)``, log of the mean importance weight.
-        standard_error: ``(B,)``, of ``value``, by the delta method; nan for a single draw.
-        ess: ``(B,)``, effective sample size, from 1 to ``num_samples``; 0 where every weight is 0.
-        pareto_k: ``(B,)``, shape of the weights' tail; below 0.5 good, above 0.7 not to be trusted; nan for fewer than
-            25 draws, which show no tail.
-        num_samples: draws made per observation.
-    """
-
-    value: Tensor
-    standard_error: Tensor
-    ess: Tensor
-    pareto_k: Tensor
-    num_samples: int
-
-    @property
-    def unreliable(self) -> Tensor:
-        """``(B,)`` of bool: Pareto k above min(1 - 1 / log10(K), 0.7) (Vehtari et al. 2024); False below 25 draws.
-
-        Where the effective sample size is 0.9 K or more, the weights are too even for the shape of their tail to matter.
-        """
-        if self.num_samples < 25:
-            return torch.zeros_like(self.pareto_k, dtype=torch.bool)
-        return (self.pareto_k > min(1 - 1 / math.log10(self.num_samples), 0.7)) & (self.ess < 0.9 * self.num_samples)
-
-    @property
-    def mean(self) -> ImportanceEstimate:
-        """The mean over all observations with its error, their draws being independent."""
-        error = (self.standard_error**2).sum().sqrt() / len(self.value)
-        return ImportanceEstimate(
-            value=self.value.mean().item(),
-            standard_error=error.item(),
-            num_samples=self.num_samples,
-            median_ess=self.ess.median().item(),
-            unreliable=int(self.unreliable.sum()) if self.num_samples >= 25 else None,
-        )
+__all__ = ["CompiledWeights", "log_marginal"]
 
 
 def log_marginal(
@@ -145,7 +62,7 @@ def log_marginal(
             :class:`~pyro_vae.engine.tracing.NotCompiledWarning`. Needs a C++ compiler.
 
     Returns:
-        :class:`LogMarginal`, each field ``(B,)``, float64.
+        :class:`~pyro_vae.estimate.LogMarginal`, each field ``(B,)``, float64.
 
     Raises:
         ValueError: no draws or data; a site outside the data plate, or in the guide alone; a log weight of nan or +inf, with

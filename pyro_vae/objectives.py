@@ -13,12 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pyro.poutine.scale_messenger import ScaleMessenger
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.checks import number, whole_number
 from pyro_vae.direct import direct_log_prob, pairwise_log_prob
 from pyro_vae.log_weights import Weights, weigh
+from pyro_vae.objective import Objective
 from pyro_vae.programs import ProgramPair
 from pyro_vae.schedules import Schedule
 from pyro_vae.vae import VAE
@@ -28,45 +29,11 @@ __all__ = [
     "NegativeDirectLogLikelihood",
     "NegativeELBO",
     "NegativeIWAE",
-    "Objective",
     "ReconstructionError",
     "scale_latents",
 ]
 
 ESTIMATORS = ("trace", "mean-field")
-
-
-class Objective(nn.Module):
-    """Base of all objectives: ``objective(*batch) -> {"loss": ..., ...}``, scalars, mean nats per observation.
-
-    A batch is what :meth:`pyro_vae.Data.batch` gives: tensors with one leading dimension, ``(x,)`` or ``(x, y)``, say.
-    """
-
-    def forward(self, *batch: Tensor) -> dict[str, Tensor]:
-        raise NotImplementedError(
-            f"{type(self).__name__} must define forward(*batch) -> dict of scalar tensors with 'loss'."
-        )
-
-    def prepare(self, *batch: Tensor) -> None:
-        """Make what is made at the first call, parameters in Pyro's store, say; called once, before training."""
-
-    def check(self, *batch: Tensor) -> None:
-        """Raise a ``ValueError`` if the objective is not defined for these observations; called before training."""
-
-    def identity(self) -> str:
-        """What tells one objective from another: a run that is resumed must have the same."""
-        return type(self).__name__
-
-    def at_step(self, step: int, steps: int) -> None:
-        """Set what changes in the course of training; called before each step, of which ``step`` of ``steps`` were made."""
-
-    def diagnose(self, *batch: Tensor) -> str:
-        """What to tell of a batch whose loss or gradient is not finite.
-
-        It says what holds on every processor: of the data, say. What a net makes of them after an overflow, 10, -10 or NaN,
-        depends on the order of sums.
-        """
-        return f"largest |x| {batch[0].abs().max().item():g}"
 
 
 class _ScaleLatents(ScaleMessenger):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal, Normal, register_kl
 
 from pyro_vae.checks import whole_number
-from pyro_vae.likelihoods import bounded_scale
+from pyro_vae.scales import bounded_scale
 
 __all__ = ["DiagonalNormal", "FullCovarianceNormal", "check_heads"]
 
@@ -27,7 +27,7 @@ class DiagonalNormal(nn.Module):
     .. math:: q(z \mid x) = N\big(z \mid \mu(x), \mathrm{diag}\, \sigma^2(x)\big)
 
     Takes the encoder's ``(loc, log_variance)``, each ``(*batch, latent_dim)``; the scale is
-    :func:`~pyro_vae.likelihoods.bounded_scale` of the log-variance.
+    :func:`~pyro_vae.scales.bounded_scale` of the log-variance.
 
     Raises:
         ValueError: the encoder's output is no such pair.
@@ -53,7 +53,7 @@ class FullCovarianceNormal(nn.Module):
         \text{ for } k > j
 
     Takes ``1 + latent_dim`` tensors ``(*batch, latent_dim)``: loc, and the rows of a matrix. Its strictly lower triangle is
-    that of L; its diagonal is a log-variance, whose :func:`~pyro_vae.likelihoods.bounded_scale` is the diagonal of L; what
+    that of L; its diagonal is a log-variance, whose :func:`~pyro_vae.scales.bounded_scale` is the diagonal of L; what
     is above the diagonal is not used. With the diagonal alone it is :class:`DiagonalNormal`.
 
     Its KL to independent normals, those of the standard normal prior, say, has a closed form, which

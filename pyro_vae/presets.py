@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from pyro_vae.autoencoder import Autoencoder
-from pyro_vae.checks import number, shape, whole_number
+from pyro_vae.checks import SettingError, number, shape, whole_number
 from pyro_vae.data import BINARIZATIONS, Data
 from pyro_vae.likelihoods import BernoulliLikelihood, Likelihood, NormalLikelihood, StandardizedNormalLikelihood
 from pyro_vae.nets import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder, Standardize
-from pyro_vae.objectives import ESTIMATORS, LEAST_BETA, NegativeELBO, NegativeIWAE, Objective, ReconstructionError
+from pyro_vae.objective import Objective
+from pyro_vae.objectives import ESTIMATORS, LEAST_BETA, NegativeELBO, NegativeIWAE, ReconstructionError
+from pyro_vae.options import check_choices, described, option
 from pyro_vae.schedules import falling_stages
 from pyro_vae.vae import VAE
 
@@ -33,81 +35,77 @@ _FIXED: dict[str, Likelihood] = {
 }
 
 
+@described
 @dataclass(frozen=True)
 class Settings:
     """All that defines a model and its training, but the data.
 
-    Args:
-        preset: name of the preset these settings started from.
-        likelihood: ``"bernoulli"`` (logits); ``"normal"`` (sigmoid mean, variance 1/2); ``"learned-normal"`` (mean and
-            variance from the decoder, of standardised data, see
-            :class:`~pyro_vae.likelihoods.StandardizedNormalLikelihood`; MLPs only); or ``"none"``: a plain autoencoder.
-        hidden: widths of the encoder's hidden layers; the decoder has them in reverse. Of convolutional nets, the channels.
-        latent_dim: number of latent dimensions.
-        batch_size: observations per step.
-        lr: Adam's learning rate, at the start.
-        epochs: passes over the training data.
-        steps: steps of the optimiser, in place of epochs.
-        record_every: steps between records and evaluations; None: an epoch.
-        net: ``"mlp"``; ``"mlp-linear"``, without an activation after the encoder's last hidden layer; ``"mlp-tanh"``, with
-            tanh in place of ReLU; or ``"conv"``.
-        image_size: height and width that images are resized to; None: as they are.
-        beta: weight of the KL in the loss.
-        particles: latent draws per observation in the loss.
-        objective: estimator of the KL, ``"trace"`` or ``"mean-field"``, see :class:`~pyro_vae.objectives.NegativeELBO`; or
-            ``"iwae"``, the importance-weighted bound of ``particles`` draws, which has no beta but 1.
-        binarization: see :class:`~pyro_vae.data.Data`.
-        eps: Adam's, added to the root of the second moment.
-        schedule: of the learning rate: ``"constant"``; or ``"stages"`` of 1, 3, 9 ... epochs in which it falls, see
-            :func:`~pyro_vae.schedules.falling_stages`.
-
-    Raises:
-        ValueError: a value that no model can be built with, named.
+    With the likelihood none they are a plain autoencoder's. A value that no model can be built with is refused, by a
+    :class:`~pyro_vae.checks.SettingError` that names it.
     """
 
-    preset: str
-    likelihood: str
-    hidden: tuple[int, ...]
-    latent_dim: int
-    batch_size: int
-    lr: float
-    epochs: int | None = None
-    steps: int | None = None
-    record_every: int | None = None
-    net: str = "mlp"
-    image_size: int | None = None
-    beta: float = 1.0
-    particles: int = 1
-    objective: str = "trace"
-    binarization: str = "none"
-    eps: float = 1e-8
-    schedule: str = "constant"
+    preset: str = option(help="reference system that these settings start from")
+    likelihood: str = option(
+        help="normal: sigmoid mean, variance 1/2; learned-normal: mean and variance learned, of numbers of any range",
+        choices=(*LIKELIHOODS, "none"),  # none: a plain autoencoder
+        default_text="with --data, what fits the data, which is said",
+    )
+    hidden: tuple[int, ...] = option(
+        help="widths from the data to the latent, mirrored in the decoder; of convolutional nets, channels"
+    )
+    latent_dim: int = option(help="number of latent dimensions")
+    batch_size: int = option(help="observations per step; the last of an epoch has what is left")
+    lr: float = option(help="Adam's learning rate, at the start")
+    epochs: int | None = option(None, help="passes over the training set")
+    steps: int | None = option(None, help="steps of the optimiser, in place of epochs")
+    record_every: int | None = option(
+        None, help="steps between lines, each with an evaluation on the whole test set", default_text="an epoch"
+    )
+    net: str = option(
+        "mlp",
+        help="mlp-linear: no activation after the encoder's last hidden layer; mlp-tanh: tanh in place of ReLU; "
+        "conv: convolutions",
+        choices=NETS,
+    )
+    image_size: int | None = option(None, help="height and width that images are made")
+    beta: float = option(1.0, help="weight of the KL in the loss")
+    particles: int = option(1, help="latent draws per observation in the loss")
+    objective: str = option(
+        "trace",
+        help="ELBO, its KL estimated at the draws (trace) or closed form (mean-field); iwae: the importance-weighted bound",
+        choices=OBJECTIVES,
+    )
+    binarization: str = option(
+        "none",
+        help="none: grey pixels; threshold: 1 above 0.5; dynamic: drawn as Bernoulli(grey) each time an image is seen",
+        choices=BINARIZATIONS,
+        flag="--binarize",
+    )
+    eps: float = option(1e-8, help="Adam's, added to the root of the second moment")
+    schedule: str = option(
+        "constant",
+        help="of the learning rate; stages: of 1, 3, 9 ... epochs, from one to the next lower (Burda et al. 2016)",
+        choices=SCHEDULES,
+    )
 
     def __post_init__(self) -> None:
         for name in ("latent_dim", "batch_size", "particles", "epochs", "steps", "record_every", "image_size"):
             if (value := getattr(self, name)) is not None or name in ("latent_dim", "batch_size", "particles"):
                 object.__setattr__(self, name, whole_number(name, value))  # the way of frozen dataclasses
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError(f"epochs: expected either epochs or steps, found epochs {self.epochs}, steps {self.steps}.")
+            raise SettingError("epochs", f"expected either epochs or steps, found epochs {self.epochs}, steps {self.steps}.")
         object.__setattr__(self, "hidden", shape("hidden", self.hidden, empty=self.net != "conv"))
         number("lr", self.lr)
         number("eps", self.eps)
         number("beta", self.beta, least=LEAST_BETA)
-        for name, choices in (
-            ("likelihood", (*LIKELIHOODS, "none")),
-            ("net", NETS),
-            ("objective", OBJECTIVES),
-            ("binarization", BINARIZATIONS),
-            ("schedule", SCHEDULES),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {getattr(self, name)!r}.")
+        check_choices(self)
         if self.likelihood == "learned-normal" and self.net == "conv":
-            raise ValueError("likelihood: expected bernoulli or normal with convolutional nets, found 'learned-normal'.")
+            raise SettingError("likelihood", "expected bernoulli or normal with convolutional nets, found 'learned-normal'.")
         if self.objective == "iwae" and self.particles < 2:
-            raise ValueError(f"particles: expected at least 2 with objective iwae, which is the ELBO with {self.particles}.")
+            few = f"expected at least 2 with objective iwae, which is the ELBO with {self.particles}."
+            raise SettingError("particles", few)
         if self.objective == "iwae" and self.beta != 1:
-            raise ValueError(f"beta: expected 1 with objective iwae, which has no KL to weigh, found {self.beta!r}.")
+            raise SettingError("beta", f"expected 1 with objective iwae, which has no KL to weigh, found {self.beta!r}.")
 
     def build_vae(self, event_shape: Sequence[int], *, moments: tuple[Tensor, Tensor] | None = None) -> VAE:
         """A new VAE of these settings for observations of this shape, weights drawn from torch's global random state.
@@ -144,9 +142,10 @@ class Settings:
         if self.net == "conv":
             encoder = ConvEncoder(event_shape, channels=self.hidden, heads=heads)
             if encoder.latent_dim != self.latent_dim:
-                raise ValueError(
-                    f"latent_dim: expected {encoder.latent_dim}, the size of the code {tuple(encoder.code_shape)} that "
-                    f"images of shape {tuple(event_shape)} have in these nets, found {self.latent_dim}."
+                raise SettingError(
+                    "latent_dim",
+                    f"expected {encoder.latent_dim}, the size of the code {tuple(encoder.code_shape)} that images of shape "
+                    f"{tuple(event_shape)} have in these nets, found {self.latent_dim}.",
                 )
             return encoder, ConvDecoder(event_shape, code_shape=encoder.code_shape, channels=self.hidden[-2::-1])
         layers: dict[str, Any] = {"activation": nn.Tanh} if self.net == "mlp-tanh" else {}
@@ -211,7 +210,7 @@ def load_preset(name: str, **changes: Any) -> Settings:
         >>> vae = settings.build_vae(event_shape=(1, 28, 28))
     """
     if name not in PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, found {name!r}.")
+        raise SettingError("preset", f"expected one of {', '.join(PRESETS)}, found {name!r}.")
     known = [field.name for field in fields(Settings)]
     unknown = [change for change in changes if change not in known]
     if unknown:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.checks import whole_number
-from pyro_vae.likelihoods import bounded_scale
+from pyro_vae.scales import bounded_scale
 
 __all__ = ["NormalMixture", "StandardNormal"]
 
@@ -48,7 +48,7 @@ class NormalMixture(nn.Module):
 
     A prior that fits the data's clusters, at the price of a KL without closed form: train it by
     ``NegativeELBO(vae, estimator="trace")``. At first the weights are equal, the scales 1, and the locs drawn from N(0, I)
-    by torch's global random state. Scales are bounded by :func:`~pyro_vae.likelihoods.bounded_scale`. (Dilokthanakul et al.
+    by torch's global random state. Scales are bounded by :func:`~pyro_vae.scales.bounded_scale`. (Dilokthanakul et al.
     2016, arXiv:1611.02648, and Tomczak and Welling 2018, arXiv:1705.07120, use mixtures as priors.)
 
     A call returns it, batch shape ``()``, event shape ``(latent_dim,)``.

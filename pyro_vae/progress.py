@@ -8,7 +8,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from torch import Tensor
 from pyro_vae import processes
 from pyro_vae.checkpoint import CheckpointError, Checkpoints
 from pyro_vae.data import Data
-from pyro_vae.objectives import Objective
+from pyro_vae.objective import Objective
 from pyro_vae.records import TrainingRecord
-from pyro_vae.step import EagerStep
+
+if TYPE_CHECKING:
+    from pyro_vae.step import EagerStep
 
 __all__ = ["Keeper", "NotTheSameWarning", "Progress", "TrainingStoppedError", "identity", "restore", "set_noise"]
 
@@ -84,7 +86,7 @@ class Keeper:
         every: int | None,
         stop: Callable[[], bool] | None,
         settings: dict[str, Any],
-        step: EagerStep,
+        step: "EagerStep",
         scheduler: Any,
         progress: Progress,
     ) -> None:

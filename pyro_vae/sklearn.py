@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_vae.checks import whole_number
 from pyro_vae.data import Data
-from pyro_vae.importance import LogMarginal, UnreliableEstimateWarning
+from pyro_vae.estimate import LogMarginal, UnreliableEstimateWarning
 from pyro_vae.objectives import NegativeELBO
 from pyro_vae.presets import LIKELIHOODS, Settings, fitting_likelihood
 from pyro_vae.programs import evaluating
@@ -206,7 +206,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
             num_samples: K, draws per row; default: the estimator's.
 
         Returns:
-            :class:`~pyro_vae.importance.LogMarginal`, each field ``(n_samples,)``.
+            :class:`~pyro_vae.estimate.LogMarginal`, each field ``(n_samples,)``.
         """
         x = self._tensor(X)
         vae: VAE = self.vae_

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pyro_vae.data import Data
 from pyro_vae.engine.guards import held_by
 from pyro_vae.engine.tracing import Compiled, NotCompiledWarning, UntraceableError, compiled, reason_of
-from pyro_vae.objectives import Objective
+from pyro_vae.objective import Objective
 from pyro_vae.updates import flush_moments, options_of, set_options, update_of
 
 __all__ = ["CompiledStep", "EagerStep", "NonFiniteStepError"]
@@ -42,7 +42,7 @@ class EagerStep:
     """``step(index)``: one step of the optimiser on the batch at these places of the data. Returns the objective's terms.
 
     Args:
-        objective: see :class:`~pyro_vae.objectives.Objective`.
+        objective: see :class:`~pyro_vae.objective.Objective`.
         data: observations, on the device of the parameters.
         optimizer: of the parameters that are trained; after steps made before, its state is theirs.
         clip_grad_norm: the gradient is scaled down to this norm, over all parameters, where it is longer. None: it is not.

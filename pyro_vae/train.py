@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from pyro_vae import processes
 from pyro_vae.checkpoint import CheckpointError, Checkpoints, check_writable
-from pyro_vae.checks import compile_choice, number, usable_device, whole_number
+from pyro_vae.checks import compile_choice, number, one_of, usable_device, whole_number
 from pyro_vae.data import Data
 from pyro_vae.distributed import DistributedStep
-from pyro_vae.objectives import Objective
+from pyro_vae.objective import Objective
 from pyro_vae.own_data import DataLike, as_data
 from pyro_vae.progress import Keeper, Progress, identity, restore, set_noise
 from pyro_vae.records import TrainingRecord
@@ -139,8 +139,8 @@ def fit(
     clip_grad_norm = None if clip_grad_norm is None else number("clip_grad_norm", clip_grad_norm)
     checkpoint_every = None if checkpoint_every is None else whole_number("checkpoint_every", checkpoint_every)
     patience = None if patience is None else whole_number("patience", patience)
-    _one_of("precision", precision, PRECISIONS)
-    _one_of("schedule_by", schedule_by, SCHEDULE_UNITS)
+    one_of("precision", precision, PRECISIONS)
+    one_of("schedule_by", schedule_by, SCHEDULE_UNITS)
     _functions(stop=stop, on_record=on_record, optimizer=optimizer, schedule=schedule)
     if not isinstance(checkpoints, Checkpoints | None):
         raise ValueError(f"checkpoints: expected Checkpoints(folder), found {checkpoints!r}.")
@@ -197,15 +197,11 @@ def fit(
     return progress.history
 
 
-def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {value!r}.")
-
-
 def _functions(**functions: Any) -> None:
     for name, function in functions.items():
         if function is not None and not callable(function):
-            raise ValueError(f"{name}: expected a function, found {function!r}.")
+            found = repr(function) if len(repr(function)) < 40 else f"an object of {type(function).__name__}"
+            raise ValueError(f"{name}: expected a function, found {found}.")
 
 
 @dataclass(frozen=True)
@@ -238,10 +234,6 @@ def _prepare(
     place = like.device if device is None else usable_device(device)
     train = as_data(data).to(place, like.dtype)
     held_out = None if test is None else as_data(test).to(place, like.dtype)
-    objective.to(place)
-    for part in (train, held_out):
-        if part is not None:
-            part.check(objective.check, objective.forward)
     if held_out is not None and held_out.event_shape != train.event_shape:
         raise ValueError(
             f"test: expected observations of shape {tuple(train.event_shape)} like those of the training data, found "
@@ -252,6 +244,10 @@ def _prepare(
             f"test: expected batches of {', '.join(train.inputs)} like those of the training data, found "
             f"{', '.join(held_out.inputs)}. Give both the same inputs."
         )
+    objective.to(place)
+    for part in (train, held_out):
+        if part is not None:
+            part.check(objective.check, objective.forward)
     with pyro.validation_enabled(False):
         objective.prepare(*train.batch(torch.arange(min(batch_size, len(train)), device=place)))
     return train, held_out

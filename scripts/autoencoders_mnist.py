@@ -117,7 +117,7 @@ def train_run(
         save_weights(folder, model)
         if codes:
             codes.append(latent.latent_means(model, some).numpy())
-        if record.step % (4 * settings.record_every) == 0:  # type: ignore[operator]
+        if record.step % (4 * settings.record_every) == 0:
             figures = f"train {published(settings, record.train):.6g}  test {published(settings, record.test):.6g}"
             print(f"  step {record.step:6,d}  {figures}", flush=True)
 

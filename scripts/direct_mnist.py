@@ -37,7 +37,7 @@ from pyro_vae import (
     plots,
     prior_search,
 )
-from pyro_vae.importance import UnreliableEstimateWarning
+from pyro_vae.estimate import UnreliableEstimateWarning
 from pyro_vae.log_weights import log_weights
 from pyro_vae.programs import ProgramPair
 from pyro_vae.records import TrainingRecord

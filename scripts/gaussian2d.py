@@ -33,8 +33,8 @@ from pyro_vae import (
     log_marginal,
     plots,
 )
+from pyro_vae.estimate import UnreliableEstimateWarning
 from pyro_vae.gaussian2d import ENTROPY, LinearGaussian, sample, truth
-from pyro_vae.importance import UnreliableEstimateWarning
 from pyro_vae.records import TrainingRecord
 from pyro_vae.run import append_jsonl, new_run, save_weights, write_json
 

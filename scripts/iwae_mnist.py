@@ -39,7 +39,7 @@ from pyro_vae import (
     load_data,
     load_preset,
 )
-from pyro_vae.importance import UnreliableEstimateWarning
+from pyro_vae.estimate import UnreliableEstimateWarning
 from pyro_vae.presets import Settings
 from pyro_vae.records import TrainingRecord
 from pyro_vae.run import (

@@ -14,7 +14,7 @@ from torch import nn
 import pyro_vae.importance
 from pyro_vae import evaluate, log_marginal
 from pyro_vae.engine.tracing import NotCompiledWarning
-from pyro_vae.importance import UnreliableEstimateWarning
+from pyro_vae.estimate import UnreliableEstimateWarning
 from pyro_vae.weights import Accumulator, pareto_k
 
 X = torch.randn(9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -274,7 +274,7 @@ def test_our_vae_against_quadrature(likelihood):
     assert estimate.value > -figures["neg_elbo"].value
 
 
-@pytest.mark.filterwarnings("ignore::pyro_vae.importance.UnreliableEstimateWarning")
+@pytest.mark.filterwarnings("ignore::pyro_vae.estimate.UnreliableEstimateWarning")
 def test_state_and_mode_are_left_as_found():
     class Noisy(TutorialVAE):
         def __init__(self):

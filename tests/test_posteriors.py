@@ -24,7 +24,7 @@ from pyro_vae import (
     log_marginal,
 )
 from pyro_vae.latent import kl_per_dimension
-from pyro_vae.likelihoods import bounded_scale
+from pyro_vae.scales import bounded_scale
 
 SHAPE = {"event_shape": (1, 4, 4), "hidden": (16,), "latent_dim": 3}
 
@@ -162,7 +162,7 @@ def test_closed_form_elbo_equals_pyros_for_the_same_noise():
 # --- in a VAE ---
 
 
-@pytest.mark.filterwarnings("ignore::pyro_vae.importance.UnreliableEstimateWarning")  # a lower bound all the same
+@pytest.mark.filterwarnings("ignore::pyro_vae.estimate.UnreliableEstimateWarning")  # a lower bound all the same
 def test_full_covariance_everywhere(digits):
     """fit, evaluate, log_marginal: the bound rises, and lies below log p(x)."""
     train, test = digits

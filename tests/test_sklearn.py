@@ -14,12 +14,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from pyro_vae import log_marginal
+from pyro_vae.estimate import UnreliableEstimateWarning
 from pyro_vae.gaussian2d import LinearGaussian
-from pyro_vae.importance import UnreliableEstimateWarning
 from pyro_vae.sklearn import VAETransformer
 
 # Of estimates after so little training.
-pytestmark = pytest.mark.filterwarnings("ignore::pyro_vae.importance.UnreliableEstimateWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::pyro_vae.estimate.UnreliableEstimateWarning")
 
 TABLE = np.random.default_rng(0).normal(size=(60, 3)) @ np.random.default_rng(1).normal(size=(3, 5)) + 3
 

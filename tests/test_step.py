@@ -198,12 +198,12 @@ def test_what_cannot_be_traced_is_said_once_and_trained_eagerly(kind, reason, tr
     assert equal(weights(compiled), weights(eager))
 
 
-def twice_the_step(graph, args):
+def twice_the_step(graph, args, times=2):
     before = [a.clone() for a in args]
     values = graph(*args)
     for a, b in zip(args, before, strict=True):
         if a.is_floating_point():
-            a.add_(a - b)
+            a.add_((times - 1) * (a - b))
     return values
 
 
@@ -228,6 +228,52 @@ def test_a_compiler_that_fails_or_errs_is_noticed(monkeypatch):
         with pytest.warns(NotCompiledWarning, match=reason):
             fit(objective, DATA, epochs=2, batch_size=10, compile=True, verbose=False)
         assert equal(weights(objective), weights(eager))
+
+
+class Kink(Objective):
+    """A ReLU whose input is 0 up to rounding for one observation, whose gradient is all there or not at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.3, -0.3]))
+
+    def forward(self, x):
+        return {"loss": ((x @ self.weight).relu() * x.abs().sum(-1)).mean() + 1e-3 * self.weight.square().sum()}
+
+
+def test_a_relu_at_its_kink_is_no_wrong_graph(monkeypatch):
+    """Rounded to the other side the gradient differs by far more than rounding does, and the graph is right all the same."""
+
+    def other_rounding(graph, inputs):
+        def call(*args):
+            before = args[0].clone()
+            args[0].mul_(1 + torch.tensor([1.0, -1.0]) * torch.finfo(torch.float32).eps)
+            moved = args[0] - before
+            values = graph(*args)
+            args[0].sub_(moved)
+            return values
+
+        return call
+
+    x = torch.tensor([[1.0, 1.0], [2.0, -1.0]])  # the first gives 0
+    first, second = Kink(), Kink()
+    loss = first(x)["loss"]
+    with torch.no_grad():
+        second.weight.mul_(1 + torch.tensor([1.0, -1.0]) * torch.finfo(torch.float32).eps)
+    (g,), (h,) = (torch.autograd.grad(o(x)["loss"], o.weight) for o in (first, second))
+    assert (g - h).norm() > 0.1 * g.norm()  # so the check would call it wrong
+    assert second(x)["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+
+    monkeypatch.setattr(pyro_vae.engine.tracing, "inductor", other_rounding)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(first, x, steps=1, batch_size=2, lr=1e-3, compile=True, verbose=False)
+    # A graph that is wrong by more than that is found there, too.
+    monkeypatch.setattr(
+        pyro_vae.engine.tracing, "inductor", lambda graph, inputs: lambda *args: twice_the_step(graph, args, times=20)
+    )
+    with pytest.warns(NotCompiledWarning, match="its gradient is not that of the eager step"):
+        fit(Kink(), x, steps=1, batch_size=2, lr=1e-3, compile=True, verbose=False)
 
 
 def test_a_number_that_changes_between_records_is_traced_anew(traced):

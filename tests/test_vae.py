@@ -29,7 +29,7 @@ from pyro_vae import (
     fit,
     prior_search,
 )
-from pyro_vae.likelihoods import bounded_scale
+from pyro_vae.scales import bounded_scale
 
 
 def parameters(vae):
@@ -536,7 +536,7 @@ def laplace(output):
     return dist.Laplace(output, 0.3)
 
 
-@pytest.mark.filterwarnings("ignore::pyro_vae.importance.UnreliableEstimateWarning")
+@pytest.mark.filterwarnings("ignore::pyro_vae.estimate.UnreliableEstimateWarning")
 def test_a_likelihood_is_any_function_from_output_to_distribution():
     vae, x = make_vae(likelihood=laplace), torch.rand(20, 1, 4, 4)
     vae.check(x)

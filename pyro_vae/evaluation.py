@@ -8,7 +8,8 @@ from torch import Tensor
 from pyro_vae import processes
 from pyro_vae.autoencoder import Autoencoder
 from pyro_vae.checks import whole_number
-from pyro_vae.importance import Estimate, log_marginal
+from pyro_vae.estimate import Estimate
+from pyro_vae.importance import log_marginal
 from pyro_vae.log_weights import weigh
 from pyro_vae.own_data import DataLike, as_data
 from pyro_vae.programs import ProgramPair, evaluating, programs_and_data
@@ -49,7 +50,7 @@ def evaluate(
         seed: seed of the draws; torch's global random state is left as found.
 
     Returns:
-        :class:`~pyro_vae.importance.Estimate` by name: ``neg_elbo``, ``reconstruction``, ``kl``, what the likelihood adds,
+        :class:`~pyro_vae.estimate.Estimate` by name: ``neg_elbo``, ``reconstruction``, ``kl``, what the likelihood adds,
         and ``log_marginal`` (higher is better, at least -neg_elbo up to its error). Of an autoencoder: ``squared_error``,
         summed over elements, and ``mean_squared_error`` per element.
 

@@ -1,0 +1,253 @@
+"""The command line: ``pyro-vae train``, ``evaluate``, ``report`` and ``sample``.
+
+What computes is imported when a command runs, so that ``pyro-vae --help`` answers at once.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+__all__ = ["main", "report", "train"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one line."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+TRAIN = """\
+Train a VAE by stochastic variational inference, on MNIST or on your own data, evaluate it, and leave a run folder.
+
+The folder holds config.json, metrics.jsonl (a line per epoch), metrics.json (final figures and where they come from),
+latents.json, checkpoints/ and figures/. Load the model again with pyro_vae.load_run(FOLDER).
+
+A run that was stopped (SIGINT, SIGTERM) or killed goes on with --resume FOLDER, as if nothing had happened."""
+
+
+def train(argv: Sequence[str], *, prog: str = "pyro-vae train", again: str = "") -> int:
+    """The command ``train``; the exit code.
+
+    Args:
+        argv: its options.
+        prog: what help and errors call it.
+        again: how it is started, for what is said of a run that was stopped; default: prog.
+    """
+    from pyro_vae.options import add_options
+    from pyro_vae.presets import LIKELIHOODS, Settings
+    from pyro_vae.run_settings import VAES, RunSettings, TrainOptions
+
+    parser = _Parser(prog, TRAIN)
+    add_options(parser, Settings, choices={"preset": list(VAES), "likelihood": LIKELIHOODS}, defaults=_preset_defaults(VAES))
+    add_options(parser, RunSettings)
+    add_options(parser, TrainOptions)
+    given = vars(parser.parse_args(argv))
+    _check_together(parser, given)
+    return _train(parser, given, again or prog)
+
+
+def _train(parser: _Parser, given: dict[str, Any], again: str) -> int:
+    from pyro_vae.checkpoint import CheckpointError
+    from pyro_vae.checks import SettingError
+    from pyro_vae.presets import Settings
+    from pyro_vae.run_settings import RunSettings, TrainOptions, make_job
+    from pyro_vae.run_train import RunStoppedError, train_run
+
+    classes = (Settings, RunSettings, TrainOptions)
+    try:
+        job = make_job(given)
+    except CheckpointError as error:
+        parser.exit(2, f"error: {error}\n")
+    except SettingError as error:
+        parser.error(_named(error, classes))
+
+    def action(signals: Any) -> None:
+        try:
+            train_run(job, signals)
+        except RunStoppedError as stopped:
+            raise KeyboardInterrupt(f"{stopped}; go on with: {again} --resume {shlex.quote(str(stopped.folder))}") from None
+
+    return _run(action, classes, "what was computed before is in the run folder; go on with --resume")
+
+
+def _preset_defaults(presets: Any) -> dict[str, str]:
+    """By setting, what each preset has, in words."""
+    from dataclasses import fields
+
+    from pyro_vae.presets import Settings
+
+    texts = {"preset": "bernoulli-z20"}
+    for name in (each.name for each in fields(Settings) if each.name != "preset"):
+        by_value: dict[Any, list[str]] = {}
+        for preset, settings in presets.items():
+            if (value := getattr(settings, name)) is not None:
+                value = " ".join(map(str, value)) if isinstance(value, tuple) else value  # as it is typed
+                by_value.setdefault(value, []).append(preset)
+        same = [len(names) == len(presets) for names in by_value.values()] == [True]
+        parts = [f"{value}" if same else f"{value} for {' and '.join(names)}" for value, names in by_value.items()]
+        texts[name] = ", ".join(parts)
+    return texts
+
+
+def _check_together(parser: _Parser, given: dict[str, Any]) -> None:
+    """Options that exclude or need one another. Of a run that torchrun starts again, --out becomes --resume."""
+    if "data" in given and "dataset" in given:
+        parser.error("--data takes the place of --dataset: leave one of them away")
+    for name in ("test_data", "pixels"):
+        if name in given and not {"data", "resume"} & given.keys():
+            parser.error(f"--{name.replace('_', '-')} needs --data")
+    if "overwrite" in given and "out" not in given:
+        parser.error("--overwrite needs --out: a default folder is always new")
+    if "resume" in given and "out" in given:
+        parser.error("--resume names the folder of the run: leave --out away")
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # of torchrun
+    if restarts and "resume" not in given:
+        if "out" not in given:
+            parser.error("torchrun --max-restarts needs --out or --resume: the folder to go on in")
+        if (given["out"] / "config.json").is_file():
+            given["resume"] = given.pop("out")
+            given.pop("overwrite", None)
+
+
+EVALUATE = """\
+Measure a run: -ELBO, its terms and log p(x), each with its standard error, on the run's own test set or on other data.
+
+The figures of the whole test set go to RUN/metrics.json under "test", in place of earlier ones of the same name; those of
+other data, or of the first --images alone, under "evaluations"."""
+
+
+def evaluate(argv: Sequence[str], *, prog: str = "pyro-vae evaluate") -> int:
+    """The command ``evaluate``; the exit code."""
+    from pyro_vae.options import add_options
+    from pyro_vae.run_evaluate import EvaluateOptions, evaluate_run
+
+    parser = _Parser(prog, EVALUATE)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    add_options(parser, EvaluateOptions)
+    given = vars(parser.parse_args(argv))
+    run = given.pop("run")
+
+    def action(signals: Any) -> None:
+        what, figures, written = evaluate_run(run, EvaluateOptions(**given))
+        for name, estimate in figures.items():
+            print(f"{what} {name:15s} {estimate.value:9.3f} ± {estimate.standard_error:.3f} nats")
+        if written:
+            print(f"written to {run / 'metrics.json'}")
+
+    return _run(action, (EvaluateOptions,), "nothing was written")
+
+
+SAMPLE = """\
+Draw from the prior of a run's model. A .npz file gets z, mean (of the likelihood, given z) and x (drawn from it); a .png
+file the means as a grid of images."""
+
+
+def sample(argv: Sequence[str], *, prog: str = "pyro-vae sample") -> int:
+    """The command ``sample``; the exit code."""
+    from pyro_vae.options import add_options
+    from pyro_vae.run_sample import SampleOptions, sample_run
+
+    parser = _Parser(prog, SAMPLE)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    add_options(parser, SampleOptions)
+    given = vars(parser.parse_args(argv))
+    run = given.pop("run")
+
+    def action(signals: Any) -> None:
+        path = sample_run(run, SampleOptions(**given))
+        print(f"{path}: {given['num']:,} draws from the prior")
+
+    return _run(action, (SampleOptions,), "nothing was written")
+
+
+REPORT = """\
+Make one self-contained HTML file of run folders: what was run, figures with their errors, pictures, what to beware of,
+and a decoder to play with in the page; of several runs, a comparison that ranks only what can be compared.
+
+The file needs no network and no server. One that is there already is replaced: it holds nothing but what the runs do."""
+
+
+def report(argv: Sequence[str], *, prog: str = "pyro-vae report") -> int:
+    """The command ``report``; the exit code."""
+    parser = _Parser(prog, REPORT)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, as the command train leaves it")
+    where = "file to write (default: RUN/report.html for one run, report.html here for several)"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=where)
+    parser.add_argument("--title", help="of the page (default: the run's name, or the number of runs)")
+    args = parser.parse_args(argv)
+
+    def action(signals: Any) -> None:
+        from pyro_vae.report import write_report
+
+        path = write_report(args.runs, args.out, title=args.title)
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
+
+    return _run(action, (), "nothing was written")
+
+
+def _named(error: Any, classes: Sequence[type]) -> str:
+    """A SettingError, its setting called as on the command line."""
+    from pyro_vae.options import flag_of
+
+    flags = [flag for cls in classes if (flag := flag_of(cls, error.name))]
+    return f"{flags[0]}: {error.message}" if flags else str(error)
+
+
+def _run(action: Callable[[Any], None], classes: Sequence[type], lost: str) -> int:
+    """The exit code of a command: 2 for an error that its user can mend, in one line; 128 + its number for a signal.
+
+    Args:
+        action: called with the signals that are handled.
+        classes: whose options the command has.
+        lost: what to say of a signal that ends it at once.
+    """
+    from pyro_vae.checkpoint import CheckpointError
+    from pyro_vae.checks import SettingError
+    from pyro_vae.data import DataError
+    from pyro_vae.signals import Signals
+    from pyro_vae.train import NonFiniteError
+
+    with Signals() as signals, warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)  # as all of ours are
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        try:
+            action(signals)
+        except SettingError as error:
+            print(f"error: {_named(error, classes)}", file=sys.stderr)
+            return 2
+        except (DataError, CheckpointError, NonFiniteError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as stopped:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{signals.name}: {str(stopped) or lost}", file=sys.stderr)
+            return 128 + (signals.number or 2)
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
+    "train": (train, "train a model, evaluate it, and leave a run folder; or go on with one"),
+    "evaluate": (evaluate, "measure a run on its test set or on other data"),
+    "report": (report, "make one HTML page of one or more runs"),
+    "sample": (sample, "draw from a run's model, to a file"),
+}
+
+
+def main(argv: Sequence[str] | None = None, *, prog: str = "pyro-vae") -> int:
+    """The command line: the first argument names the command, the others are its own; the exit code."""
+    commands = "\n".join(f"  {name:10s}{text}" for name, (_, text) in COMMANDS.items())
+    parser = _Parser(prog, f"Variational autoencoders in Pyro: train, measure, show.\n\ncommands:\n{commands}")
+    parser.usage = "%(prog)s COMMAND ... (%(prog)s COMMAND --help tells its options)"
+    parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help="one of the above")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = parser.parse_args(arguments[:1]).command
+    return COMMANDS[name][0](arguments[1:], prog=f"{prog} {name}")

@@ -1,0 +1,107 @@
+"""The Bernoulli density by logits, for grey values too, in as few passes over the pixels as it takes."""
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+__all__ = ["RelaxedBernoulli", "RelaxedBernoulliEvent"]
+
+
+class RelaxedBernoulli(dist.Bernoulli):
+    """Bernoulli whose log_prob accepts grey values: x log p + (1 - x) log(1 - p) for x in [0, 1]; samples are 0 or 1."""
+
+    support = constraints.unit_interval
+
+    def to_event(self, reinterpreted_batch_ndims: int | None = None) -> dist.TorchDistribution:
+        ndims = len(self.batch_shape) if reinterpreted_batch_ndims is None else reinterpreted_batch_ndims
+        return RelaxedBernoulliEvent(self, ndims) if ndims else self
+
+
+class RelaxedBernoulliEvent(dist.Independent):  # the class of to_event, and the same density
+    """Independent pixels whose joint log_prob is computed at once, in about half the time."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        logits, ndims = self.base_dist.logits, self.reinterpreted_batch_ndims
+        half = logits.dtype not in (torch.float32, torch.float64)  # products would leave its range
+        if ndims == 0 or half or logits.shape[-ndims:] != value.shape[-ndims:]:
+            return super().log_prob(value)
+        if self.base_dist._validate_args:
+            self.base_dist._validate_sample(value)
+        logits, x = logits.flatten(-ndims), value.flatten(-ndims)
+        if torch.is_grad_enabled() and (logits.requires_grad or x.requires_grad):
+            log_prob, _ = _BernoulliLogProb.apply(logits, x)
+            return log_prob
+        return _bernoulli_log_prob(logits, x)
+
+
+class _BernoulliLogProb(torch.autograd.Function):
+    """sum_d x_d l_d - softplus(l_d) with a gradient, by one exponential per pixel for both.
+
+    softplus(l) = relu(l) - log max(s, 1 - s), s the sigmoid of l, which the gradient x - s needs as well. The maximum lies
+    in [1/2, 1], so that logarithms can be taken of products of up to 126 of them. The second output, s, is for backward.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        s = logits.sigmoid()
+        largest = torch.maximum(s, 1 - s).unflatten(-1, (-1, _block(logits.shape[-1])))
+        return (x * logits - logits.relu()).sum(-1) + largest.prod(-1).log().sum(-1), s
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, output[1])
+        ctx.save_for_forward(*inputs, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        logits, x, s = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a gradient of the gradient
+            s = logits.sigmoid()
+        gradient = gradient.unsqueeze(-1)
+        to_logits, to_x = ctx.needs_input_grad
+        return (
+            (gradient * (x - s)).sum_to_size(logits.shape) if to_logits else None,
+            (gradient * logits).sum_to_size(x.shape) if to_x else None,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, logits_change: Tensor, x_change: Tensor | None, *_: Any) -> tuple[Tensor, None]:
+        logits, x, s = ctx.saved_tensors
+        change = (x - s) * logits_change
+        if x_change is not None:
+            change = change + logits * x_change
+        return change.sum(-1), None
+
+
+def _block(pixels: int) -> int:
+    """How many of these a product is taken of: the largest divisor up to 126, whose powers of 2 float32 can hold."""
+    return next(n for n in range(126, 0, -1) if pixels % n == 0)  # 112 for 784 pixels
+
+
+_CACHE = 2**19  # numbers in a buffer; with fewer, calls cost more than the memory saves
+
+
+def _bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
+    """The same without a gradient, as half of sum_d (2 x_d - 1) l_d - |l_d|, less log(1 + exp(-|l_d|)), some rows at a time.
+
+    Most logarithms are saved by taking them of products of 1 + exp(-|l|), which lies in (1, 2].
+    """
+    signs = (2 * x - 1).expand(torch.broadcast_shapes(logits.shape, x.shape))
+    return _bernoulli_rows(logits.expand(signs.shape), signs)
+
+
+def _bernoulli_rows(logits: Tensor, signs: Tensor) -> Tensor:
+    if logits.dim() > 1 and logits.numel() > _CACHE:
+        if (rows := _CACHE // logits[0].numel()) <= 1:
+            return torch.stack([_bernoulli_rows(a, b) for a, b in zip(logits, signs, strict=True)])
+        return torch.cat([_bernoulli_rows(a, b) for a, b in zip(logits.split(rows), signs.split(rows), strict=True)])
+    size = torch.copysign(logits, logits.new_tensor(-1.0))  # -|l| in one pass
+    # Pixel by pixel: apart, these two sums would cancel, and lose the digits of a log p that is small beside them.
+    linear = torch.addcmul(size, signs, logits).sum(-1)
+    return 0.5 * linear - size.exp_().add_(1).unflatten(-1, (-1, _block(logits.shape[-1]))).prod(-1).log_().sum(-1)

@@ -1,0 +1,113 @@
+"""Figures of a run that is there: of its own test set, or of other data."""
+
+import json
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyro_vae.checkpoint import CheckpointError
+from pyro_vae.checks import whole_number
+from pyro_vae.data import Data, DataError
+from pyro_vae.estimate import Estimate
+from pyro_vae.evaluation import evaluate
+from pyro_vae.options import described, option
+from pyro_vae.own_data import read_data
+from pyro_vae.presets import Settings
+from pyro_vae.progress import identity
+from pyro_vae.run import load_run, lock_run, read_config, write_json
+from pyro_vae.run_settings import PIXELS, MeasureOptions, RunSettings
+from pyro_vae.run_train import load_splits, set_threads
+
+__all__ = ["EvaluateOptions", "evaluate_run"]
+
+
+@described
+@dataclass(frozen=True)
+class EvaluateOptions(MeasureOptions):
+    """What is measured, and by how many draws."""
+
+    num_samples: int = option(10, help="draws per observation for -ELBO and its terms, at least 2")
+    images: int | None = option(None, help="only the first so many observations", default_text="all")
+    data: str | None = option(
+        None,
+        help="other data, of the shape of the run's: a folder of images, a .npy or .npz file",
+        metavar="PATH",
+        default_text="the run's test set",
+    )
+    seed: int | None = option(None, help="of the draws", default_text="the run's")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole_number("num_samples", self.num_samples, minimum=2)
+        if self.images is not None:
+            whole_number("images", self.images)
+        if self.seed is not None:
+            whole_number("seed", self.seed, minimum=0)
+
+
+def evaluate_run(folder: Path, options: EvaluateOptions) -> tuple[str, dict[str, Estimate], bool]:
+    """Evaluate a run, and add the figures to its ``metrics.json``.
+
+    Figures of the whole test set go to ``"test"``, in place of those of the same name; others to ``"evaluations"``, by what
+    they are of. All else stays. A run that has not ended has no ``metrics.json``, and gets none.
+
+    Returns:
+        What the figures are of, the figures by name, and whether they were written.
+
+    Raises:
+        CheckpointError: no run there, a damaged one, or one that another process writes to.
+        DataError: data that are missing, do not suit the model, or are no longer those of the run.
+
+    Warns:
+        UserWarning: the run has not ended.
+    """
+    settings, event_shape, config = read_config(folder)
+    run = RunSettings.of_config(folder, config)
+    lock_run(folder)
+    model = load_run(folder, device=options.place)
+    if options.data is None:
+        _, data, _ = load_splits(run, settings, options.data_dir)
+        what, expected = "test", config.get("test_identity")
+        if expected is not None and identity(data) != expected:
+            raise DataError(f"{run.data}: the test data are no longer those of {folder}. Name what to measure by --data.")
+    else:
+        data, what = _other_data(options.data, run, settings, event_shape), str(Path(options.data).expanduser().resolve())
+    if options.images is not None and options.images < len(data):
+        data = data.subset(slice(options.images))
+        what = f"the first {options.images:,} of {what}"
+    set_threads(data)
+    seed = run.seed if options.seed is None else options.seed
+    try:
+        figures = evaluate(
+            model, data, num_samples=options.num_samples, importance_samples=options.importance_samples, seed=seed
+        )
+    except ValueError as error:
+        raise DataError(f"{options.data or data.name}: {error}") from error
+    return what, figures, _write(folder, what, figures)
+
+
+def _other_data(path: str, run: RunSettings, settings: Settings, event_shape: tuple[int, ...]) -> Data:
+    """All observations of a file or folder, read as those of the run were."""
+    size = settings.image_size
+    if size is None and Path(path).expanduser().is_dir() and event_shape[-1] == event_shape[-2:][0]:
+        size = event_shape[-1]
+    data = read_data(path, image_size=size, pixels=PIXELS[run.pixels])
+    return replace(data, binarization=settings.binarization).to("cpu", torch.get_default_dtype())
+
+
+def _write(folder: Path, what: str, figures: dict[str, Estimate]) -> bool:
+    path = folder / "metrics.json"
+    if not path.exists():
+        warnings.warn(f"{folder}: this run has not ended, so the figures are not kept. Go on with --resume.", stacklevel=3)
+        return False
+    try:
+        metrics: dict[str, Any] = json.loads(path.read_text())
+        kept = metrics if what == "test" else metrics.setdefault("evaluations", {})
+        kept[what] = {**kept.get(what, {}), **{name: asdict(figure) for name, figure in figures.items()}}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged, no metrics of a run ({error}). Move it away, or train again.") from error
+    write_json(path, metrics)
+    return True

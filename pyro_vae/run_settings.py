@@ -1,0 +1,220 @@
+"""What a run is made of: the settings of its model, those beside them, and how it is carried out."""
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyro_vae.checkpoint import CheckpointError
+from pyro_vae.checks import SettingError, number, whole_number
+from pyro_vae.data import DATASETS
+from pyro_vae.options import check_choices, described, option
+from pyro_vae.presets import PRESETS, Settings, load_preset
+from pyro_vae.run import read_config
+from pyro_vae.train import PRECISIONS
+
+__all__ = ["COMPILE", "PIXELS", "VAES", "Job", "MeasureOptions", "RunSettings", "TrainOptions", "make_job"]
+
+COMPILE = {"auto": None, "always": True, "never": False}
+PIXELS = {None: None, "yes": True, "no": False}
+VAES = {name: settings for name, settings in PRESETS.items() if settings.likelihood != "none"}
+_DEFAULT = "bernoulli-z20"
+_MAY_GROW = ("epochs", "steps")
+
+
+@described
+@dataclass(frozen=True)
+class RunSettings:
+    """What defines a run beside the settings of its model; ``config.json`` keeps it, and a run that goes on has the same.
+
+    A value that none can have is refused, by a :class:`~pyro_vae.checks.SettingError` that names it.
+    """
+
+    dataset: str = option("auto", help="auto: mnist if it can be had, else digits", choices=DATASETS)
+    data: str | None = option(
+        None,
+        help="your own data, in place of --dataset: a folder of images, or of such folders for each label; a .npy or .npz",
+        metavar="PATH",
+        default_text="--dataset",
+    )
+    test_data: str | None = option(
+        None,
+        help="your own test data",
+        metavar="PATH",
+        default_text="train/ and test/ in --data, x_test in a .npz file, else a tenth is held out",
+    )
+    pixels: str | None = option(
+        None,
+        help="of uint8 in --data that is no image: yes: pixels, scaled by 1/255; no: whole numbers, kept",
+        choices=("yes", "no"),
+        default_text="refuse to guess",
+    )
+    compile: str = option(
+        "auto",
+        help="the step traced and compiled; auto: where the run is long enough to pay for it",
+        choices=tuple(COMPILE),
+    )
+    precision: str = option("highest", help="of matrix products in training", choices=PRECISIONS)
+    seed: int = option(0, help="of weights, data order and noise")
+    clip_grad_norm: float | None = option(
+        None,
+        help="scale the gradient down to this norm, over all parameters together, where it is longer",
+        default_text="never",
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        whole_number("seed", self.seed, minimum=0)
+        if self.clip_grad_norm is not None:
+            number("clip_grad_norm", self.clip_grad_norm)
+        for name in ("data", "test_data"):  # absolute, for a run that goes on from another place
+            if (path := getattr(self, name)) is not None:
+                if not isinstance(path, str | Path):
+                    raise SettingError(name, f"expected a path, found {path!r}.")
+                object.__setattr__(self, name, str(Path(path).expanduser().resolve()))
+
+    @staticmethod
+    def of_config(folder: Path, config: Mapping[str, Any]) -> "RunSettings":
+        """As ``config.json`` has them.
+
+        Raises:
+            CheckpointError: one is missing, or has a value that it cannot have.
+        """
+        own = config.get("data") is not None  # then the dataset's name there is that of the data
+        names = [each.name for each in fields(RunSettings) if not (own and each.name == "dataset")]
+        values: dict[str, Any] = {name: config.get(name) for name in names}
+        try:
+            return RunSettings(**values)
+        except SettingError as error:
+            raise CheckpointError(f"{folder / 'config.json'}: not the config of a run: {error}") from error
+
+
+@described
+@dataclass(frozen=True)
+class MeasureOptions:
+    """Where figures are computed, and how many draws they take."""
+
+    data_dir: str | None = option(
+        None, help="folder that holds MNIST/raw", default_text="$PYRO_VAE_DATA, else ~/.cache/pyro_vae"
+    )
+    device: str = option("auto", help="auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
+    importance_samples: int = option(100, help="draws per test image for log p(x) by importance sampling; 0: leave it out")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise SettingError("device", "torch sees no CUDA device here; use cpu, or install torch with CUDA.")
+        if whole_number("importance_samples", self.importance_samples, minimum=0) == 1:
+            raise SettingError("importance_samples", "expected 0 or at least 2, found 1.")
+
+    @property
+    def place(self) -> str:
+        """The device."""
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return self.device
+
+
+@described
+@dataclass(frozen=True)
+class TrainOptions(MeasureOptions):
+    """How a run is carried out; another time it may be another way."""
+
+    out: Path | None = option(None, help="run folder", default_text="a new one, runs/PRESET-DATASET-DATE-TIME")
+    overwrite: bool = option(False, help="replace the earlier run that --out holds", default_text="refuse")
+    resume: Path | None = option(
+        None,
+        help="go on with this run, with its settings, of which --epochs or --steps may grow",
+        metavar="FOLDER",
+        default_text="a new run",
+    )
+    checkpoint_every: int | None = option(
+        None,
+        help="steps from checkpoint to checkpoint",
+        metavar="STEPS",
+        default_text="about every 10 seconds, for no more than 2 % of the time",
+    )
+    tensorboard: bool = option(
+        False,
+        help="write scalars, pictures and the latent embedding to RUN/tensorboard; needs pip install tensorboard",
+        default_text="do not",
+    )
+    figures: bool = option(True, help="skip the pictures", default_text="make them")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.checkpoint_every is not None:
+            whole_number("checkpoint_every", self.checkpoint_every)
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise SettingError("tensorboard", "the package is not installed; pip install tensorboard.")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to be made, or to go on.
+
+    Args:
+        settings: of the model and its training.
+        run: what else defines the run.
+        options: how it is carried out.
+        asked: names of the settings that were asked for; of others, own data may choose the values that fit them.
+        requested_dataset: what was asked for where the run began; None with own data.
+    """
+
+    settings: Settings
+    run: RunSettings
+    options: TrainOptions
+    asked: frozenset[str] = field(default_factory=frozenset)
+    requested_dataset: str | None = None
+
+
+def make_job(given: Mapping[str, Any]) -> Job:
+    """The job of these options, by name, of :class:`Settings`, :class:`RunSettings` and :class:`TrainOptions`.
+
+    Raises:
+        SettingError: a value that cannot be.
+        CheckpointError: the run to be resumed is none, or has other settings.
+
+    Example:
+        >>> job = make_job({"epochs": 3, "dataset": "digits"})
+        >>> job.settings.epochs, job.run.seed
+        (3, 0)
+    """
+    changes, run, options = (
+        {each.name: given[each.name] for each in fields(cls) if each.name in given}
+        for cls in (Settings, RunSettings, TrainOptions)
+    )
+    if "hidden" in changes:
+        changes["hidden"] = tuple(changes["hidden"])
+    run_settings, train_options = RunSettings(**run), TrainOptions(**options)
+    asked = frozenset(changes)
+    if train_options.resume is not None:
+        asked_for = {**changes, **{name: getattr(run_settings, name) for name in run}}
+        return _resumed(train_options.resume, asked_for, train_options)
+    settings = load_preset(changes.pop("preset", _DEFAULT), **changes)
+    dataset = run_settings.dataset if run_settings.data is None else None
+    return Job(settings, run_settings, train_options, asked, dataset)
+
+
+def _resumed(folder: Path, asked_for: Mapping[str, Any], options: TrainOptions) -> Job:
+    """The run to go on with; only its length may have changed."""
+    settings, _, config = read_config(folder)
+    differ, changes = [], {}
+    for name, asked in asked_for.items():
+        saved = getattr(settings, name) if hasattr(settings, name) else config.get(name)
+        if asked == saved or (name == "dataset" and asked == config.get("requested_dataset")):
+            continue
+        if name in _MAY_GROW and saved is not None and asked > saved:
+            changes[name] = asked
+        else:
+            differ.append(f"{name}: {saved} -> {asked}")
+    if differ:
+        raise CheckpointError(
+            f"{folder}: this run has other settings (saved -> asked): {'; '.join(differ)}. Leave these options away "
+            "(--epochs or --steps may grow), or start a new run in another folder."
+        )
+    run = RunSettings.of_config(folder, config)
+    return Job(replace(settings, **changes), run, options, frozenset(asked_for), config.get("requested_dataset"))
