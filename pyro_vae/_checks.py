@@ -74,11 +74,11 @@ def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
 def compile_choice(value: Any, device: torch.device, processes: int = 1) -> bool | None:
     """True, False, or None for the default; True only on a CPU, in a process of its own."""
     if not isinstance(value, bool | None):
-        raise ValueError(f"compile: expected True, False or None, found {value!r}.")
+        raise SettingError("compile", f"expected True, False or None, found {value!r}.")
     if value and device.type != "cpu":
-        raise ValueError(f"compile: expected device cpu, found {device}. Leave compile out to run there eagerly.")
+        raise SettingError("compile", f"expected device cpu, found {device}. Leave compile out to run there eagerly.")
     if value and processes > 1:
-        raise ValueError(f"compile: expected None or False in a group of processes, found {value!r}.")
+        raise SettingError("compile", f"expected None or False in a group of processes, found {value!r}.")
     return value
 
 
