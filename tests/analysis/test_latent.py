@@ -6,7 +6,7 @@ import torch
 from conftest import make_vae
 from torch import nn
 
-from pyro_vae import VAE, Autoencoder, Data, MLPDecoder, MLPEncoder, NormalLikelihood, evaluate, load_preset
+from pyro_vae import VAE, Autoencoder, Data, MLPDecoder, MLPEncoder, NormalLikelihood, TrainingRecord, evaluate, load_preset
 from pyro_vae.analysis.gallery import run_figures
 from pyro_vae.analysis.latent import (
     active_units,
@@ -208,7 +208,8 @@ def test_the_context_of_a_batch_reaches_encoder_and_decoder():
 def test_pictures_of_a_conditional_run():
     _, shifted = conditional()
     data = Data(torch.rand(20, 1, 4, 4), torch.arange(20) % 2, inputs=("x", "labels"))
-    history = [{"epoch": e, "loss": 1.0, "neg_elbo": 1.0, "reconstruction": 1.0, "kl": 0.0} for e in (1, 2)]
+    terms = {"loss": 1.0, "neg_elbo": 1.0, "reconstruction": 1.0, "kl": 0.0}
+    history = [TrainingRecord(epoch, 10 * epoch, terms) for epoch in (1, 2)]
     names = [name for name, _ in run_figures(shifted, data, data, history, load_preset("bernoulli-z20"))]
     assert {"reconstructions", "reconstructions_train", "prior_samples", "denoising", "samples_by_label"} <= set(names)
     assert "interpolation" not in names  # between two contexts there is no way
