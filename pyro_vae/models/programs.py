@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-__all__ = ["ProgramPair", "evaluating", "owner_of", "programs_and_data"]
+__all__ = ["ProgramPair", "evaluating", "is_held", "owner_of", "programs_and_data"]
 
 Program = Callable[..., Any]
 
@@ -150,12 +150,31 @@ class _OwnParameters(Messenger):
 
     def __init__(self, pair: ProgramPair) -> None:
         super().__init__()
-        self._held = {id(p) for p in pair.parameters()}
+        self._pair = pair
+        self._held: set[int] | None = None
+
+    def __enter__(self) -> Any:
+        _running.append(self._pair)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        _running.pop()
+        return super().__exit__(*error)
 
     def _pyro_param(self, msg: Any) -> None:
+        if self._held is None:
+            self._held = {id(p) for p in self._pair.parameters()}
         tensor = _own_tensor(msg)
         if tensor is not None and id(tensor) in self._held:
             msg["value"], msg["done"], msg["stop"] = tensor, True, True
+
+
+_running: list[ProgramPair] = []  # pairs whose programs are running, as Pyro's own stack of handlers
+
+
+def is_held(module: nn.Module) -> bool:
+    """Whether a pair that is running holds the parameters of its module itself, which then need no registration."""
+    return any(pair.module is module for pair in _running)
 
 
 def _own_tensor(site: Any) -> Tensor | None:

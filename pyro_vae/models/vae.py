@@ -1,5 +1,6 @@
 """The variational autoencoder: ``encode`` and ``decode`` return distributions, ``model`` and ``guide`` are Pyro programs."""
 
+import functools
 import inspect
 import itertools
 import math
@@ -16,6 +17,7 @@ from pyro_vae._checks import shape, whole_number
 from pyro_vae.models.likelihoods import BernoulliLikelihood, Likelihood
 from pyro_vae.models.posteriors import DiagonalNormal, check_heads
 from pyro_vae.models.priors import StandardNormal
+from pyro_vae.models.programs import is_held
 
 __all__ = ["VAE"]
 
@@ -287,6 +289,8 @@ class VAE(nn.Module):
 
     def _register(self) -> None:
         """As ``pyro.module`` does it, which would warn of parameters that are frozen."""
+        if is_held(self):
+            return
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 pyro.param(f"{_param_prefix(self)}$$${name}", parameter)
@@ -321,8 +325,19 @@ def _context_sizes(part: Any, own: int) -> tuple[int, float]:
     takes = getattr(part, "takes_context", None)
     if takes is not None and not takes:
         return 0, 0
+    call = part.forward if isinstance(part, nn.Module) else part
+    function = getattr(call, "__func__", None)  # of a method, whose first parameter is self
+    if function is None and not inspect.isroutine(call) and not isinstance(call, functools.partial):
+        function = type(call).__call__  # an object may have no hash
+    if function is None:
+        return _sizes_of(call, own, bool(takes))
+    return _sizes_of(function, own, bool(takes), skip=1)
+
+
+@functools.lru_cache(maxsize=1024)  # a signature takes 10 microseconds, and each step asks for four
+def _sizes_of(function: Any, own: int, takes: bool, skip: int = 0) -> tuple[int, float]:
     try:
-        parameters = inspect.signature(part.forward if isinstance(part, nn.Module) else part).parameters.values()
+        parameters = list(inspect.signature(function).parameters.values())[skip:]
     except ValueError:  # a function of C without a signature
         return (1, math.inf) if takes else (0, 0)
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
