@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from pyro_vae import _processes as processes
@@ -134,8 +132,7 @@ def fit(
         NotTheSameWarning: ``resume`` was made with another number of threads or processes, or version of torch.
     """
     _check_parts(objective, checkpoints, stop=stop, on_record=on_record, optimizer=optimizer, schedule=schedule)
-    batch_size, lr = whole_number("batch_size", batch_size), number("lr", lr)
-    seed = whole_number("seed", seed, minimum=0)
+    batch_size, lr, seed = whole_number("batch_size", batch_size), number("lr", lr), whole_number("seed", seed, minimum=0)
     clip_grad_norm = None if clip_grad_norm is None else number("clip_grad_norm", clip_grad_norm)
     checkpoint_every = None if checkpoint_every is None else whole_number("checkpoint_every", checkpoint_every)
     patience = None if patience is None else whole_number("patience", patience)
@@ -147,7 +144,7 @@ def fit(
     length = _length(len(data), batch_size, epochs, steps, record_every)
     compile = compile_choice(compile, data.x.device, processes.count())
     adam, scheduler = make_optimizer(objective, lr, optimizer, schedule)
-
+    schedules = Scheduler(scheduler, schedule_by)
     settings = {
         "objective": objective.identity(),
         "data": identity(data) if checkpoints or resume else "",
@@ -174,21 +171,19 @@ def fit(
 
     with _training(objective, data.x.device, precision):
         while progress.step < length.last and not progress.has_stalled(patience):
-            record = _train(step, batches, length, progress, keeper, Scheduler(scheduler, schedule_by), verbose)
+            record = _train(step, batches, length, progress, keeper, schedules, verbose)
             with _apart(data.x.device):  # the noise of training goes on as if nothing had been drawn here
                 if held_out is not None:
                     torch.manual_seed(streams(seed, 0)[1])
                     record = replace(record, test=_mean_terms(objective, held_out, batch_size=1024))
-                if isinstance(scheduler, ReduceLROnPlateau):
-                    scheduler.step(record.score)
+                schedules.after_record(record)
                 progress.note(record)
                 if on_record is not None:  # before the line, so that a record that was announced has been kept
                     on_record(record)
             keeper.recorded()
             keeper.look(last=progress.step == length.last or progress.has_stalled(patience))
             if verbose:
-                tqdm.write(format_record(record, by_steps=length.by_steps), file=sys.stdout)
-                sys.stdout.flush()
+                print(format_record(record, by_steps=length.by_steps), flush=True)
     return progress.history
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_vae.training.objective import Objective
+from pyro_vae.training.records import TrainingRecord
 
 __all__ = ["Scheduler", "describe", "make_optimizer"]
 
@@ -62,3 +63,8 @@ class Scheduler:
         due = self.unit == "step" or step % per_epoch == 0
         if due and self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step()
+
+    def after_record(self, record: TrainingRecord) -> None:
+        """``ReduceLROnPlateau`` goes by the score of a record."""
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(record.score)
