@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from pyro_vae.training.checkpoint import CheckpointError
 from pyro_vae._checks import whole_number
-from pyro_vae.data.dataset import Data, DataError
-from pyro_vae.estimates.records import Estimate
-from pyro_vae.estimates.evaluate import evaluate
 from pyro_vae._options import described, option
+from pyro_vae.data.dataset import Data, DataError
 from pyro_vae.data.own import read_data
-from pyro_vae.runs.presets import Settings
-from pyro_vae.training.state import identity
+from pyro_vae.estimates.evaluate import evaluate
+from pyro_vae.estimates.records import Estimate
 from pyro_vae.runs.folder import load_run, lock_run, read_config, write_json
+from pyro_vae.runs.presets import Settings
 from pyro_vae.runs.settings import MeasureOptions, RunSettings
 from pyro_vae.runs.splits import PIXELS, load_splits, set_threads
+from pyro_vae.training.checkpoint import CheckpointError
+from pyro_vae.training.state import identity
 
 __all__ = ["EvaluateOptions", "evaluate_run"]
 

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pyro_vae.data.dataset import Data, DataError
 from pyro_vae.analysis.latent import latent_means
-from pyro_vae.training.records import TrainingRecord
+from pyro_vae.data.dataset import Data, DataError
 from pyro_vae.models.vae import VAE
+from pyro_vae.training.records import TrainingRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

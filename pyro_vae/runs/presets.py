@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from pyro_vae.models.autoencoder import Autoencoder
 from pyro_vae._checks import SettingError, number, shape, whole_number
+from pyro_vae._options import check_choices, described, option
 from pyro_vae.data.dataset import BINARIZATIONS, Data
+from pyro_vae.models.autoencoder import Autoencoder
 from pyro_vae.models.likelihoods import BernoulliLikelihood, Likelihood, NormalLikelihood, StandardizedNormalLikelihood
 from pyro_vae.models.nets import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder, Standardize
+from pyro_vae.models.vae import VAE
 from pyro_vae.training.objective import Objective
 from pyro_vae.training.objectives import ESTIMATORS, LEAST_BETA, NegativeELBO, NegativeIWAE, ReconstructionError
-from pyro_vae._options import check_choices, described, option
 from pyro_vae.training.schedules import falling_stages
-from pyro_vae.models.vae import VAE
 
 __all__ = ["LIKELIHOODS", "OBJECTIVES", "PRESETS", "Settings", "fitting_likelihood", "load_preset"]
 
@@ -112,8 +112,8 @@ class Settings:
 
         Args:
             event_shape: shape of one observation.
-            moments: mean and standard deviation of the training data, :meth:`~pyro_vae.data.dataset.Data.moments`, by which the
-                likelihood learned-normal standardises them; None: 0 and 1.
+            moments: mean and standard deviation of the training data, :meth:`~pyro_vae.data.dataset.Data.moments`, by which
+                the likelihood learned-normal standardises them; None: 0 and 1.
 
         Raises:
             ValueError: these are settings of an autoencoder, or the nets do not suit event_shape.

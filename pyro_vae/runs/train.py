@@ -12,20 +12,15 @@ import pyro
 import torch
 
 import pyro_vae
-from pyro_vae.analysis import latent
 from pyro_vae import _processes as processes
-from pyro_vae.training.checkpoint import Checkpoints
 from pyro_vae._checks import SettingError
-from pyro_vae.data.builtin import DatasetFallbackWarning, load_data
-from pyro_vae.data.dataset import Data, DataError
-from pyro_vae.estimates.records import Estimate
-from pyro_vae.estimates.evaluate import evaluate
+from pyro_vae.analysis import latent
 from pyro_vae.analysis.gallery import run_figures
+from pyro_vae.data.dataset import Data, DataError
+from pyro_vae.estimates.evaluate import evaluate
+from pyro_vae.estimates.records import Estimate
 from pyro_vae.models.likelihoods import NormalLikelihood
-from pyro_vae.data.own import read_splits
-from pyro_vae.runs.presets import Settings, fitting_likelihood
-from pyro_vae.training.state import TrainingStoppedError, identity
-from pyro_vae.training.records import TrainingRecord
+from pyro_vae.models.vae import VAE
 from pyro_vae.runs.folder import (
     append_jsonl,
     check_new_run,
@@ -37,12 +32,15 @@ from pyro_vae.runs.folder import (
     write_json,
     write_jsonl,
 )
-from pyro_vae.runs.settings import COMPILE, Job, RunSettings
+from pyro_vae.runs.loggers import TensorBoard
+from pyro_vae.runs.presets import Settings, fitting_likelihood
+from pyro_vae.runs.settings import COMPILE, Job
 from pyro_vae.runs.signals import Signals
 from pyro_vae.runs.splits import load_splits, set_threads
-from pyro_vae.runs.loggers import TensorBoard
+from pyro_vae.training.checkpoint import Checkpoints
 from pyro_vae.training.fit import NonFiniteError, fit
-from pyro_vae.models.vae import VAE
+from pyro_vae.training.records import TrainingRecord
+from pyro_vae.training.state import TrainingStoppedError, identity
 
 __all__ = ["RunStoppedError", "train_run"]
 

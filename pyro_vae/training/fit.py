@@ -225,11 +225,11 @@ def _prepare(
     objective: Objective, data: DataLike, test: DataLike | None, device: torch.device | str | None, batch_size: int
 ) -> tuple[Data, Data | None]:
     """Data as the objective takes them, checked; the objective on their device, with all of its parameters."""
-    tensors = (*objective.parameters(), *objective.buffers())
-    like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
-    place = like.device if device is None else usable_device(device)
-    train = as_data(data).to(place, like.dtype)
-    held_out = None if test is None else as_data(test).to(place, like.dtype)
+    like, train = objective.example(), as_data(data)
+    dtype = None if like is None else like.dtype
+    place = (train.x if like is None else like).device if device is None else usable_device(device)
+    train = train.to(place, dtype)
+    held_out = None if test is None else as_data(test).to(place, dtype)
     if held_out is not None and held_out.event_shape != train.event_shape:
         raise ValueError(
             f"test: expected observations of shape {tuple(train.event_shape)} like those of the training data, found "

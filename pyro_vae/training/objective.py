@@ -16,6 +16,10 @@ class Objective(nn.Module):
             f"{type(self).__name__} must define forward(*batch) -> dict of scalar tensors with 'loss'."
         )
 
+    def example(self) -> Tensor | None:
+        """A tensor of whose type and device batches are to be; None: of those of the data."""
+        return next((t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()), None)
+
     def prepare(self, *batch: Tensor) -> None:
         """Make what is made at the first call, parameters in Pyro's store, say; called once, before training."""
 

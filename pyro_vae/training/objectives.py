@@ -110,7 +110,9 @@ class NegativeELBO(Objective):
         self.schedule = beta if callable(beta) else None
         first = beta(0) if callable(beta) else number("beta", beta, least=LEAST_BETA)
         # A buffer, so that a compiled step takes it as it is at each step.
-        self.register_buffer("beta", torch.tensor(float(first), dtype=torch.float64), persistent=False)
+        like = self.pair.example()
+        kind: dict[str, Any] = {} if like is None else {"dtype": like.dtype, "device": like.device}
+        self.register_buffer("beta", torch.tensor(float(first), **kind), persistent=False)
         self.free_bits = number("free_bits", free_bits) if free_bits else 0.0
 
     def per_observation(self, *batch: Tensor, num_particles: int | None = None) -> tuple[Tensor, Tensor]:
@@ -144,6 +146,9 @@ class NegativeELBO(Objective):
                     "draws carry no gradient. Use a distribution with rsample, or train by pyro.infer.SVI with Trace_ELBO."
                 )
         return weights
+
+    def example(self) -> Tensor | None:
+        return self.pair.example()
 
     def prepare(self, *batch: Tensor) -> None:
         self.pair.prepare(*batch)

@@ -11,7 +11,15 @@ from pyro import poutine
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch.distributions import kl_divergence
 
-from pyro_vae import NegativeDirectLogLikelihood, NegativeELBO, NegativeIWAE, NormalLikelihood, Objective, scale_latents
+from pyro_vae import (
+    NegativeDirectLogLikelihood,
+    NegativeELBO,
+    NegativeIWAE,
+    NormalLikelihood,
+    Objective,
+    fit,
+    scale_latents,
+)
 from pyro_vae.models.vae import VAE
 
 X = torch.rand(7, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -140,6 +148,15 @@ def test_elbo_is_log_marginal_minus_kl_to_the_posterior(estimator):
     error = elbo.std(0) / math.sqrt(n)
     assert (gap > 0.05).all()
     assert ((elbo.mean(0) - (model.log_marginal(x) - gap)).abs() < 5 * error).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_terms_are_of_the_models_type(dtype):
+    vae = make_vae().to(dtype)
+    for objective in (NegativeELBO(vae, beta=0.3), NegativeELBO(lambda x: vae.model(x), lambda x: vae.guide(x))):
+        assert {value.dtype for value in objective(X.to(dtype)).values()} == {dtype}
+    (record,) = fit(NegativeELBO(lambda x: vae.model(x), lambda x: vae.guide(x)), X.to(dtype), epochs=1, verbose=False)
+    assert math.isfinite(record.train["loss"])
 
 
 def test_terms_add_up_and_beta_weighs_kl_alone(vae64):
