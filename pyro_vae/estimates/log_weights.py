@@ -60,6 +60,7 @@ class Site:
             return []  # drawn from the model itself, which cancels
         return [*([] if self.log_p is None else [self.log_p]), *([] if self.log_q is None else [-self.log_q])]
 
+    @functools.cached_property
     def closed_kl(self) -> Tensor | None:
         """KL(q || p) of a latent site in closed form, ``(draws, B)``; None where there is none."""
         try:
@@ -105,7 +106,7 @@ class Weights:
                 continue
             scale_p, scale_q = (site.scale_p, site.scale_q) if scaled else (1.0, 1.0)
             if analytic:
-                kl = site.closed_kl()
+                kl = site.closed_kl
                 if kl is None:
                     raise ValueError(
                         f"site {site.name!r}: there is no closed form of KL({_kind(site.q)} || {_kind(site.p)}). Estimate "
