@@ -106,8 +106,7 @@ _TERMS = ("neg_elbo", "reconstruction", "kl")
 def _terms(pair: ProgramPair, batch: tuple[Tensor, ...], num_samples: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and variance over the draws of each term, ``(B,)``."""
     weights = weigh(pair, batch, num_samples)
-    latent = [site for site in weights.sites if not site.observed and site.log_q is not None]
-    closed = all(site.p is not None and site.closed_kl is not None for site in latent)
+    closed = all(site.closed_kl is not None for site in weights.latents)
     reconstruction, kl = weights.reconstruction(), weights.kl(analytic=closed)
     terms = (reconstruction + kl, reconstruction, kl)
     return {name: (term.mean(0), _variance(term)) for name, term in zip(_TERMS, terms, strict=True)}

@@ -89,6 +89,11 @@ class Weights:
         """log p(x, z) - log q(z | x), ``(draws, B)``; handlers that scale sites are no part of the density."""
         return self._total([term for site in self.sites for term in site.terms])
 
+    @property
+    def latents(self) -> list[Site]:
+        """The sites that the guide draws."""
+        return [site for site in self.sites if site.log_q is not None]
+
     def reconstruction(self, *, scaled: bool = False) -> Tensor:
         """-log p of what the model observes, given the latents: ``(draws, B)``; times the handlers' scales, if asked for."""
         observed = [site for site in self.sites if site.observed]
@@ -101,9 +106,7 @@ class Weights:
             ValueError: ``analytic``, and a site has no closed form.
         """
         terms = []
-        for site in self.sites:
-            if site.observed or site.log_q is None:
-                continue
+        for site in self.latents:
             scale_p, scale_q = (site.scale_p, site.scale_q) if scaled else (1.0, 1.0)
             if analytic:
                 kl = site.closed_kl
@@ -126,9 +129,7 @@ class Weights:
             ValueError: a latent site whose dimensions are not independent under model and guide.
         """
         parts = []
-        for site in self.sites:
-            if site.observed or site.log_q is None:
-                continue
+        for site in self.latents:
             q, p = _elements(site.q), _elements(site.p)
             if q is None or p is None or site.mask is not None:
                 raise ValueError(

@@ -1,6 +1,7 @@
 """A program pair: a Pyro model and guide, whoever wrote them, as one module that holds all of their parameters."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-__all__ = ["ProgramPair", "evaluating", "is_held", "owner_of", "programs_and_data"]
+__all__ = ["ProgramPair", "evaluating", "example_of", "is_held", "owner_of", "programs_and_data"]
 
 Program = Callable[..., Any]
 
@@ -69,10 +70,8 @@ class ProgramPair(nn.Module):
                 raise ValueError(
                     f"{name}: expected a Pyro program, such as its method {name}, found {type(program).__name__} itself."
                 )
-        self._programs: tuple[Program, Program] = (
-            model,
-            guide,
-        )  # a tuple, so that they are not registered as modules under these names too
+        # A tuple, so that they are not registered as modules under these names too.
+        self._programs: tuple[Program, Program] = (model, guide)
         owners = [owner for program in self._programs if isinstance(owner := owner_of(program), nn.Module)]
         if len(owners) == 2 and owners[0] is owners[1]:
             owners.pop()
@@ -131,9 +130,14 @@ class ProgramPair(nn.Module):
         return {} if terms is None else terms(reconstruction)
 
     def example(self) -> Tensor | None:
-        """A floating-point parameter or buffer, of whose type and device observations are to be; None if there is none."""
-        tensors = (*self.parameters(), *self.buffers())
-        return next((t for t in tensors if t.is_floating_point()), None)
+        """A tensor of whose type and device observations are to be; None if there is none."""
+        return example_of(self)
+
+
+def example_of(module: nn.Module) -> Tensor | None:
+    """The first parameter, or else buffer, of a floating-point type; None if there is none."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((t for t in tensors if t.is_floating_point()), None)
 
 
 def programs_and_data(model: Any, guide: Any, data: Any) -> tuple[ProgramPair, Any]:

@@ -17,7 +17,7 @@ from pyro_vae._checks import shape, whole_number
 from pyro_vae.models.likelihoods import BernoulliLikelihood, Likelihood
 from pyro_vae.models.posteriors import DiagonalNormal, check_heads
 from pyro_vae.models.priors import StandardNormal
-from pyro_vae.models.programs import is_held
+from pyro_vae.models.programs import example_of, is_held
 
 __all__ = ["VAE"]
 
@@ -92,8 +92,8 @@ class VAE(nn.Module):
     @property
     def like(self) -> Tensor:
         """A tensor of the module's type and device: its first parameter, or else buffer, of a floating-point type."""
-        tensors = itertools.chain(self.parameters(), self.buffers())
-        return next((t for t in tensors if t.is_floating_point()), torch.empty(()))
+        example = example_of(self)
+        return torch.empty(()) if example is None else example
 
     # --- distributions ---
 

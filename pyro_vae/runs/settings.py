@@ -16,10 +16,9 @@ from pyro_vae.runs.presets import PRESETS, Settings, load_preset
 from pyro_vae.training.checkpoint import CheckpointError
 from pyro_vae.training.fit import PRECISIONS
 
-__all__ = ["COMPILE", "PIXELS", "VAES", "Job", "MeasureOptions", "RunSettings", "TrainOptions", "make_job"]
+__all__ = ["COMPILE", "VAES", "Job", "MeasureOptions", "RunSettings", "TrainOptions", "make_job"]
 
 COMPILE = {"auto": None, "always": True, "never": False}
-PIXELS = {None: None, "yes": True, "no": False}
 VAES = {name: settings for name, settings in PRESETS.items() if settings.likelihood != "none"}
 _DEFAULT = "bernoulli-z20"
 _MAY_GROW = ("epochs", "steps")

@@ -172,7 +172,7 @@ class CompiledStep(EagerStep):
             for made, (index, noise, count, options) in enumerate(self._since, start=1):
                 torch.set_rng_state(noise)
                 set_options(self.optimizer, options)
-                self.objective.at_step(count, count + 1 if self.steps is None else self.steps)
+                self._at_step(count)
                 try:
                     terms = self._eager(index)
                 except NonFiniteStepError as error:

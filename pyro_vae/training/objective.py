@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from pyro_vae.models.programs import example_of
+
 __all__ = ["Objective"]
 
 
@@ -18,7 +20,7 @@ class Objective(nn.Module):
 
     def example(self) -> Tensor | None:
         """A tensor of whose type and device batches are to be; None: of those of the data."""
-        return next((t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()), None)
+        return example_of(self)
 
     def prepare(self, *batch: Tensor) -> None:
         """Make what is made at the first call, parameters in Pyro's store, say; called once, before training."""

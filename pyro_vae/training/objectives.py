@@ -124,11 +124,11 @@ class NegativeELBO(Objective):
         weights = self._weigh(batch)
         analytic = self.estimator == "mean-field"
         reconstruction, kl = weights.reconstruction().mean(), weights.kl(analytic=analytic).mean()
-        if weights.scaled and self.free_bits:
-            raise ValueError(
-                "NegativeELBO: free_bits have no meaning under poutine.scale around model or guide. Use one of the two."
-            )
         if weights.scaled:
+            if self.free_bits:
+                raise ValueError(
+                    "NegativeELBO: free_bits have no meaning under poutine.scale around model or guide. Use one of the two."
+                )
             loss = weights.reconstruction(scaled=True).mean() + self.beta * weights.kl(analytic=analytic, scaled=True).mean()
         elif self.free_bits:
             loss = reconstruction + self.beta * weights.kl_per_dimension(analytic=analytic).clamp_min(self.free_bits).sum()
@@ -246,9 +246,10 @@ class NegativeDirectLogLikelihood(Objective):
     def forward(self, *batch: Tensor) -> dict[str, Tensor]:
         (x,) = batch
         self.vae.check_batch(x)
-        prior, shape = self.vae.prior_of(), self.z.shape[:1]
-        draw = prior.rsample if prior.has_rsample else prior.sample
-        z = draw(shape) if self.redraw else self.z
+        z = self.z
+        if self.redraw:
+            prior = self.vae.prior_of()
+            z = (prior.rsample if prior.has_rsample else prior.sample)(z.shape[:1])
         return {"loss": -direct_log_prob(self.vae, z, x).mean()}
 
     def check(self, *batch: Tensor) -> None:

@@ -75,8 +75,12 @@ class EagerStep:
         return terms
 
     def _next(self) -> None:
-        self.objective.at_step(self.count, self.count + 1 if self.steps is None else self.steps)
+        self._at_step(self.count)
         self.count += 1
+
+    def _at_step(self, count: int) -> None:
+        """What changes in the course of training is set for the step after so many."""
+        self.objective.at_step(count, count + 1 if self.steps is None else self.steps)
 
     def _eager(self, index: Tensor) -> dict[str, float]:
         self.optimizer.zero_grad(set_to_none=True)
