@@ -1,11 +1,20 @@
-"""What Python decides while a function is traced stays decided: what modules hold beside their tensors, to be compared."""
+"""What Python decides while a function is traced stays decided: the Python state that it depends on, to be compared."""
 
+import functools
+import operator
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import CodeType, FrameType, FunctionType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-__all__ = ["held_by"]
+from pyro_vae.engine.modes import UntraceableError
+
+__all__ = ["PythonState", "constant"]
 
 
 class _Same:
@@ -21,40 +30,266 @@ class _Same:
         return id(self.value)
 
 
-def held_by(root: nn.Module) -> Any:
-    """What a module and its submodules hold: numbers, flags and words by value, all else by identity."""
-
-    def held(module: nn.Module) -> Any:
-        others = dict(vars(module))
-        parameters, buffers, children = (others.pop(name) for name in ("_parameters", "_buffers", "_modules"))
-        return (
-            type(module),
-            tuple((name, _Same(p), p is not None and p.requires_grad) for name, p in parameters.items()),
-            tuple((name, b if b is None else (b.shape, b.dtype)) for name, b in buffers.items()),
-            tuple((name, _Same(child)) for name, child in children.items()),
-            _constant(others),
-        )
-
-    return tuple(held(module) for module in root.modules())
-
-
-def _constant(value: Any, depth: int = 4) -> Any:
+def constant(value: Any, depth: int = 4) -> Any:
+    """What can be compared later: numbers, flags, words and containers of them by value, all else by identity."""
     if isinstance(value, bool | int | float | str | None):
-        return value
+        return type(value), value if value == value else "nan"
     if isinstance(value, np.generic):
-        return value.item()
+        return constant(value.item())
     if depth == 0 or isinstance(value, type | nn.Module | Tensor):
         return _Same(value)
+    if isinstance(value, np.ndarray) and value.nbytes <= _MOST_BYTES:
+        return value.shape, value.dtype.str, value.tobytes()
     if isinstance(value, list | tuple):
-        return tuple(_constant(v, depth - 1) for v in value)
+        return type(value), tuple(constant(v, depth - 1) for v in value)
     if isinstance(value, dict):
-        return tuple((_constant(k, depth - 1), _constant(v, depth - 1)) for k, v in value.items())
+        return type(value), tuple((constant(k, depth - 1), constant(v, depth - 1)) for k, v in value.items())
     if isinstance(value, set | frozenset):
-        return frozenset(_constant(v, depth - 1) for v in value)
-    if hasattr(value, "__dict__") and type(value).__module__.split(".")[0] not in _OTHERS:
-        return _Same(value), _constant(vars(value), depth - 1)
+        return type(value), frozenset(constant(v, depth - 1) for v in value)
+    if _is_plain(value):
+        return _Same(value), constant(vars(value), depth - 1)
     return _Same(value)
 
 
-# Libraries whose objects keep caches, which change without a change of what they compute.
-_OTHERS = ("builtins", "functools", "numpy", "pyro", "torch")
+_MOST_BYTES = 2**20
+_GONE = object()
+
+
+def _is_plain(value: Any) -> bool:
+    """An object with attributes that is of no library's class, whose objects keep caches."""
+    kind = type(value)
+    return hasattr(value, "__dict__") and (kind.__name__ in ("SimpleNamespace", "Namespace") or _is_users(kind.__module__))
+
+
+@functools.cache
+def _is_users(module: str) -> bool:
+    """Whether it is the user's code: no library, but this package's models and objectives, which are used alike."""
+    root = module.split(".")[0]
+    if root == "pyro_vae":
+        return module.split(".")[1:2] != ["engine"] and module not in _OURS
+    if root in sys.stdlib_module_names and root != "__main__":
+        return False
+    return "site-packages" not in (getattr(sys.modules.get(module), "__file__", None) or "") or root in _PACKAGES
+
+
+_OURS = tuple(f"pyro_vae.training.{name}" for name in ("svi", "fit", "step", "compiled_step", "updates"))
+_PACKAGES: set[str] = set()  # installed ones whose programs are run
+
+
+def _package_of(program: Any) -> str:
+    while hasattr(program, "func"):  # functools.partial
+        program = program.func
+    own = getattr(program, "__module__", None) if hasattr(program, "__code__") else type(program).__module__
+    return (getattr(getattr(program, "__self__", None), "__module__", None) or own or "").split(".")[0]
+
+
+class PythonState:
+    """The globals, closures, attributes and modules that Python code has met while it ran, under :meth:`recorded`.
+
+    Args:
+        roots: functions, modules and objects that the code begins with.
+
+    Attributes:
+        modules: the ``nn.Module`` objects among them.
+        forbidden: what it called that gives another value each time, and where; empty if nothing.
+    """
+
+    def __init__(self, *roots: Any) -> None:
+        self.modules: dict[nn.Module, None] = {}
+        self.forbidden = ""
+        self._cells: dict[tuple[int, Any], tuple[Any, Any, str]] = {}  # a mapping and a key of it, and its name
+        self._first: list[Any] = []  # what was found there when it was met
+        self._buffers: dict[tuple[nn.Module, str], Tensor] = {}
+        self._codes: set[CodeType] = set()
+        self._seen: set[int] = set()
+        self._keep: list[Any] = []
+        self._last: list[Any] = []
+        self._containers: list[tuple[Any, list[Any]]] = []
+        self._tokens: dict[tuple[Any, ...], int] = {}
+        self._token = -1
+        if new := {_package_of(root) for root in roots} - _PACKAGES - {"torch", "pyro", "functools", ""}:
+            _PACKAGES.update(new)
+            _is_users.cache_clear()
+        for root in roots:
+            self._add_object(root)
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Notes what the code that runs meets."""
+        before = sys.getprofile()
+        sys.setprofile(self._event)
+        try:
+            yield
+        finally:
+            sys.setprofile(before)
+
+    def watch(self, mapping: "Mapping[Any, Any] | _Closure | _Length", key: Any, name: str) -> None:
+        """One more value to compare."""
+        place = id(getattr(mapping, "mapping", mapping)), key
+        if place not in self._cells:
+            self._cells[place] = mapping, key, name
+            self._first.append(constant(mapping.get(key, _GONE), 3))
+
+    def token(self) -> int:
+        """A number that is another one where anything has changed, and the same where all is as it was."""
+        values = [mapping.get(key, _GONE) for mapping, key, _ in self._cells.values()]
+        is_known = self._token >= 0 and len(values) == len(self._last)
+        if is_known and all(map(operator.is_, values, self._last)) and self._containers_are_same():
+            return self._token
+        if (known := len(self._last)) < len(values):  # what was met since then did not matter before
+            self._tokens = {(*each[:known], *self._first[known:]): token for each, token in self._tokens.items()}
+        self._last = values
+        self._containers = [(value, _elements(value)) for value in values if _is_mutable(value)]
+        now = tuple(constant(value, 3) for value in values)
+        self._token = self._tokens.setdefault(now, len(self._tokens))
+        return self._token
+
+    def _containers_are_same(self) -> bool:
+        for container, elements in self._containers:
+            if len(container) != len(elements) or (elements and not all(map(operator.is_, _elements(container), elements))):
+                return False
+        return True
+
+    def snapshot(self) -> list[Any]:
+        """The values now, for :meth:`changes`."""
+        return [constant(mapping.get(key, _GONE), 3) for mapping, key, _ in self._cells.values()]
+
+    def changes(self, before: list[Any]) -> list[str]:
+        """Names of what has changed since, or since it was met."""
+        then = [*before, *self._first[len(before) :]]
+        pairs = zip(self._cells.values(), then, self.snapshot(), strict=True)
+        return [name for (*_, name), old, new in pairs if old != new]
+
+    def rebind(self) -> None:
+        """Buffers in whose place code has put others: their values go into the old tensors, which go back.
+
+        Raises:
+            UntraceableError: one has changed its shape or type.
+        """
+        for (module, name), old in self._buffers.items():
+            new = module._buffers.get(name)
+            if new is old:
+                continue
+            if new is None or (new.shape, new.dtype) != (old.shape, old.dtype):
+                raise UntraceableError(f"the buffer {name} changes its shape or type in forward()")
+            with torch.no_grad():
+                old.copy_(new)
+            module._buffers[name] = old
+
+    def _event(self, frame: FrameType, event: str, argument: Any) -> None:
+        name = frame.f_globals.get("__name__", "")
+        if event == "call":
+            if frame.f_code.co_name == "_call_impl" and isinstance(module := frame.f_locals.get("self"), nn.Module):
+                self._add_object(module)
+            elif _is_users(name):
+                self._add_code(frame.f_code, frame.f_globals)
+                first = frame.f_code.co_varnames[0] if frame.f_code.co_argcount else ""
+                if first == "self":
+                    self._meet(frame.f_locals.get(first), is_new=frame.f_code.co_name == "__init__")
+        elif event == "c_call" and _is_users(name) and not self.forbidden and not name.startswith("pyro_vae."):
+            if getattr(argument, "__module__", None) == "time" or getattr(argument, "__name__", "") in (
+                "now",
+                "today",
+                "utcnow",
+            ):
+                self.forbidden = f"it reads the clock ({frame.f_code.co_filename}:{frame.f_lineno})"
+            elif argument is next:
+                self.forbidden = f"it takes from an iterator ({frame.f_code.co_filename}:{frame.f_lineno})"
+
+    def _add_code(self, code: CodeType, variables: Mapping[str, Any]) -> None:
+        if code in self._codes:
+            return
+        self._codes.add(code)
+        for name in code.co_names:
+            if name in variables:
+                self.watch(variables, name, f"the global {name}")
+                self._add_object(variables[name])
+        for inner in code.co_consts:
+            if isinstance(inner, CodeType):
+                self._add_code(inner, variables)
+
+    def _meet(self, value: Any, *, is_new: bool) -> None:
+        if is_new and id(value) not in self._seen:  # made in there, it holds nothing from one call to the next
+            self._seen.add(id(value))
+            self._keep.append(value)
+        self._add_object(value)
+
+    def _add_object(self, value: Any) -> None:
+        if id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        self._keep.append(value)
+        if isinstance(value, nn.Module):
+            self._add_module(value)
+        elif isinstance(value, FunctionType):
+            if _is_users(value.__module__ or ""):
+                self._add_code(value.__code__, value.__globals__)
+            for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=False):
+                self.watch(_Closure(cell), name, f"the variable {name}")
+                self._add_object(_Closure(cell).get(name))
+            self._add_object(getattr(value, "__wrapped__", None))
+        elif hasattr(value, "__func__"):
+            self._add_object(value.__func__)
+            self._add_object(value.__self__)
+        elif hasattr(value, "func") and hasattr(value, "args"):  # functools.partial
+            for part in (value.func, *value.args, *getattr(value, "keywords", {}).values()):
+                self._add_object(part)
+        elif _is_plain(value) or isinstance(value, SimpleNamespace):
+            self._add_attributes(value)
+
+    def _add_module(self, module: nn.Module) -> None:
+        self.modules[module] = None
+        self._add_attributes(module, leave_out=("_parameters", "_buffers", "_modules"))
+        for part, word in (("_parameters", "parameter"), ("_buffers", "buffer"), ("_modules", "module")):
+            self.watch(_Length(vars(module)[part]), len, f"the {word}s of {type(module).__name__}")
+            for name, child in vars(module)[part].items():
+                self.watch(vars(module)[part], name, f"the {word} {name} of {type(module).__name__}")
+                if part == "_buffers" and child is not None:
+                    self._buffers[module, name] = child
+                if isinstance(child, nn.Module):
+                    self._add_object(child)
+
+    def _add_attributes(self, value: Any, leave_out: tuple[str, ...] = ()) -> None:
+        self.watch(_Length(vars(value)), len, f"the attributes of {type(value).__name__}")
+        for name, held in list(vars(value).items()):
+            if name not in leave_out:
+                self.watch(vars(value), name, f"{name} of {type(value).__name__}")
+                if isinstance(held, nn.Module | FunctionType) or _is_plain(held):
+                    self._add_object(held)
+
+
+_CLOCKS = ("now", "today", "utcnow")
+
+
+class _Length:
+    """How many values a mapping has, as a mapping."""
+
+    def __init__(self, mapping: Mapping[Any, Any]) -> None:
+        self.mapping = mapping
+
+    def get(self, *_: Any) -> int:
+        return len(self.mapping)
+
+
+class _Closure:
+    """A closure's variable as a mapping."""
+
+    def __init__(self, cell: Any) -> None:
+        self.cell = cell
+
+    def get(self, _: Any, default: Any = _GONE) -> Any:
+        try:
+            return self.cell.cell_contents
+        except ValueError:  # not bound yet
+            return default
+
+
+def _is_mutable(value: Any) -> bool:
+    return isinstance(value, list | dict | set) and len(value) <= _MOST_ELEMENTS
+
+
+def _elements(container: Any) -> list[Any]:
+    return [*container.values()] if isinstance(container, dict) else [*container]
+
+
+_MOST_ELEMENTS = 100

@@ -3,9 +3,8 @@
 The driver, :func:`log_marginal`, weighs draws in chunks of bounded memory.
 """
 
-import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import pyro
@@ -15,13 +14,14 @@ from torch import Tensor
 from pyro_vae import _processes as processes
 from pyro_vae._checks import compile_choice, whole_number
 from pyro_vae.data.own import as_batch
-from pyro_vae.engine.tracing import NotCompiledWarning, UntraceableError, compiled, reason_of
+from pyro_vae.engine.calls import Calls
+from pyro_vae.engine.program import Graph, Program
 from pyro_vae.estimates.log_weights import log_weights, weigh, wrong_weights
 from pyro_vae.estimates.psis import Accumulator
 from pyro_vae.estimates.records import LogMarginal, UnreliableEstimateWarning
 from pyro_vae.models.programs import ProgramPair, evaluating, programs_and_data
 
-__all__ = ["CompiledWeights", "log_marginal"]
+__all__ = ["log_marginal"]
 
 
 def log_marginal(
@@ -103,9 +103,10 @@ def log_marginal(
     compile = compile_choice(compile, first.device)
     mine = [processes.share(t) for t in batch]
     pays = first.device.type == "cpu" and (len(mine[0]) // at_once) * (num_samples // draws) >= _PAYS
-    weigh: Callable[[Sequence[Tensor], int], Tensor] = functools.partial(log_weights, pair)
+    weights = _Weights(pair, (draws, min(at_once, len(mine[0]))))
+    weighed: Callable[[tuple[Sequence[Tensor], int]], Tensor] = weights.eager
     if compile or (compile is None and pays):
-        weigh = CompiledWeights(pair, (draws, min(at_once, len(mine[0]))))
+        weighed = Calls(weights, what="log_marginal, run eagerly")
     parts = []
     with torch.no_grad(), torch.random.fork_rng(devices=[first.device] if first.is_cuda else []), evaluating(*pair.programs):
         if processes.count() > 1:  # other noise on each of them
@@ -113,7 +114,7 @@ def log_marginal(
         for part in zip(*(t.split(at_once) for t in mine), strict=True):
             accumulator = Accumulator(num_samples)
             for k in chunks:
-                accumulator.add(weigh(part, k))
+                accumulator.add(weighed((part, k)))
             parts.append(accumulator.figures())
     value, error, ess, tail = (processes.gather(torch.cat(columns)) for columns in zip(*parts, strict=True))
     result = LogMarginal(value, error, ess, tail, num_samples)
@@ -131,53 +132,41 @@ def log_marginal(
 _PAYS = 2000
 
 
-class CompiledWeights:
-    """The log weights of one number of draws and observations as one compiled call, traced when first called.
+class _Weights(Program[tuple[Sequence[Tensor], int], Tensor]):
+    """The log weights of one number of draws and observations, ``(num_samples, B)``.
 
-    The first chunk is weighed both ways with the same draws. Where they differ, or where a program cannot be traced, all
-    are weighed eagerly, with one :class:`~pyro_vae.engine.tracing.NotCompiledWarning`. So are chunks of another shape, and
-    those whose weights are nan or +inf, for the error that names the site.
+    Chunks of another shape are weighed eagerly, and so are those whose weights are nan or +inf, for the error that names
+    the site.
 
     Args:
         pair: the programs.
         shape: (draws, observations).
     """
 
+    stateless = True
+
     def __init__(self, pair: ProgramPair, shape: tuple[int, int]) -> None:
         self.pair, self.shape = pair, shape
-        self._call: Callable[..., Any] | None = None
-        self._given_up = False
 
-    def __call__(self, batch: Sequence[Tensor], num_samples: int) -> Tensor:
-        """``(num_samples, B)``."""
-        if self._given_up or (num_samples, len(batch[0])) != self.shape:
-            return log_weights(self.pair, batch, num_samples)
-        noise = torch.get_rng_state()
-        if self._call is None:
-            return self._compile(batch, noise)
-        (total,) = self._call(*batch)
-        if bool(wrong_weights(total).any()):
-            torch.set_rng_state(noise)
-            return log_weights(self.pair, batch, num_samples)
-        return total
+    def key(self, call: tuple[Sequence[Tensor], int]) -> Hashable:
+        batch, num_samples = call
+        return self.shape if (num_samples, len(batch[0])) == self.shape else None
 
-    def _compile(self, batch: Sequence[Tensor], noise: Tensor) -> Tensor:
-        def function(*batch: Tensor) -> tuple[Tensor]:
-            return (weigh(self.pair, batch, self.shape[0]).log_weights.clone(),)
+    def inputs(self, call: tuple[Sequence[Tensor], int]) -> Sequence[Tensor]:
+        return call[0]
 
-        total = log_weights(self.pair, batch, self.shape[0])
-        after = torch.get_rng_state()
-        try:
-            with pyro.validation_enabled(False):  # it would look at values, which a graph cannot
-                call = compiled(function, batch)
-            torch.set_rng_state(noise)
-            (found,) = call(*batch)
-            if not torch.allclose(found, total, rtol=1e-4, atol=1e-3):
-                raise UntraceableError("compiled, its log weights are not those of the eager call")
-            self._call = call
-        except Exception as error:  # whatever Python, Pyro, the tracer and the compiler raise
-            self._given_up = True
-            warnings.warn(f"log_marginal, run eagerly, not compiled: {reason_of(error)}", NotCompiledWarning, stacklevel=4)
-        finally:
-            torch.set_rng_state(after)
-        return total
+    def eager(self, call: tuple[Sequence[Tensor], int]) -> Tensor:
+        return log_weights(self.pair, *call)
+
+    def trace(self, call: tuple[Sequence[Tensor], int], noted: list[Tensor]) -> tuple[list[Tensor], list[Tensor], None]:
+        with pyro.validation_enabled(False):  # it would look at values, which a graph cannot
+            return [], [weigh(self.pair, *call).log_weights.clone()], None
+
+    def result(self, call: tuple[Sequence[Tensor], int], graph: Graph, numbers: list[float], others: list[Tensor]) -> Tensor:
+        if bool(wrong_weights(others[0]).any()):
+            raise ValueError("nan or +inf log weights")
+        return others[0]
+
+    def difference(self, found: Tensor, expected: Tensor) -> str:
+        same = torch.allclose(found, expected, rtol=1e-4, atol=1e-3)
+        return "" if same else "its log weights are not those of the eager call"

@@ -5,62 +5,39 @@ tensor operations of loss, gradient and update, and compiles these by Inductor. 
 same noise from the same generator as the eager step, and the two may take turns on the same optimiser.
 """
 
+import copy
 import math
-import time
-import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.engine.guards import held_by
-from pyro_vae.engine.tracing import Compiled, NotCompiledWarning, UntraceableError, compiled, reason_of
+from pyro_vae.engine.calls import Calls
+from pyro_vae.engine.guards import PythonState
+from pyro_vae.engine.modes import UntraceableError, untraced
+from pyro_vae.engine.program import Graph, Program
 from pyro_vae.training.step import FLUSH_EVERY, EagerStep, NonFiniteStepError
-from pyro_vae.training.updates import flush_moments, options_of, set_options, update_of
+from pyro_vae.training.updates import AdamInGraph, AfterGraph, Slot, adam_takes, flush_moments, options_of, set_options
 
 __all__ = ["CompiledStep"]
-
-
-@dataclass
-class _Graph:
-    call: Compiled
-    names: list[str]  # of the terms
-    trained: list[int]  # the places of parameters that have a gradient
-    steps: int = 0  # made of it
-
-
-@dataclass
-class _Copy:
-    """All that a step changes."""
-
-    tensors: list[Tensor]
-    update: Any
 
 
 class CompiledStep(EagerStep):
     """The same as one graph per batch size, traced and compiled when that size is first seen.
 
-    What Python decides while it is traced stays decided until :meth:`begin`, which looks at what all modules hold beside
-    their tensors (a flag, a number). Where that has changed, steps are eager until it has stayed the same from one
-    ``begin`` to the next; then they are traced anew. Tensors are live, wherever they are. An objective that cannot be
-    traced, because it decides by the value of
-    a tensor or changes Python's state as it goes, is trained eagerly, with one :class:`NotCompiledWarning`. So is one
-    whose compiled step does not equal the eager one for the same noise, which is checked at steps 1, 2, 4, 8 and so on, at
-    the first after ``begin``, and every 1,000 steps. What counts in these steps is the compiled one, so that the weights do
-    not depend on when there was a check.
+    What Python decides while it is traced stays decided; the Python state that it depends on is compared at each step. Where
+    that has changed, steps are eager until it has stayed the same from one :meth:`begin` to the next; then they are traced
+    anew. Tensors are live, wherever they are. How it is seen that compiled steps equal eager ones, and what happens where
+    they do not, says :class:`~pyro_vae.engine.calls.Calls`.
 
-    A difference as large as rounding makes it is no fault of the graph: a ReLU at its kink passes all of an image's gradient
-    or none, as the last digit of its input has it. The check finds how far the eager gradient itself moves when the
-    parameters move by their last digit, and allows for that.
+    So that the weights do not depend on when there was a check, what counts is the compiled step. The steps since
+    the last check are made again, eagerly, where a loss is not finite, or Adam's first moments are not, which keep every
+    NaN and infinity of a gradient, so that a look at them tells of all steps since the last.
 
-    A copy is kept at ``begin`` and every 1,000 steps, and where a check fails, the steps since then are made again, eagerly.
-    So they are where a loss is not finite, or Adam's first moments are not, which keep every NaN and infinity of a
-    gradient, so that a look at them before each copy tells of all steps since the last.
-
-    The update is part of the graph for :class:`torch.optim.Adam` without weight decay; any other optimiser steps after the
-    compiled gradient, as it is.
+    The update is part of the graph for :class:`torch.optim.Adam` and :class:`torch.optim.AdamW`; any other optimiser steps
+    after the compiled gradient, as it is.
 
     Args:
         sizes: batch sizes to compile; the others are stepped eagerly. None: all.
@@ -75,248 +52,197 @@ class CompiledStep(EagerStep):
         self, *args: Any, sizes: Collection[int] | None = None, say: Callable[[str], None] | None = None, **options: Any
     ) -> None:
         super().__init__(*args, **options)
-        self._sizes, self._say = sizes, say
-        self._all_graphs: dict[Any, dict[int, _Graph]] = {}  # by what the modules hold, then by batch size
-        self._last_held: Any = None  # by the modules, at the last begin()
-        self._update = update_of(self.optimizer, self.parameters)
+        self._say = say
+        self._program = _Step(self, sizes)
+        self._calls: Calls[_Batch, dict[str, float]] = Calls(
+            self._program, what="trained eagerly", every=_CHECK_EVERY, patience=1, say=self._compiled
+        )
+
+    def _compiled(self, graph: Graph) -> None:
+        self.compile_seconds += graph.seconds
+        if self._say is not None:
+            self._say(f"compiled for batches of {graph.about.size:,} in {graph.seconds:.1f} s")
 
     def begin(self) -> None:
-        held = held_by(self.objective)
-        self._settled = held in self._all_graphs or self._last_held in (None, held)
-        self._last_held = held
-        self._graphs = self._all_graphs.setdefault(held, {}) if self._settled else {}
-        self._keep()
+        self._program.settle()
+        self._calls.begin()
 
     def end(self) -> None:
-        self._verify()
-        self._update.settle()
+        if not self.not_compiled and not self._program.sound():
+            self._telling_how_many(self._calls.again)
 
     def __call__(self, index: Tensor) -> dict[str, float]:
         if self.not_compiled:
             return super().__call__(index)
-        self._since.append((index, torch.get_rng_state(), self.count, options_of(self.optimizer)))
+        batch = _Batch(index, self.count, options_of(self.optimizer))
         self._next()
-        try:
-            terms = self._step(index)
-        except NonFiniteStepError:  # by this step, or by one before it that nobody has looked at
-            terms = self._again()
-        if not math.isfinite(terms["loss"]):
-            terms = self._again()
+        terms = self._telling_how_many(lambda: self._calls(batch))
+        self.not_compiled = self._calls.reason
         if self.count % FLUSH_EVERY == 0:
             flush_moments(self.optimizer, FLUSH_EVERY)
-        if self.count % _KEEP_EVERY == 0:
-            self._verify()
-            self._keep()
         return terms
 
-    def _step(self, index: Tensor) -> dict[str, float]:
-        size = index.shape[0]
-        if not (self._settled and (self._sizes is None or size in self._sizes)):
-            return self._eager(index)
-        graph = self._graphs.get(size)
-        if graph is None or size not in self._checked or (graph.steps & (graph.steps - 1)) == 0:  # a power of two were made
-            self._checked.add(size)
-            return self._check(size, index)
-        return self._run(graph, index)
-
-    def _run(self, graph: _Graph, index: Tensor) -> dict[str, float]:
-        graph.steps += 1
-        with torch.no_grad():
-            values, *gradients = graph.call(*self._arguments, self._update.numbers(), *self._held_data, index)
-        *numbers, total = values.tolist()
-        terms = dict(zip(graph.names, numbers, strict=True))
-        if not math.isfinite(total):
-            raise NonFiniteStepError(index, terms["loss"])
-        self._update.after(graph.trained, gradients)
-        return terms
-
-    def _eager(self, index: Tensor) -> dict[str, float]:
-        self._update.settle()
-        terms = super()._eager(index)
-        self._update.made([place for place, p in enumerate(self.parameters) if p.grad is not None])
-        self._look_up()
-        return terms
-
-    def _look_up(self) -> None:
-        """The tensors as they are now: optimisers make theirs at the first gradient, and forward() may rebind buffers."""
-        self._live = [*self.objective.parameters(), *self.objective.buffers(), *self._update.tensors()]
-        self._arguments = [t.detach() for t in self._live]
-        self._held_data = list(self.data.held)
-
-    def _copy(self) -> _Copy:
-        return _Copy([t.detach().clone() for t in self._live], self._update.copy())
-
-    def _restore(self, copied: _Copy) -> None:
-        self._look_up()
-        with torch.no_grad():
-            for tensor, kept in zip(self._live, copied.tensors, strict=True):
-                tensor.copy_(kept)
-        self._update.restore(copied.update)
-
-    def _keep(self) -> None:
-        """A copy to go back to, and from here on what it takes to make the steps again."""
-        self._look_up()
-        self._kept = self._copy()
-        self._since: list[tuple[Tensor, Tensor, int, list[dict[str, Any]]]] = []
-        self._checked: set[int] = set()  # batch sizes
-
-    def _verify(self) -> None:
-        if not self.not_compiled and not self._update.finite():
-            self._again()
-
-    def _again(self) -> dict[str, float]:
-        """The steps since the copy, eagerly, which raises at the first that is not finite; the terms of the last one."""
-        self._restore(self._kept)
-        options_now = options_of(self.optimizer)
-        with torch.random.fork_rng(devices=[]):
-            for made, (index, noise, count, options) in enumerate(self._since, start=1):
-                torch.set_rng_state(noise)
-                set_options(self.optimizer, options)
-                self._at_step(count)
-                try:
-                    terms = self._eager(index)
-                except NonFiniteStepError as error:
-                    error.ago = len(self._since) - made
-                    raise
-                if (count + 1) % FLUSH_EVERY == 0:
-                    flush_moments(self.optimizer, FLUSH_EVERY)
-        set_options(self.optimizer, options_now)
-        return terms
-
-    def _check(self, size: int, index: Tensor) -> dict[str, float]:
-        """The eager step, and the compiled one from where it began with the same noise, which is the one that counts."""
-        noise, before = torch.get_rng_state(), self._copy()
-        terms = self._eager(index)
-        after, eager, moved = torch.get_rng_state(), self._copy(), self._update.moved()
+    def _telling_how_many(self, call: Callable[[], dict[str, float]]) -> dict[str, float]:
         try:
-            if size not in self._graphs:
-                self._restore(before)
-                torch.set_rng_state(noise)
-                self._graphs[size] = self._compile(index)
-            self._restore(before)
-            torch.set_rng_state(noise)
-            found = self._run(self._graphs[size], index)
-        except Exception as error:  # whatever Python, Pyro, the tracer and the compiler raise
-            self._restore(eager)
-            torch.set_rng_state(after)
-            self._verify()
-            self._give_up(reason_of(error))
-            return terms
-        problem = _other_terms(found, terms) or self._other_buffers(eager)
-        if not problem and not self._near(self._update.moved(), moved):
-            compiled, found_noise = self._copy(), torch.get_rng_state()
-            problem = "" if self._is_rounding(before, noise, index, self._update.moved(), moved) else _GRADIENT
-            self._restore(compiled)
-            torch.set_rng_state(found_noise)
-        if problem:
-            self._restore(eager)
-            torch.set_rng_state(after)
-            self._give_up(f"compiled, {problem}")
-            return self._again()
-        return found
-
-    def _near(self, found: Sequence[Tensor], expected: Sequence[Tensor], spread: Sequence[float] | None = None) -> bool:
-        size = torch.stack([m.norm() for m in expected]).norm()
-        return all(
-            bool((one - other).norm() <= 1e-3 * other.norm() + 1e-4 * size + extra)  # 1e-4: of rounding errors alone
-            for one, other, extra in zip(found, expected, spread or [0.0] * len(expected), strict=True)
-        )
-
-    def _is_rounding(
-        self, before: _Copy, noise: Tensor, index: Tensor, found: Sequence[Tensor], expected: Sequence[Tensor]
-    ) -> bool:
-        """Whether the eager gradient moves as far when the parameters move by their last digits."""
-        generator = torch.Generator().manual_seed(self.count)
-        gradients = []
-        for trial in range(9):
-            self._restore(before)
-            with torch.no_grad():
-                for p in self.parameters if trial else ():
-                    digits = torch.randn(p.shape, generator=generator, dtype=p.dtype) * 2 * torch.finfo(p.dtype).eps
-                    p.mul_(1 + digits)
-            torch.set_rng_state(noise)
-            self.optimizer.zero_grad(set_to_none=True)
-            self._backward(index)
-            if self.clip_grad_norm is not None:
-                nn.utils.clip_grad_norm_(self.parameters, self.clip_grad_norm)
-            gradients.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters])
-        spread = [
-            2 * self._update.share * max((other - one).norm().item() for other in others)
-            for one, *others in zip(*gradients, strict=True)
-        ]
-        return self._near(found, expected, spread)
-
-    def _other_buffers(self, eager: _Copy) -> str:
-        first = len(list(self.objective.parameters()))
-        places = range(first, first + len(list(self.objective.buffers())))
-        pairs = [(self._live[place], eager.tensors[place]) for place in places]
-        same = all(torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True) for a, b in pairs)
-        return "" if same else "its buffers are not those of the eager step"
-
-    def _give_up(self, reason: str) -> None:
-        self.not_compiled = reason
-        warnings.warn(f"trained eagerly, not compiled: {reason}", NotCompiledWarning, stacklevel=6)
-
-    def _compile(self, index: Tensor) -> _Graph:
-        """Traces a step, which runs it: the caller restores what it changes."""
-        start = time.perf_counter()
-        names: list[str] = []
-        trained: list[int] = []
-        numbers = self._update.numbers()
-        self._look_up()
-
-        def function(*inputs: Tensor) -> tuple[Tensor, ...]:  # known again wherever they are met, as objects
-            bound = [(module, name, b) for module in self.objective.modules() for name, b in module._buffers.items()]
-            terms = self.objective(*self.data.batch(index))
-            for module, name, old in bound:
-                _rebind(module, name, old)
-            gradients = torch.autograd.grad(terms["loss"], self.parameters, allow_unused=True)
-            names[:] = terms
-            trained[:] = [place for place, g in enumerate(gradients) if g is not None]
-            some = [gradients[place] for place in trained]
-            if self.clip_grad_norm is not None:  # as torch's clip_grad_norm_ does it
-                norm = torch.stack([g.norm() for g in some]).norm()
-                scale = (self.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-                some = [g * scale for g in some]
-            with torch.no_grad():
-                total, *rest = self._update.trace(trained, some, numbers)
-            values = [value.detach() for value in terms.values()]
-            return torch.stack([*values, terms["loss"].detach() if total is None else total]), *rest
-
-        held = held_by(self.objective)
-        call = compiled(function, [*self._live, numbers, *self._held_data, index])
-        if held_by(self.objective) != held:
-            raise UntraceableError("the objective changes its own Python attributes in forward()")
-        seconds = time.perf_counter() - start
-        self.compile_seconds += seconds
-        if self._say is not None:
-            self._say(f"compiled for batches of {len(index):,} in {seconds:.1f} s")
-        return _Graph(call, names, trained)
+            return call()
+        except NonFiniteStepError as error:
+            error.ago, self._calls.undone = self._calls.undone, 0
+            raise
 
 
-_GRADIENT = "its gradient is not that of the eager step"
+@dataclass
+class _Batch:
+    """A step: the places in the data, the steps before it, and the options of the optimiser."""
+
+    index: Tensor
+    count: int
+    options: list[dict[str, Any]]
 
 
-def _rebind(module: nn.Module, name: str, old: Tensor | None) -> None:
-    """A buffer that forward() has put another tensor in the place of: its value goes into the old one."""
-    new = module._buffers[name]
-    if new is old:
-        return
-    if old is None or new is None or (new.shape, new.dtype) != (old.shape, old.dtype):
-        raise UntraceableError(f"the buffer {name} changes its shape or type in forward()")
-    old.copy_(new.detach())
-    module._buffers[name] = old
+@dataclass
+class _About:
+    """What is kept of a graph."""
+
+    size: int
+    names: list[str]  # of the terms
+    update: AdamInGraph | AfterGraph
 
 
-def _other_terms(found: dict[str, float], terms: dict[str, float]) -> str:
-    """Which term of a compiled step differs from the eager one's by more than rounding; empty if none does."""
-    if not all(map(math.isfinite, terms.values())):
-        return ""  # for fit to tell
-    for name, value in terms.items():
-        if not math.isclose(found.get(name, math.nan), value, rel_tol=1e-4, abs_tol=1e-5):
-            return f"its {name} is {found.get(name)}, where the eager step has {value}"
-    return ""
+class _Step(Program[_Batch, dict[str, float]]):
+    def __init__(self, step: CompiledStep, sizes: Collection[int] | None) -> None:
+        self.step, self.sizes = step, sizes
+        self.python = PythonState(step.objective, step.data)
+        self._settled, self._last = True, -1
+        self._known: set[int] = set()
+        self._slots = [Slot(p, step.optimizer, group) for group in step.optimizer.param_groups for p in group["params"]]
+        self._in_graph = adam_takes(self._slots)
+        self._updates: list[AdamInGraph | AfterGraph] = []
+
+    def settle(self) -> None:
+        """Looks whether the Python state is that of the last time, or one that was compiled."""
+        token = self.python.token()
+        self._settled = token in self._known or self._last in (-1, token)
+        self._last = token
+
+    def key(self, call: _Batch) -> Hashable:
+        size, token = len(call.index), self.python.token()
+        if not self._settled or (self.sizes is not None and size not in self.sizes):
+            return None
+        return size, token
+
+    def inputs(self, call: _Batch) -> Sequence[Tensor]:
+        return [call.index]
+
+    def eager(self, call: _Batch) -> dict[str, float]:
+        step = self.step
+        step._at_step(call.count)
+        set_options(step.optimizer, call.options)
+        terms = EagerStep._eager(step, call.index)
+        self.python.rebind()
+        if (call.count + 1) % FLUSH_EVERY == 0:
+            flush_moments(step.optimizer, FLUSH_EVERY)
+        return terms
+
+    def trace(self, call: _Batch, noted: list[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Any]:
+        step = self.step
+        before = self.python.snapshot()
+        with self.python.recorded():
+            terms = step.objective(*step.data.batch(call.index))
+        self.python.rebind()
+        if changes := self.python.changes(before):
+            raise UntraceableError(f"the objective changes its own Python attributes in forward(): {changes[0]}")
+        if self.python.forbidden:
+            raise UntraceableError(self.python.forbidden)
+        found = torch.autograd.grad(terms["loss"], step.parameters, allow_unused=True)
+        pairs = [(p, g) for p, g in zip(step.parameters, found, strict=True) if g is not None]
+        gradients = [g for _, g in pairs]
+        if step.clip_grad_norm is not None:  # as torch's clip_grad_norm_ does it
+            norm = torch.stack([g.norm() for g in gradients]).norm()
+            scale = (step.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            gradients = [g * scale for g in gradients]
+        with untraced():
+            update = self._update([p for p, _ in pairs])
+        with torch.no_grad():
+            update.trace(gradients)
+        in_graph = isinstance(update, AdamInGraph)
+        self._known.add(self._last)
+        numbers = [*terms.values()]
+        if not in_graph:
+            numbers.append(torch.stack([g.sum() for g in gradients]).sum())  # which NaN and infinity survive
+        return numbers, [] if in_graph else gradients, _About(len(call.index), [*terms], update)
+
+    def _update(self, parameters: Sequence[Tensor]) -> AdamInGraph | AfterGraph:
+        optimizer, chosen = self.step.optimizer, {id(p) for p in parameters}
+        slots = [slot for slot in self._slots if id(slot.parameter) in chosen]
+        if self._in_graph:
+            update: AdamInGraph | AfterGraph = AdamInGraph(slots)
+        else:
+            update = AfterGraph(slots, optimizer.step)
+        self._updates.append(update)
+        return update
+
+    def before(self, graph: Graph) -> None:
+        graph.about.update.before()
+
+    def after(self, graph: Graph, times: int, others: list[Tensor]) -> None:
+        update = graph.about.update
+        if isinstance(update, AdamInGraph):
+            update.after(times, others)
+        elif times:
+            self.step.optimizer.zero_grad(set_to_none=True)
+            update.after(times, others)
+
+    def result(self, call: _Batch, graph: Graph, numbers: list[float], others: list[Tensor]) -> dict[str, float]:
+        terms = dict(zip(graph.about.names, numbers, strict=False))
+        if not (math.isfinite(terms["loss"]) and math.isfinite(numbers[-1])):
+            raise NonFiniteStepError(call.index, terms["loss"])
+        return terms
+
+    def difference(self, found: dict[str, float], expected: dict[str, float]) -> str:
+        if not all(map(math.isfinite, expected.values())):
+            return ""  # for fit to tell
+        for name, value in expected.items():
+            if not math.isclose(found.get(name, math.nan), value, rel_tol=1e-4, abs_tol=1e-5):
+                return f"its {name} is {found.get(name)}, where the eager step has {value}"
+        return ""
+
+    def state(self) -> Iterable[Tensor]:
+        yield from self.step.objective.parameters()
+        yield from self.step.objective.buffers()
+        for state in self.step.optimizer.state.values() if self._in_graph else ():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+    def save(self) -> Any:
+        return None if self._in_graph else copy.deepcopy(self.step.optimizer.state_dict())
+
+    def load(self, saved: Any) -> None:
+        if not self._in_graph:
+            options = options_of(self.step.optimizer)
+            self.step.optimizer.load_state_dict(saved)
+            set_options(self.step.optimizer, options)
+
+    def sound(self) -> bool:
+        return all(update.finite() for update in self._updates)
+
+    def parameters(self, graph: Graph) -> list[Tensor]:
+        return [slot.parameter for slot in graph.about.update.slots]
+
+    def moments(self, graph: Graph) -> list[Tensor]:
+        return graph.about.update.tensors()
+
+    def moved(self, graph: Graph) -> list[Tensor]:
+        return graph.about.update.moved()
+
+    def gradients(self, graph: Graph, call: _Batch) -> list[Tensor]:
+        step, parameters = self.step, self.parameters(graph)
+        step.optimizer.zero_grad(set_to_none=True)
+        step._backward(call.index)
+        self.python.rebind()
+        if step.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(step.parameters, step.clip_grad_norm)
+        share = graph.about.update.share
+        return [torch.zeros_like(p) if p.grad is None else share * p.grad for p in parameters]
 
 
 # One eager step and a copy in so many compiled ones: 0.5 % of the time.
-_KEEP_EVERY = 1000
+_CHECK_EVERY = 1000

@@ -1,14 +1,34 @@
 """The optimiser's part of a compiled step: Adam's update as tensor operations in the graph; any other after its gradient."""
 
-import copy
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.optim.clipped_adam import ClippedAdam
 from torch import Tensor
 
-__all__ = ["AdamInGraph", "AfterGraph", "flush_moments", "options_of", "set_options", "update_of"]
+__all__ = ["AdamInGraph", "AfterGraph", "Slot", "adam_takes", "flush_moments", "options_of", "set_options"]
+
+
+@dataclass
+class Slot:
+    """A parameter, and what its optimiser has of it.
+
+    Args:
+        parameter: the parameter.
+        optimizer: the optimiser.
+        group: of its ``param_groups``, that of the parameter.
+    """
+
+    parameter: Tensor
+    optimizer: torch.optim.Optimizer
+    group: dict[str, Any]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The optimiser's state of the parameter; empty before its first gradient."""
+        return self.optimizer.state.get(self.parameter, {})
 
 
 def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -16,149 +36,166 @@ def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
-def set_options(optimizer: torch.optim.Optimizer, options: Sequence[dict[str, Any]]) -> None:
+def set_options(optimizer: torch.optim.Optimizer, options: Sequence[Mapping[str, Any]]) -> None:
     """Put back what :func:`options_of` has given."""
     for group, values in zip(optimizer.param_groups, options, strict=True):
         group.update(values)
 
 
-def update_of(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> "AdamInGraph | AfterGraph":
-    """How an optimiser takes part in a compiled step."""
-    plain = {"amsgrad": False, "maximize": False, "weight_decay": 0, "differentiable": False}
-    if type(optimizer) is torch.optim.Adam and all(
-        g[name] == v for g in optimizer.param_groups for name, v in plain.items()
-    ):
-        return AdamInGraph(optimizer, parameters)
-    return AfterGraph(optimizer, parameters)
+def adam_takes(slots: Sequence[Slot]) -> bool:
+    """Whether :class:`AdamInGraph` does what the optimisers of these parameters do."""
+    plain = {"amsgrad": False, "maximize": False, "differentiable": False}
+    kinds = torch.optim.Adam, torch.optim.AdamW, ClippedAdam
+    return all(
+        type(slot.optimizer) in kinds
+        and not torch.is_tensor(slot.group["lr"])
+        and all(slot.group.get(name, value) == value for name, value in plain.items())
+        for slot in slots
+    )
 
 
 class AdamInGraph:
-    """Adam without weight decay (Kingma and Ba 2015, arXiv:1412.6980), on the optimiser's own moments.
+    r"""Adam, AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) and Pyro's ClippedAdam on the optimisers' own moments.
 
-    The counts of steps are kept here, parameter by parameter, and written to the optimiser by :meth:`settle`.
+    .. math:: m \leftarrow m + (1 - \beta_1)(g - m), \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
+        \theta \leftarrow \theta - \frac{\eta}{1 - \beta_1^t} \frac{m}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+
+    (Kingma and Ba 2015, arXiv:1412.6980). The learning rate, the betas and the count t are tensors, which take up what
+    Python holds before compiled steps, so that schedules work; ClippedAdam's decay of the rate is part of the graph.
+
+    Args:
+        slots: parameters that have a gradient.
 
     Attributes:
         share: of a change of the gradient that :meth:`moved` shows.
     """
 
-    def __init__(self, optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> None:
-        self.optimizer, self.parameters = optimizer, parameters
-        self._groups = [group for group in optimizer.param_groups for _ in group["params"]]
-        self._counts = [int(state["step"]) if (state := optimizer.state.get(p)) else 0 for p in parameters]
-        # These stand for Adam's moments until it makes them.
-        self._zeros = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in parameters}
-        self.share = 1 - min(group["betas"][0] for group in optimizer.param_groups)
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        for slot in slots:
+            _make_state(slot)
+        self.slots = slots
+        self.share = 1 - min((slot.group["betas"][0] for slot in slots), default=0.0)
+        groups = {id(slot.group): slot.group for slot in slots}
+        self._groups = [*groups.values()]
+        self._places = torch.tensor([[*groups].index(id(slot.group)) for slot in slots])
+        self._options = torch.zeros(len(groups), 3, dtype=torch.float64)  # lr, beta1, beta2
+        # ClippedAdam counts in Python.
+        self._counts = [
+            slot.state["step"] if torch.is_tensor(slot.state["step"]) else torch.zeros((), dtype=torch.float64)
+            for slot in slots
+        ]
+        self._states = [slot.state for slot in slots]
+        self._counting = [(s, count) for s, count in zip(self._states, self._counts, strict=True) if s["step"] is not count]
+        self._python: list[Any] = []
+        self.before()
 
     def tensors(self) -> list[Tensor]:
-        """First moments, then second ones."""
-        moments = [
-            (state["exp_avg"], state["exp_avg_sq"]) if (state := self.optimizer.state.get(p)) else self._zeros[p]
-            for p in self.parameters
-        ]
-        firsts, seconds = zip(*moments, strict=True)
-        return [*firsts, *seconds]
+        """First moments, second moments, counts and options."""
+        firsts, seconds = ([state[name] for state in self._states] for name in ("exp_avg", "exp_avg_sq"))
+        return [*firsts, *seconds, *self._counts, self._options]
 
-    def numbers(self) -> Tensor:
-        """What changes from step to step, by parameter: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), and of the betas
-        1 - beta1, beta2, 1 - beta2: a schedule such as OneCycleLR moves them along with the learning rate.
-        """
-        rows: dict[Any, tuple[float, ...]] = {}
-        for group, n in zip(self._groups, self._counts, strict=True):
-            if (id(group), n) not in rows:
-                beta1, beta2 = group["betas"]
-                rate, root = group["lr"] / (1 - beta1 ** (n + 1)), 1 / math.sqrt(1 - beta2 ** (n + 1))
-                rows[id(group), n] = (rate, root, 1 - beta1, beta2, 1 - beta2)
-        values = [rows[id(group), n] for group, n in zip(self._groups, self._counts, strict=True)]
-        return torch.tensor(values, dtype=self.parameters[0].dtype)
+    def before(self) -> None:
+        """Take up what Python holds."""
+        if (python := self._held_by_python()) != self._python:
+            self._options.copy_(torch.tensor([[lr, *betas] for lr, betas in python[0]], dtype=torch.float64).reshape(-1, 3))
+            for count, number in zip(self._counting, python[1], strict=True):
+                count[1].fill_(number)
+            self._python = python
 
-    def trace(self, places: Sequence[int], gradients: Sequence[Tensor], numbers: Tensor) -> tuple[None]:
-        """The update of the parameters at these places, in place."""
-        moments, number = self.tensors(), len(self.parameters)
-        for place, g in zip(places, gradients, strict=True):
-            first, second = moments[place], moments[number + place]
-            eps = self._groups[place]["eps"]
-            rate, root, of_first, kept, of_second = numbers[place]
+    def _held_by_python(self) -> list[Any]:
+        return [[(g["lr"], g["betas"]) for g in self._groups], [state["step"] for state, _ in self._counting]]
+
+    def trace(self, gradients: Sequence[Tensor]) -> None:
+        """The update, in place."""
+        for group, row in zip(self._groups, self._options, strict=True):
+            if "lrd" in group:
+                row[0].mul_(group["lrd"])
+        for count in self._counts:
+            count.add_(1)
+        t = torch.stack([count.double() for count in self._counts])
+        lr, beta1, beta2 = self._options[self._places].unbind(1)
+        numbers = torch.stack([lr / (1 - beta1**t), 1 / (1 - beta2**t).sqrt(), 1 - beta1, beta2, 1 - beta2, lr], 1)
+        rows = {dtype: numbers.to(dtype).unbind() for dtype in {slot.parameter.dtype for slot in self.slots}}
+        for place, (slot, g) in enumerate(zip(self.slots, gradients, strict=True)):
+            group, state, p = slot.group, self._states[place], slot.parameter.detach()
+            rate, root, of_first, kept, of_second, lr = rows[p.dtype][place]
+            old = p
+            if "clip_norm" in group:
+                g = g.clamp(-group["clip_norm"], group["clip_norm"])
+            if decay := group.get("weight_decay", 0):
+                if group.get("decoupled_weight_decay", False):
+                    old = p * (1 - lr * decay)
+                else:
+                    g = g + decay * p
+            first, second = state["exp_avg"], state["exp_avg_sq"]
             first_new = first + of_first * (g - first)
-            second_new = kept * second + of_second * g * g
-            parameter = self.parameters[place]
-            change = rate * first_new / (second_new.sqrt() * root + eps)
-            for old, new in ((parameter, parameter - change), (first, first_new), (second, second_new)):
-                old.copy_(new)
-        return (None,)
+            spread = g - first_new if group.get("centered_variance") else g
+            second_new = kept * second + of_second * spread * spread
+            change = rate * first_new / (second_new.sqrt() * root + group["eps"])
+            for tensor, new in ((p, old - change), (first, first_new), (second, second_new)):
+                tensor.copy_(new)
 
-    def after(self, places: Sequence[int], gradients: Sequence[Tensor]) -> None:
-        """After a compiled step."""
-        self.made(places)
-
-    def made(self, places: Sequence[int]) -> None:
-        """A step was made of the parameters at these places."""
-        for place in places:
-            self._counts[place] += 1
+    def after(self, times: int, gradients: Sequence[Tensor]) -> None:
+        """Python takes up what so many compiled steps have changed."""
+        if not self._counting:
+            return
+        for group in self._groups:
+            if "lrd" in group:
+                for _ in range(times):
+                    group["lr"] *= group["lrd"]
+        for state, _ in self._counting:
+            state["step"] += times
+        self._python = self._held_by_python()
 
     def moved(self) -> list[Tensor]:
         """Copies of what shows the last gradient, parameter by parameter."""
-        return [first.clone() for first in self.tensors()[: len(self.parameters)]]
+        return [state["exp_avg"].clone() for state in self._states]
 
     def finite(self) -> bool:
         """Whether every gradient so far was: first moments keep NaN and infinity."""
-        return bool(torch.stack([first.sum() for first in self.tensors()[: len(self.parameters)]]).sum().isfinite())
+        return bool(torch.stack([state["exp_avg"].sum() for state in self._states]).sum().isfinite())
 
-    def settle(self) -> None:
-        """Write the counts to the optimiser."""
-        for p, count in zip(self.parameters, self._counts, strict=True):
-            if state := self.optimizer.state.get(p):
-                state["step"].fill_(count)
 
-    def copy(self) -> list[int]:
-        return list(self._counts)
-
-    def restore(self, copied: list[int]) -> None:
-        self._counts = list(copied)
+def _make_state(slot: Slot) -> None:
+    """The state that the optimiser makes at the first gradient."""
+    if not slot.state:
+        step = 0 if isinstance(slot.optimizer, ClippedAdam) else torch.zeros((), dtype=torch.float32)
+        zeros = (torch.zeros_like(slot.parameter, memory_format=torch.preserve_format) for _ in range(2))
+        slot.optimizer.state[slot.parameter] = dict(zip(("step", "exp_avg", "exp_avg_sq"), (step, *zeros), strict=True))
 
 
 class AfterGraph:
-    """Any optimiser, which steps on the gradients that the graph returns. Methods as of :class:`AdamInGraph`."""
+    """Any optimisers, which step on the gradients that the graph returns. Methods as of :class:`AdamInGraph`.
+
+    Args:
+        slots: parameters that have a gradient.
+        step: lets the optimisers make a step.
+    """
 
     share = 1.0
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
-        self.optimizer, self.parameters = optimizer, parameters
+    def __init__(self, slots: Sequence[Slot], step: Callable[[], Any]) -> None:
+        self.slots, self._step = slots, step
 
     def tensors(self) -> list[Tensor]:
         return []
 
-    def numbers(self) -> Tensor:
-        return torch.zeros(0)
-
-    def trace(self, places: Sequence[int], gradients: Sequence[Tensor], numbers: Tensor) -> tuple[Tensor, ...]:
-        """The sum of all gradients, which NaN and infinity survive, and the gradients."""
-        return torch.stack([g.sum() for g in gradients]).sum(), *gradients
-
-    def after(self, places: Sequence[int], gradients: Sequence[Tensor]) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        for place, g in zip(places, gradients, strict=True):
-            self.parameters[place].grad = g
-        self.optimizer.step()
-
-    def made(self, places: Sequence[int]) -> None:
+    def before(self) -> None:
         pass
 
+    def trace(self, gradients: Sequence[Tensor]) -> None:
+        pass
+
+    def after(self, times: int, gradients: Sequence[Tensor]) -> None:
+        for slot, g in zip(self.slots, gradients, strict=True):
+            slot.parameter.grad = g
+        self._step()
+
     def moved(self) -> list[Tensor]:
-        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters]
+        return [torch.zeros_like(s.parameter) if s.parameter.grad is None else s.parameter.grad.clone() for s in self.slots]
 
     def finite(self) -> bool:
         return True  # each step has looked
-
-    def settle(self) -> None:
-        pass
-
-    def copy(self) -> Any:
-        return copy.deepcopy(self.optimizer.state_dict())
-
-    def restore(self, copied: Any) -> None:
-        options = options_of(self.optimizer)
-        self.optimizer.load_state_dict(copied)
-        set_options(self.optimizer, options)
 
 
 def flush_moments(optimizer: torch.optim.Optimizer, steps: int) -> None:

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import LIKELIHOODS, make_vae
+from conftest import LIKELIHOODS, compile_by, make_vae
 from torch import nn
 
 import pyro_vae.estimates.importance
@@ -568,7 +568,7 @@ def traced(monkeypatch):
         shapes.append(tuple(inputs[0].shape))
         return graph
 
-    monkeypatch.setattr(pyro_vae.engine.tracing, "inductor", inductor)
+    compile_by(monkeypatch, inductor)
     return shapes
 
 
@@ -617,7 +617,7 @@ def test_inductor_gives_the_eager_weights(vae):
     torch.testing.assert_close(compiled.value, eager.value)
 
 
-def test_what_cannot_be_compiled_is_said_and_run_eagerly(traced, monkeypatch):
+def test_a_program_that_decides_by_a_value_is_guarded(traced):
     def guide(x):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(0.0, 1.0 if x.sum() > 0 else 2.0))
@@ -627,12 +627,30 @@ def test_what_cannot_be_compiled_is_said_and_run_eagerly(traced, monkeypatch):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    with pytest.warns(NotCompiledWarning, match="log_marginal, run eagerly, not compiled: it is data-dependent") as caught:
+    x = torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0, -1.0, 1.0, 1.0])
+    eager, compiled = twice(model, guide, x, num_samples=10, chunk_size=20)
+    torch.testing.assert_close(compiled.value, eager.value)
+    assert len(traced) == 1
+
+
+def test_what_cannot_be_compiled_is_said_and_run_eagerly(traced, monkeypatch):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0 if x.sum().tolist() > 0 else 2.0))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.warns(
+        NotCompiledWarning, match="log_marginal, run eagerly, not compiled: it reads a tensor's values"
+    ) as caught:
         eager, compiled = twice(model, guide, torch.ones(6), num_samples=10, chunk_size=20)
     assert len(caught) == 1
     assert torch.equal(eager.value, compiled.value)
-    wrong = lambda graph, inputs: lambda x: (graph(x)[0] + 0.1,)  # noqa: E731
-    monkeypatch.setattr(pyro_vae.engine.tracing, "inductor", wrong)
+    wrong = lambda graph, inputs: lambda x: (graph(x)[0], graph(x)[1] + 0.1)  # noqa: E731
+    compile_by(monkeypatch, wrong)
     prior = lambda x: None  # noqa: E731
     with pytest.warns(NotCompiledWarning, match="its log weights are not those of the eager call"):
         eager, compiled = twice(model, prior, torch.ones(6), num_samples=10, chunk_size=20)

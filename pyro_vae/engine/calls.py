@@ -1,0 +1,384 @@
+"""Calls that are compiled, one graph for each kind of input, and seen to equal the eager ones."""
+
+import sys
+import threading
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from pyro_vae.engine import compiling
+from pyro_vae.engine.modes import UntraceableError
+from pyro_vae.engine.program import Graph, NotYetError, Program
+from pyro_vae.engine.tracing import NotCompiledWarning, reason_of, trace
+
+__all__ = ["Calls"]
+
+C = TypeVar("C")
+R = TypeVar("R")
+
+
+@dataclass
+class _Copy:
+    tensors: list[tuple[Tensor, Tensor]]
+    python: Any
+
+
+@dataclass
+class _Log(Generic[C]):
+    """A copy, and the calls since then: each with the noise before it, and how often it was made in a row."""
+
+    copy: _Copy
+    calls: list[tuple[C, Tensor, int]] = field(default_factory=list)
+    length: int = 0
+    numbers: int = 0
+    held: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # inputs, and their versions
+
+
+class Calls(Generic[C, R]):
+    """A program's calls, compiled.
+
+    A graph is traced and compiled for each key. What counts is the compiled call; it is seen to equal the eager one for
+    the same noise at its 1st, 2nd, 4th, 8th ... call, at the first after :meth:`begin`, and every so many. A program that
+    cannot be traced, or whose compiled call does not equal the eager one, is called eagerly, with one
+    :class:`~pyro_vae.engine.tracing.NotCompiledWarning` that gives the reason; what was changed since the last check that
+    held is undone and done again, eagerly.
+
+    Where a guard does not hold, the graph changes nothing, and the call is made eagerly with the same noise.
+
+    A difference as large as rounding makes it is no fault of the graph: a ReLU at its kink passes all of a gradient or none,
+    as the last digit of its input has it. The check finds how far the eager gradient itself moves when the parameters
+    move by their last digit, and allows for that.
+
+    Args:
+        program: what is called.
+        what: what the warning says of it.
+        every: calls from check to check.
+        most: graphs that are kept.
+        patience: times that a key other than the first is met before it is compiled.
+        say: called with each new graph.
+
+    Attributes:
+        reason: why calls are eager; empty if they are not.
+        graphs: by key, that which was used last at the end.
+        seconds: spent on tracing and compiling.
+        undone: after :meth:`again` has raised an error: calls after that which raises it.
+    """
+
+    def __init__(
+        self,
+        program: Program[C, R],
+        *,
+        what: str,
+        every: int = 1000,
+        most: int = 8,
+        patience: int = 10,
+        say: Callable[[Graph], None] | None = None,
+    ) -> None:
+        self.program, self.what, self.every, self.most, self.patience, self.say = program, what, every, most, patience, say
+        self.reason, self.seconds, self.undone = "", 0.0, 0
+        self.graphs: OrderedDict[Hashable, Graph] = OrderedDict()
+        self._met: dict[Hashable, int] = {}
+        self._checked: set[Hashable] = set()
+        self._log: _Log[C] | None = None
+        self._lock = threading.RLock()
+
+    def __call__(self, call: C) -> R:
+        """One call."""
+        return self.run(call, 1)[-1]
+
+    def run(self, call: C, times: int) -> list[R]:
+        """So many calls in a row: their results."""
+        results: list[R] = []
+        with self._lock:
+            while len(results) < times:
+                results += self._some(call, times - len(results))
+        return results
+
+    def begin(self) -> None:
+        """What was changed until here stays; the next call of each graph is checked."""
+        self._log = None
+        self._checked.clear()
+
+    def again(self) -> R:
+        """Undo the calls since the last copy, and make them again, eagerly; the result of the last.
+
+        Raises:
+            Exception: that of the call which raises one.
+        """
+        log, self._log = self._since, None
+        if any(tensor._version != version for tensor, version in log.held.values()):
+            raise RuntimeError("what it was called with was changed in place since, so that its calls cannot be made again")
+        self._restore(log.copy)
+        self.undone = log.length
+        for call, noise, times in log.calls:
+            torch.set_rng_state(noise)
+            for _ in range(times):
+                self.undone -= 1
+                result = self.program.eager(call)
+        return result
+
+    def _some(self, call: C, most: int) -> list[R]:
+        if self.reason:
+            return [self.program.eager(call)]
+        key = self.program.key(call)
+        log = self._since
+        key, graph = (None, None) if key is None else self._graph(key, call)
+        if graph is None and self._is_long():
+            log = self._log = _Log(self._copy())
+        if graph is None or self._is_due(key, graph):
+            self._note(call, 1)
+            return [self._eager(call) if graph is None else self._check(key, graph, call)]
+        until_due = (1 << graph.made.bit_length()) - graph.made
+        return self._compiled(graph, call, min(most, until_due, self.every - log.length))
+
+    def _is_due(self, key: Hashable, graph: Graph) -> bool:
+        is_power = graph.made & (graph.made - 1) == 0
+        return key not in self._checked or is_power or self._is_long()
+
+    @property
+    def _since(self) -> _Log[C]:
+        """The log, which begins where there is none."""
+        if self._log is None:
+            self._log = _Log(self._copy())
+        return self._log
+
+    def _is_long(self) -> bool:
+        return self._since.length >= self.every or self._since.numbers > _MOST_NUMBERS
+
+    def _note(self, call: C, times: int) -> None:
+        log = self._since
+        if self.program.stateless:
+            log = self._log = _Log(log.copy)
+        log.calls.append((call, torch.get_rng_state(), times))
+        log.length += times
+        for tensor in self.program.inputs(call):
+            if id(tensor) not in log.held:
+                log.held[id(tensor)] = tensor, tensor._version
+                log.numbers += tensor.numel()
+
+    def _eager(self, call: C) -> R:
+        try:
+            return self.program.eager(call)
+        except Exception:
+            if self.program.sound():
+                raise
+            return self.again()
+
+    def _graph(self, key: Hashable, call: C) -> tuple[Hashable, Graph | None]:
+        graph = self.graphs.get(key)
+        if graph is not None:
+            self.graphs.move_to_end(key)
+            return key, graph
+        self._met[key] = self._met.get(key, 0) + 1
+        if self.graphs and self._met[key] < self.patience:
+            return key, None
+        try:
+            graph = self._compile(call)
+        except NotYetError:
+            return key, None
+        except Exception as error:  # whatever Python, Pyro, the tracer and the compiler raise
+            self._give_up(reason_of(error))
+            return key, None
+        key = self.program.key(call)  # tracing has shown what else it depends on
+        self._log = _Log(self._copy())  # and has made what the optimiser makes at its first step
+        self.graphs[key] = graph
+        if len(self.graphs) > self.most:
+            self.graphs.popitem(last=False)
+        return key, graph
+
+    def _compile(self, call: C) -> Graph:
+        start, about = time.perf_counter(), None
+        inputs = self.program.inputs(call)
+
+        def function(noted: list[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+            nonlocal about
+            numbers, others, about = self.program.trace(call, noted)
+            return numbers, others
+
+        traced = trace(function, inputs)
+        if any(place < len(inputs) for place in traced.written):
+            raise UntraceableError("it changes a tensor that it is called with; let it change a copy")
+        graph = Graph(traced, compiling.compiled(traced, inputs), about, time.perf_counter() - start)
+        self.seconds += graph.seconds
+        if self.say is not None:
+            self.say(graph)
+        return graph
+
+    def _compiled(self, graph: Graph, call: C, times: int) -> list[R]:
+        self._note(call, times)
+        noise = self._since.calls[-1][1]
+        before = self._copy() if times > 1 and graph.traced.guards else None
+        try:
+            made, results = self._call(graph, call, times)
+        except Exception:  # of an operation, or a result that is refused: the eager calls tell
+            return [self.again()]
+        if made == times:
+            return results
+        self._unnote(times - made)
+        if before is not None:  # the noise before the call that has failed is known by making those before it again
+            self._restore(before)
+            torch.set_rng_state(noise)
+            if made > 0:
+                self._call(graph, call, made)
+        else:
+            torch.set_rng_state(noise)
+        graph.failed += 1
+        if graph.failed > _MOST_FAILURES and 2 * graph.failed > graph.made:
+            self._give_up(f"a value that Python takes from a tensor is another one too often ({graph.traced.guards[0]})")
+        self._note(call, 1)
+        return [*results, self._eager(call)]
+
+    def _unnote(self, times: int) -> None:
+        call, noise, noted = self._since.calls.pop()
+        if noted > times:
+            self._since.calls.append((call, noise, noted - times))
+        self._since.length -= times
+
+    def _call(self, graph: Graph, call: C, times: int) -> tuple[int, list[R]]:
+        """Compiled calls in a row, until a guard does not hold: how many were made, and their results."""
+        self.program.before(graph)
+        tried, rows, others = graph.call(self.program.inputs(call), times)
+        width = graph.traced.numbers
+        made = tried if rows[(tried - 1) * width] else tried - 1
+        graph.made += tried
+        self.program.after(graph, made, others)
+        numbers = [rows[i * width + 1 : (i + 1) * width] for i in range(made)]
+        return made, [self.program.result(call, graph, each, others) for each in numbers]
+
+    def _check(self, key: Hashable, graph: Graph, call: C) -> R:
+        """The eager call, and the compiled one from where it began with the same noise, which is the one that counts."""
+        self._checked.add(key)
+        noise, before = torch.get_rng_state(), self._copy()
+        expected = self._eager(call)
+        if self._log is None:  # calls before this one were wrong, and were made again
+            return expected
+        after, eager, moved = torch.get_rng_state(), self._copy(), self.program.moved(graph)
+        self._restore(before)
+        torch.set_rng_state(noise)
+        try:
+            made, results = self._call(graph, call, 1)
+        except Exception as error:  # of an operation
+            self._restore(eager)
+            torch.set_rng_state(after)
+            self._give_up(reason_of(error))
+            return expected
+        if made == 0:
+            graph.failed += 1
+            self._restore(eager)
+            torch.set_rng_state(after)
+            return expected
+        problem = self.program.difference(results[0], expected) or self._other_tensors(graph, eager)
+        if not problem and not torch.equal(torch.get_rng_state(), after):
+            problem = "it draws other random numbers than the eager call"
+        found = self.program.moved(graph)
+        if not problem and not _near(found, moved):
+            compiled = self._copy()
+            problem = "" if self._is_rounding(graph, call, before, noise, found, moved) else _GRADIENT
+            self._restore(compiled)
+            torch.set_rng_state(after)
+        elif not problem and not self._same_steps(graph, before, eager, found, moved):
+            problem = "its parameters are not those of the eager step"
+        if problem:
+            self._restore(eager)
+            torch.set_rng_state(after)
+            self._give_up(f"compiled, {problem}")
+            return self.again()
+        if not self.program.sound():
+            return self.again()
+        self._log = _Log(self._copy())
+        return results[0]
+
+    def _is_rounding(
+        self,
+        graph: Graph,
+        call: C,
+        before: _Copy,
+        noise: Tensor,
+        found: Sequence[Tensor],
+        expected: Sequence[Tensor],
+    ) -> bool:
+        """Whether the eager gradient moves as far when the parameters move by their last digits."""
+        generator = torch.Generator().manual_seed(graph.made)
+        gradients = []
+        for trial in range(9):
+            self._restore(before)
+            with torch.no_grad():
+                for p in self.program.parameters(graph) if trial else ():
+                    digits = torch.randn(p.shape, generator=generator, dtype=p.dtype) * 2 * torch.finfo(p.dtype).eps
+                    p.mul_(1 + digits)
+            torch.set_rng_state(noise)
+            gradients.append(self.program.gradients(graph, call))
+        spread = [2 * max((other - one).norm().item() for other in others) for one, *others in zip(*gradients, strict=True)]
+        return _near(found, expected, spread)
+
+    def _same_steps(
+        self, graph: Graph, before: _Copy, eager: _Copy, found: Sequence[Tensor], expected: Sequence[Tensor]
+    ) -> bool:
+        """Whether parameters have moved alike, where the gradients agree in more than their first digits."""
+        if not self.program.moments(graph):
+            return True  # not moved by the graph
+        old, new = ({id(t): kept for t, kept in copied.tensors} for copied in (before, eager))
+        for p, one, other in zip(self.program.parameters(graph), found, expected, strict=True):
+            sure = (one - other).abs() <= 1e-4 * other.abs()
+            step, rounding = new[id(p)] - old[id(p)], 4 * torch.finfo(p.dtype).eps * old[id(p)].abs()
+            if not bool(((p.detach() - new[id(p)]).abs() <= 1e-2 * step.abs() + rounding)[sure].all()):
+                return False
+        return True
+
+    def _other_tensors(self, graph: Graph, eager: _Copy) -> str:
+        """Of what the graph writes to: that which is neither a parameter nor shows its gradient."""
+        leave_out = {id(t) for t in (*self.program.parameters(graph), *self.program.moments(graph))}
+        expected = {id(t): kept for t, kept in eager.tensors}
+        same = all(_close(t, expected[id(t)]) for t in graph.written if id(t) not in leave_out)
+        return "" if same else "its buffers are not those of the eager step"
+
+    def _copy(self) -> _Copy:
+        tensors = {id(t): t for t in self.program.state()}
+        for graph in self.graphs.values():
+            tensors.update((id(t), t) for t in graph.written)
+        return _Copy([(t, t.detach().clone()) for t in tensors.values()], self.program.save())
+
+    def _restore(self, copied: _Copy) -> None:
+        with torch.no_grad():
+            for tensor, before in copied.tensors:
+                tensor.copy_(before)
+        self.program.load(copied.python)
+
+    def _give_up(self, reason: str) -> None:
+        self.reason = reason
+        warnings.warn(f"{self.what}, not compiled: {reason}", NotCompiledWarning, stacklevel=_level_of_user())
+
+
+_GRADIENT = "its gradient is not that of the eager step"
+_MOST_NUMBERS = 2**24  # of inputs that are held to make calls again
+_MOST_FAILURES = 8
+
+
+def _near(found: Sequence[Tensor], expected: Sequence[Tensor], spread: Sequence[float] | None = None) -> bool:
+    if not expected:
+        return True
+    size = torch.stack([m.norm() for m in expected]).norm()
+    return all(
+        bool((one - other).norm() <= 1e-3 * other.norm() + 1e-4 * size + extra)  # 1e-4: of rounding errors alone
+        for one, other, extra in zip(found, expected, spread or [0.0] * len(expected), strict=True)
+    )
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    if not found.is_floating_point():
+        return torch.equal(found, expected)
+    return torch.allclose(found, expected, rtol=1e-3, atol=1e-5, equal_nan=True)
+
+
+def _level_of_user() -> int:
+    """How many frames above the caller the first one stands that is not of this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pyro_vae."):
+        frame, level = frame.f_back, level + 1
+    return level

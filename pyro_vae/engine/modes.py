@@ -1,0 +1,171 @@
+"""What is seen of a function while it is traced: values that Python takes of tensors, and gradients that it asks for."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["LossAsTensor", "UntraceableError", "ValueGuards", "untraced"]
+
+_aten = torch.ops.aten
+_READ_PAST_TORCH = {Tensor.tolist: "tolist()", Tensor.numpy: "numpy()", Tensor.__array__: "a conversion to NumPy"}
+_LIBRARIES = ("torch", "pyro", "opt_einsum", "contextlib", "functools")
+
+
+class UntraceableError(Exception):
+    """A function that cannot be traced, and why."""
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """What is done within is no part of the trace: the tensors made there are outside ones."""
+    with _disable_current_modes():
+        yield
+
+
+class LossAsTensor(TorchFunctionMode):
+    """Keeps the loss a tensor where Pyro makes a number of it, and notes what ``backward()`` is called on.
+
+    Args:
+        noted: gets the tensors on which ``backward()`` was called; their sum has the gradient.
+    """
+
+    def __init__(self, noted: list[Tensor]) -> None:
+        super().__init__()
+        self._noted = noted
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.item and args[0].is_floating_point() and _is_of_a_loss(sys._getframe(1)):
+            return args[0].detach()
+        if func is Tensor.backward:
+            self._noted.append(args[0])
+            return None
+        if func in _READ_PAST_TORCH:
+            raise UntraceableError(f"it reads a tensor's values by {_READ_PAST_TORCH[func]} ({line_of_user()})")
+        return func(*args, **(kwargs or {}))
+
+
+def _is_of_a_loss(frame: FrameType | None) -> bool:
+    """Whether the caller belongs to a loss, which adds numbers up, and not to a model, which may decide by them."""
+    from pyro.infer.elbo import ELBO
+
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == "torch":
+        frame = frame.f_back
+    if frame is None:
+        return False
+    name = frame.f_globals.get("__name__", "")
+    of_pyro = name.startswith("pyro.infer.") and name.split(".")[2] not in ("autoguide", "reparam", "mcmc")
+    return of_pyro or isinstance(frame.f_locals.get("self"), ELBO)
+
+
+class ValueGuards(TorchDispatchMode):
+    """Where Python takes the value of a tensor, or a shape depends on it, keeps this value and guards it.
+
+    The graph is that of the path taken. A guard is a tensor of one bool in it: whether the value is still the same.
+    Tensors from outside are copied before they are written to, for :meth:`restore`.
+
+    Attributes:
+        guards: the tensors.
+        lines: where in the user's code each value was taken.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.guards: list[Tensor] = []
+        self.lines: list[str] = []
+        self._made: dict[int, Any] = {}  # storages, which stay alive, by identity
+        self._before: list[tuple[Any, Any]] = []  # storages that were written to, and copies from before
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is _aten.native_batch_norm.default and args[3] is not None:  # writes to running means, and does not say so
+            func = _aten._native_batch_norm_legit.default
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if func._schema.is_mutable:
+            self._copy_outside(func, args, kwargs)
+        result = self._call(func, args, kwargs)
+        taken = {t.untyped_storage()._cdata for t in tensors}
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor) and (storage := t.untyped_storage())._cdata not in taken:
+                self._made[storage._cdata] = storage
+        return result
+
+    def _call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if func is _aten._local_scalar_dense.default:
+            with untraced():
+                value = args[0].item()
+            self._guard(args[0].isnan() if value != value else args[0] == value)
+            return value
+        if func is _aten.equal.default:
+            with untraced():
+                value = torch.equal(*args)
+            if args[0].shape == args[1].shape:
+                self._guard((args[0] == args[1]).all() == value)
+            return value
+        if func is _aten.nonzero.default:
+            return self._places(args[0])
+        if func is _aten.masked_select.default:
+            values, mask = torch.broadcast_tensors(*args)
+            return values[tuple(self._places(mask).unbind(1))]
+        if func in (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default):
+            places: list[Tensor | None] = []
+            for index in args[1]:
+                places.extend(self._places(index).unbind(1) if _is_mask(index) else [index])
+            return func(args[0], places, *args[2:], **kwargs)
+        if torch.Tag.dynamic_output_shape in func.tags or torch.Tag.data_dependent_output in func.tags:
+            raise UntraceableError(f"{func.name()} gives a shape or a number that depends on values ({line_of_user()})")
+        return func(*args, **kwargs)
+
+    def _places(self, mask: Tensor) -> Tensor:
+        with untraced():
+            nonzero = mask != 0
+            places = nonzero.nonzero()
+        self._guard(((mask != 0) == nonzero).all())
+        return places
+
+    def _guard(self, same: Tensor) -> None:
+        self.guards.append(same.detach())
+        self.lines.append(line_of_user())
+
+    def _copy_outside(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        for place, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            given = args[place] if place < len(args) else kwargs.get(argument.name)
+            for t in tree_leaves(given):
+                storage = t.untyped_storage() if isinstance(t, Tensor) else None
+                if storage is not None and storage._cdata not in self._made:
+                    self._made[storage._cdata] = storage
+                    with untraced():
+                        self._before.append((storage, storage.clone()))
+
+    def restore(self) -> None:
+        """Give the tensors from outside the values that they had before."""
+        for storage, before in self._before:
+            storage.copy_(before)
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+def line_of_user() -> str:
+    """The innermost line of a caller that is no library's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name.split(".")[0] not in _LIBRARIES and not name.startswith("pyro_vae.engine"):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name}"
+        frame = frame.f_back
+    return "not in the user's code"

@@ -1,0 +1,157 @@
+"""Calls of what Inductor has compiled, one or many in a row, without Python in between."""
+
+import ctypes
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Call", "Runner"]
+
+
+class Call(Protocol):
+    """A graph that can be called."""
+
+    def __call__(self, inputs: Sequence[Tensor], times: int = 1) -> tuple[int, list[float], list[Tensor]]:
+        """Call it so many times in a row with these tensors, or until a guard does not hold.
+
+        Returns:
+            The number of calls made; the vectors of all of them, one after the other; the other results of the last.
+        """
+
+
+class Runner:
+    """A compiled graph, called with tensors that it is given once.
+
+    Its first result is a vector of float64 whose first element says whether all guards held; a run ends at the first call
+    in which they did not.
+
+    Args:
+        entry: what Inductor has loaded, a function of its extension module.
+        outputs: number of results.
+        numbers: length of the first of them.
+    """
+
+    def __init__(self, entry: Any, outputs: int, numbers: int) -> None:
+        library = ctypes.PyDLL(entry.__self__.__file__)  # with Python's lock held, which the graph itself gives back
+        self._entry = ctypes.cast(getattr(library, _ENTRY), ctypes.c_void_p)
+        self._outputs = (ctypes.c_void_p * outputs)()
+        self.numbers = numbers
+        self._inputs = (ctypes.c_void_p * 0)()
+        self._held: list[Tensor] = []
+        self._places: list[int] = []
+
+    def take(self, inputs: Sequence[Tensor]) -> None:
+        """The tensors to call it with from now on; what they hold at each call is what counts."""
+        places = [t.data_ptr() for t in inputs]  # .data = may have put another storage into a tensor
+        if not self._held:
+            self._inputs = (ctypes.c_void_p * len(inputs))()
+            self._held, changed = [*inputs], [*range(len(inputs))]
+        elif places == self._places and all(map(operator.is_, inputs, self._held)):
+            return
+        else:
+            new = zip(inputs, places, strict=True)
+            old = zip(self._held, self._places, strict=True)
+            changed = [i for i, ((t, p), (s, q)) in enumerate(zip(new, old, strict=True)) if t is not s or p != q]
+        if changed:
+            capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([inputs[place].detach() for place in changed])
+            self._free(changed)
+            for place, capsule in zip(changed, capsules, strict=True):
+                self._inputs[place] = _pointer(capsule, None)
+                self._held[place] = inputs[place]
+            self._places = places
+
+    def __call__(self, times: int = 1) -> tuple[int, list[float], list[Tensor]]:
+        """Call it so many times in a row, or until a guard does not hold.
+
+        Returns:
+            The number of calls made; the numbers of each of them, one call after the other; the other results of the last.
+
+        Raises:
+            RuntimeError: torch's, of an operation in the graph.
+        """
+        values = (ctypes.c_double * (times * self.numbers))()
+        error = ctypes.create_string_buffer(2000)
+        made = _library().pyro_vae_run(
+            self._entry, self._inputs, len(self._inputs), self._outputs, len(self._outputs), times, self.numbers, values,
+            error, len(error),
+        )  # fmt: skip
+        if made < 0:
+            raise RuntimeError(error.value.decode(errors="replace"))
+        others = [_capsule(pointer, None, None) for pointer in self._outputs[1:]]
+        return made, values[: made * self.numbers], torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(others)
+
+    def _free(self, places: Any) -> None:
+        for place in places:
+            if self._inputs[place]:
+                _delete(self._inputs[place])
+                self._inputs[place] = None
+
+    def __del__(self) -> None:
+        self._free(range(len(self._inputs)))
+
+
+_ENTRY = "_Z19inductor_entry_implPP16AtenTensorOpaqueS1_"
+_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+_capsule = ctypes.pythonapi.PyCapsule_New
+_capsule.restype, _capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+
+# The graph takes over the handles that it is given, and makes those of its results.
+_SOURCE = """
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <vector>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+extern "C" int64_t pyro_vae_run(void (*entry)(AtenTensorHandle*, AtenTensorHandle*), AtenTensorHandle* inputs, int64_t ins,
+                                AtenTensorHandle* outputs, int64_t outs, int64_t times, int64_t numbers, double* values,
+                                char* error, int64_t room) {
+    std::vector<AtenTensorHandle> given(ins);
+    int64_t made = 0;
+    try {
+        while (made < times) {
+            for (int64_t i = 0; i < ins; ++i) aoti_torch_new_tensor_handle(inputs[i], &given[i]);
+            entry(given.data(), outputs);
+            void* found = nullptr;
+            aoti_torch_get_data_ptr(outputs[0], &found);
+            double* row = values + made * numbers;
+            std::memcpy(row, found, numbers * sizeof(double));
+            aoti_torch_delete_tensor_object(outputs[0]);
+            ++made;
+            if (made == times || row[0] == 0) break;
+            for (int64_t i = 1; i < outs; ++i) aoti_torch_delete_tensor_object(outputs[i]);
+        }
+    } catch (const std::exception& e) {
+        std::strncpy(error, e.what(), room - 1);
+        return -1;
+    } catch (...) {
+        return -1;
+    }
+    return made;
+}
+
+extern "C" void pyro_vae_delete(AtenTensorHandle tensor) { aoti_torch_delete_tensor_object(tensor); }
+"""
+
+
+@functools.cache
+def _library() -> Any:
+    from torch._inductor.codecache import CppCodeCache
+
+    library = ctypes.PyDLL(CppCodeCache.load(_SOURCE, device_type="cpu")._name)
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.pyro_vae_run.argtypes = [
+        pointer, pointer, number, pointer, number, number, number, pointer, ctypes.c_char_p, number,
+    ]  # fmt: skip
+    library.pyro_vae_run.restype = number
+    library.pyro_vae_delete.argtypes, library.pyro_vae_delete.restype = [pointer], None
+    return library
+
+
+def _delete(pointer: int) -> None:
+    _library().pyro_vae_delete(pointer)
