@@ -5,6 +5,7 @@ tensors is a zip as ``torch.save`` writes it, of tensors and plain values alone.
 is verified, which torch does not do, and no code in it is run (``weights_only=True``).
 """
 
+import json
 import os
 import pickle
 import tempfile
@@ -16,7 +17,7 @@ from typing import IO, Any
 
 import torch
 
-__all__ = ["CheckpointError", "check_writable", "read_tensors", "whole_file", "write_tensors"]
+__all__ = ["CheckpointError", "check_writable", "read_json", "read_tensors", "whole_file", "write_tensors"]
 
 
 class CheckpointError(ValueError):
@@ -74,6 +75,20 @@ def check_writable(folder: Path) -> None:
             stream.flush()
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written to ({error.strerror}). Make room, or name another.") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds.
+
+    Raises:
+        CheckpointError: missing, or damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Put it back, or train again.") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged, no JSON ({error}). Put it back, or train again.") from error
 
 
 def write_tensors(path: Path, content: dict[str, Any], *, durable: bool = True) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["main", "report", "train"]
+__all__ = ["experiment", "main", "report", "train"]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -192,6 +192,36 @@ def report(argv: Sequence[str], *, prog: str = "pyro-vae report") -> int:
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
 
     return _run(action, (), "nothing was written")
+
+
+def experiment(
+    options: type[Any],
+    action: Callable[[Any, Any], None],
+    description: str,
+    argv: Sequence[str] | None = None,
+    *,
+    lost: str = "nothing is lost of what the run folder holds",
+) -> int:
+    """The command of a script that is one experiment; the exit code.
+
+    Args:
+        options: a dataclass of its options (see :func:`pyro_vae._options.option`).
+        action: called with these options and with the signals that are handled.
+        description: of the script, for its help.
+        argv: its options; default: those of this process.
+        lost: what to say of a signal that ends it at once.
+    """
+    from pyro_vae._checks import SettingError
+    from pyro_vae._options import add_options
+
+    parser = _Parser(Path(sys.argv[0]).name, description)
+    add_options(parser, options)
+    given = vars(parser.parse_args(argv))
+    try:
+        chosen = options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    except SettingError as error:
+        parser.error(_named(error, (options,)))
+    return _run(lambda signals: action(chosen, signals), (options,), lost)
 
 
 def _named(error: Any, classes: Sequence[type]) -> str:
