@@ -93,8 +93,9 @@ def plot(rows: list[Row]) -> Figure:
             value = row["images_per_second"]
             error = [[value - low], [high - value]]
             axes.barh(place, value, xerr=error, color=colors.get(row["variant"], "lightgray"), ecolor="gray")
-            axes.text(500, place, f"{value:,.0f}", va="center", ha="left")
+            axes.text(high, place, f"  {value:,.0f}", va="center", ha="left")
         axes.set_yticks(range(len(part)), [row["variant"] for row in part])
+        axes.margins(x=0.3)  # room for the numbers
         axes.locator_params(axis="x", nbins=5)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel("images per second")

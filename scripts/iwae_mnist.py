@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package this script belongs to, installed or not
 
 import torch
+from iwae_table import PAPER, write_table
 from torch import nn
 
 import pyro_vae
@@ -60,8 +61,6 @@ from pyro_vae.training.records import format_record
 from pyro_vae.training.schedules import STAGES
 
 PRESET = "bernoulli-z50"
-# Table 1 of the paper, one stochastic layer, binarised MNIST: -log p(test) in nats.
-PAPER = {"vae-1": 86.76, "vae-5": 86.47, "vae-50": 86.35, "iwae-1": 86.76, "iwae-5": 85.54, "iwae-50": 84.78}
 MODELS = tuple(PAPER)
 GO_ON = "the same command goes on there"
 
@@ -205,34 +204,6 @@ def measure(options: Options, vae: VAE, run: Path, seconds: float, train: Data, 
         **{name: asdict(estimate) for name, estimate in figures.items()},
     }
     write_json(path, record)
-
-
-def write_table(out: Path) -> str:
-    """Markdown and JSON of all models measured in this folder, by this command or an earlier one; returns the Markdown."""
-    rows = {name: read_json(path) for name in PAPER if (path := out / name / "metrics.json").is_file()}
-    lines = [
-        "-log p(test) in nats per image by importance sampling, ± its standard error, of models that ran so many stages; "
-        "the paper ran all 8, 3,280 epochs, and had 5,000 draws per image.",
-        "",
-        "| model | k | stages | epochs | -ELBO | draws | -log p | paper's -log p | active units of 50 | training |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        model, k = name.split("-")
-        nll, elbo = row["log_marginal"], row["neg_elbo"]
-        cells = [
-            f"{model.upper()} | {k} | {row['stages']} of {STAGES} | {row['epochs']:,}",
-            f"{elbo['value']:.2f} ± {elbo['standard_error']:.3f}",
-            f"{row['importance_samples']:,} | {-nll['value']:.2f} ± {nll['standard_error']:.3f} | {row['paper'] or ''}",
-            f"{row['active_units']} | {row['training_seconds'] / 60:.0f} min",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    if "vae-1" in rows and "iwae-1" not in rows:
-        lines += ["", "IWAE with k = 1 is the VAE with k = 1."]
-    text = "\n".join(lines) + "\n"
-    (out / "table.md").write_text(text)
-    write_json(out / "table.json", rows)
-    return text
 
 
 def run(options: Options, signals: Signals) -> None:

@@ -494,6 +494,14 @@ def test_a_signal_ends_reproduce_and_its_script(mnist, tmp_path):
     assert not (tmp_path / "all" / "E-toy.json").exists()
 
 
+def test_pages_in_the_documentation_are_made_of_the_figures_beside_them():
+    pages = {"scoreboard": load_script("reproduce").markdown}
+    pages["benchmark-cpu"] = lambda found: load_script("benchmark_page").markdown(found["rows"], found, found["repeats"])
+    for name, markdown in pages.items():
+        figures = json.loads((ROOT / "docs" / f"{name}.json").read_text())
+        assert (ROOT / "docs" / f"{name}.md").read_text() == markdown(figures)
+
+
 def test_reproduce_without_mnist(tmp_path):
     result = script("reproduce.py", cwd=tmp_path, PYRO_VAE_DATA=str(tmp_path / "none"), **OFFLINE)
     assert result.returncode == 2
