@@ -17,7 +17,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from pyro_vae._checks import one_of
+from pyro_vae._checks import SettingError, one_of
 
 __all__ = ["Option", "add_options", "check_choices", "described", "flag_of", "option"]
 
@@ -31,7 +31,7 @@ class Option:
     Args:
         help: what it is, in a line.
         choices: the words that it may be; empty: any value of its type.
-        flag: on a command line; empty: made of the field's name.
+        flag: on a command line; empty: made of the field's name; without dashes: given by its place.
         metavar: what a command line shows for its value.
         default_text: what happens without it, in words, where the default value does not say so itself.
     """
@@ -63,7 +63,7 @@ def described(cls: Class) -> Class:
 
 
 def check_choices(settings: Any) -> None:
-    """Whether each option of a dataclass that has choices is one of them; or None, where that is its default.
+    """Whether each option of a dataclass that has choices is one, or some, of them; or None, where that is its default.
 
     Raises:
         SettingError: one is not.
@@ -71,7 +71,10 @@ def check_choices(settings: Any) -> None:
     for each, said in _options(type(settings)):
         value = getattr(settings, each.name)
         if said.choices and not (value is None and each.default is None):
-            one_of(each.name, value, said.choices)
+            if value == ():
+                raise SettingError(each.name, f"expected one or more of {', '.join(said.choices)}, found none.")
+            for word in value if isinstance(value, tuple) else (value,):
+                one_of(each.name, word, said.choices)
 
 
 def flag_of(cls: type, name: str) -> str:
@@ -100,17 +103,20 @@ def add_options(
     types = get_type_hints(cls)
     for each, said in _options(cls):
         known = None if defaults is None else defaults.get(each.name)
-        needed = each.default is MISSING and known is None
+        flag, needed = flag_of(cls, each.name), each.default is MISSING and known is None
         texts = [said.default_text, str(each.default) if known is None and not said.default_text else known or ""]
         default = "required" if needed else f"default: {'; '.join(text for text in texts if text)}"
         arguments: dict[str, Any] = {"dest": each.name, "default": argparse.SUPPRESS}
         arguments["help"] = f"{said.help} ({default})".replace("%", "%%")  # argparse fills in by %
         if types[each.name] is bool:
             arguments["action"] = "store_false" if each.default else "store_true"
+        elif not flag.startswith("-"):  # its choices are left to the dataclass: argparse looks for a missing one among them
+            del arguments["dest"]
+            arguments |= _value(types[each.name]) | {"metavar": flag}
         else:
             arguments |= _value(types[each.name]) | {"metavar": said.metavar, "required": needed}
             arguments["choices"] = (choices or {}).get(each.name) or said.choices or None
-        parser.add_argument(flag_of(cls, each.name), **arguments)
+        parser.add_argument(flag if flag.startswith("-") else each.name, **arguments)
 
 
 def _value(annotation: Any) -> dict[str, Any]:

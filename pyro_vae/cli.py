@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["main", "report", "train"]
+__all__ = ["experiment", "main", "report", "train"]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,10 +57,10 @@ def train(argv: Sequence[str], *, prog: str = "pyro-vae train", again: str = "")
 
 def _train(parser: _Parser, given: dict[str, Any], again: str) -> int:
     from pyro_vae._checks import SettingError
+    from pyro_vae._files import CheckpointError
     from pyro_vae.runs.presets import Settings
     from pyro_vae.runs.settings import RunSettings, TrainOptions, make_job
     from pyro_vae.runs.train import RunStoppedError, train_run
-    from pyro_vae.training.checkpoint import CheckpointError
 
     classes = (Settings, RunSettings, TrainOptions)
     try:
@@ -194,6 +194,36 @@ def report(argv: Sequence[str], *, prog: str = "pyro-vae report") -> int:
     return _run(action, (), "nothing was written")
 
 
+def experiment(
+    options: type[Any],
+    action: Callable[[Any, Any], None],
+    description: str,
+    argv: Sequence[str] | None = None,
+    *,
+    lost: str = "nothing is lost of what the run folder holds",
+) -> int:
+    """The command of a script that is one experiment; the exit code.
+
+    Args:
+        options: a dataclass of its options (see :func:`pyro_vae._options.option`).
+        action: called with these options and with the signals that are handled.
+        description: of the script, for its help.
+        argv: its options; default: those of this process.
+        lost: what to say of a signal that ends it at once.
+    """
+    from pyro_vae._checks import SettingError
+    from pyro_vae._options import add_options
+
+    parser = _Parser(Path(sys.argv[0]).name, description)
+    add_options(parser, options)
+    given = vars(parser.parse_args(argv))
+    try:
+        chosen = options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    except SettingError as error:
+        parser.error(_named(error, (options,)))
+    return _run(lambda signals: action(chosen, signals), (options,), lost)
+
+
 def _named(error: Any, classes: Sequence[type]) -> str:
     """A SettingError, its setting called as on the command line."""
     from pyro_vae._options import flag_of
@@ -211,9 +241,9 @@ def _run(action: Callable[[Any], None], classes: Sequence[type], lost: str) -> i
         lost: what to say of a signal that ends it at once.
     """
     from pyro_vae._checks import SettingError
+    from pyro_vae._files import CheckpointError
     from pyro_vae.data.dataset import DataError
     from pyro_vae.runs.signals import Signals
-    from pyro_vae.training.checkpoint import CheckpointError
     from pyro_vae.training.fit import NonFiniteError
 
     with Signals() as signals, warnings.catch_warnings():

@@ -5,81 +5,69 @@ The data are 2-D normal with correlation; the models see x1 and x2 as independen
 through the latent. Prints log p on held-out points and KL(true || model) for each, with errors, and makes the pictures.
 """
 
-import argparse
 import math
 import sys
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package this script belongs to, installed or not
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pyro_vae import (
     VAE,
-    CheckpointError,
     LearnedNormalLikelihood,
     MLPDecoder,
     MLPEncoder,
     NegativeDirectLogLikelihood,
     NegativeELBO,
-    NonFiniteError,
+    TrainingRecord,
+    cli,
     direct_log_marginal,
     evaluate,
     fit,
     log_marginal,
 )
+from pyro_vae._checks import number, whole_number
+from pyro_vae._options import option
 from pyro_vae.analysis import charts
 from pyro_vae.estimates.records import UnreliableEstimateWarning
 from pyro_vae.models.linear_gaussian import ENTROPY, LinearGaussian, sample, truth
 from pyro_vae.runs.folder import append_jsonl, new_run, save_weights, write_json
-from pyro_vae.training.records import TrainingRecord
+from pyro_vae.runs.settings import FolderOptions
+from pyro_vae.runs.signals import Signals
 
 LIMITS = (-2.5, 4.5, -3.0, 4.0)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--latent-dim", type=int, default=2, help="latent dimensions (default: %(default)s)")
-    add(
-        "--hidden", type=int, default=32, help="width of the hidden tanh layer of encoder and decoder (default: %(default)s)"
-    )
-    add("--num-mc", type=int, default=4, help="latent draws per point in the ELBO (default: %(default)s)")
-    add("--num-draws", type=int, default=256, help="draws from the prior in the direct fit (default: %(default)s)")
-    add("--epochs", type=int, default=20, help="passes over the 10,000 points, each fit (default: %(default)s)")
-    add("--batch-size", type=int, default=128, help="points per step (default: %(default)s)")
-    add("--lr", type=float, default=1e-3, help="Adam's learning rate (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of data, weights and noise (default: %(default)s)")
-    add("--out", type=Path, help="run folder (default: a new one, runs/gaussian2d-DATE-TIME)")
-    add("--overwrite", action="store_true", help="replace the earlier run that --out holds (default: refuse)")
-    add("--no-figures", action="store_true", help="skip the pictures (default: make them)")
-    args = parser.parse_args()
-    for name in ("latent_dim", "hidden", "num_mc", "num_draws", "epochs", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(args, name)}")
-    if not 0 < args.lr < math.inf:
-        parser.error(f"--lr: expected a positive number, found {args.lr}")
-    return args
+@dataclass(frozen=True)
+class Options(FolderOptions):
+    latent_dim: int = option(2, help="latent dimensions")
+    hidden: int = option(32, help="width of the hidden tanh layer of encoder and decoder")
+    num_mc: int = option(4, help="latent draws per point in the ELBO")
+    num_draws: int = option(256, help="draws from the prior in the direct fit")
+    epochs: int = option(20, help="passes over the 10,000 points, each fit")
+    batch_size: int = option(128, help="points per step")
+    lr: float = option(1e-3, help="Adam's learning rate")
+    seed: int = option(0, help="of data, weights and noise")
+
+    def __post_init__(self) -> None:
+        for name in ("latent_dim", "hidden", "num_mc", "num_draws", "epochs", "batch_size"):
+            whole_number(name, getattr(self, name))
+        number("lr", self.lr)
+        whole_number("seed", self.seed, minimum=0)
 
 
-def build_vae(args: argparse.Namespace) -> VAE:
-    shape: dict[str, Any] = {"event_shape": (2,), "latent_dim": args.latent_dim}
-    encoder = MLPEncoder(hidden=(args.hidden,), activation=nn.Tanh, **shape)
-    decoder = MLPDecoder(hidden=(args.hidden,), activation=nn.Tanh, outputs=2, **shape)  # mean and log-variance
+def build_vae(options: Options) -> VAE:
+    shape: dict[str, Any] = {"event_shape": (2,), "latent_dim": options.latent_dim}
+    encoder = MLPEncoder(hidden=(options.hidden,), activation=nn.Tanh, **shape)
+    decoder = MLPDecoder(hidden=(options.hidden,), activation=nn.Tanh, outputs=2, **shape)  # mean and log-variance
     return VAE(encoder, decoder, likelihood=LearnedNormalLikelihood(), **shape)
-
-
-def snapshots(epochs: int, count: int = 15) -> list[int]:
-    """Up to ``count`` epochs, dense at first, where the model changes fast; the last one among them."""
-    for points in range(count, 100 * count):
-        chosen = sorted({round(epochs ** (i / (points - 1))) for i in range(points)})
-        if len(chosen) >= min(count, epochs):
-            break
-    return chosen[-count:] if len(chosen) > count else chosen
 
 
 @torch.no_grad()
@@ -106,65 +94,57 @@ def row(log_p: Tensor, exact: Tensor, sampling_error: float, **more: Any) -> dic
     }
 
 
-def make_figures(
-    args: argparse.Namespace,
-    out: Path,
-    train: Tensor,
-    vae: VAE,
-    direct: VAE,
-    panels: dict[str, Any],
-    history: list[TrainingRecord],
-    losses: dict[str, list[TrainingRecord]],
-) -> None:
-    """All pictures of the run, into its folder."""
+def figures_of(options: Options, train: Tensor, vae: VAE, direct: VAE, panels: dict[str, Any]) -> dict[str, Any]:
+    """Samples of the models beside the truth."""
+
+    def beside_truth(samples: dict[str, Any], columns: int, title: str) -> Any:
+        return charts.density_panels(samples, log_density, columns=columns, limits=LIMITS, title=title)
 
     def log_density(points: Any) -> Any:
         return truth().log_prob(torch.as_tensor(points)).numpy()
 
-    def density_panels(samples: dict[str, Any], columns: int, title: str) -> Any:
-        return charts.density_panels(samples, log_density, columns=columns, limits=LIMITS, title=title)
-
-    torch.manual_seed(args.seed)
+    torch.manual_seed(options.seed)
     rows = {"truth": train, "VAE": draw(vae, 10_000), "direct fit, redrawn": draw(direct, 10_000)}
-    with_noise = {"samples of the VAE": rows["VAE"], "its decoder's means, without noise": draw(vae, 10_000, noise=False)}
-    steps = [record.step for record in history]
-    lines = {"VAE: train -ELBO": (steps, [r.train["neg_elbo"] for r in history])}
-    lines["VAE: validation -ELBO"] = (steps, [r.test["neg_elbo"] for r in history if r.test is not None])
-    lines |= {f"direct fit, {name}: train -log p": (steps, [r.train["loss"] for r in h]) for name, h in losses.items()}
-    caption = "Losses: means over each epoch, against the step"
-    figures = {
-        "densities": density_panels(rows, 3, "Samples (blue) under the true density's contours (red)"),
-        "training": density_panels(panels, 4, "Samples of the VAE as training goes on"),
-        "noise": density_panels(with_noise, 2, "What the decoder's noise adds"),
-        "losses": charts.curves(
-            lines, xlabel="step", ylabel="nats per point", title=caption, level=("entropy of the truth", ENTROPY)
-        ),
+    noise = {"samples of the VAE": rows["VAE"], "its decoder's means, without noise": draw(vae, 10_000, noise=False)}
+    return {
+        "densities": beside_truth(rows, 3, "Samples (blue) under the true density's contours (red)"),
+        "training": beside_truth(panels, 4, "Samples of the VAE as training goes on"),
+        "noise": beside_truth(noise, 2, "What the decoder's noise adds"),
     }
-    for name, figure in figures.items():
-        figure.savefig(out / "figures" / f"{name}.png")
 
 
-def run(args: argparse.Namespace) -> None:
+def losses_figure(history: list[TrainingRecord], direct: dict[str, list[TrainingRecord]]) -> Any:
+    steps = [record.step for record in history]
+    lines = {
+        "VAE: train -ELBO": (steps, [record.train["neg_elbo"] for record in history]),
+        "VAE: validation -ELBO": (steps, [record.test["neg_elbo"] for record in history if record.test is not None]),
+        **{f"direct fit, {name}: train -log p": (steps, [r.train["loss"] for r in each]) for name, each in direct.items()},
+    }
+    title, level = "Losses: means over each epoch, against the step", ("entropy of the truth", ENTROPY)
+    return charts.curves(lines, xlabel="step", ylabel="nats per point", title=title, level=level)
+
+
+def run(options: Options, signals: Signals) -> None:
     torch.set_num_threads(1)  # the matrices are too small for more: threads would only wait for one another
-    out = new_run(args.out, name="gaussian2d", overwrite=args.overwrite)
-    write_json(out / "config.json", {key: str(value) if key == "out" else value for key, value in vars(args).items()})
+    out = new_run(options.out, name="gaussian2d", overwrite=options.overwrite)
+    write_json(out / "config.json", options.to_json())
     start = time.perf_counter()
-    train, test = sample(10_000, seed=args.seed), sample(10_000, seed=args.seed + 1)
+    train, test = sample(10_000, seed=options.seed), sample(10_000, seed=options.seed + 1)
     exact = truth().log_prob(test.double())
-    torch.manual_seed(args.seed)
+    torch.manual_seed(options.seed)
 
-    vae = build_vae(args)
-    shown = snapshots(args.epochs)
+    vae = build_vae(options)
+    shown = np.geomspace(1, options.epochs, 15).round()  # dense at first, where the model changes fast
     panels = {"truth": train.numpy()}
 
     def on_record(record: TrainingRecord) -> None:
         append_jsonl(out / "metrics.jsonl", record.to_json())
         if record.epoch in shown:
-            torch.manual_seed(args.seed)
+            torch.manual_seed(options.seed)
             panels[f"epoch {record.epoch}"] = draw(vae, 10_000).numpy()
 
-    training: dict[str, Any] = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
-    objective = NegativeELBO(vae, num_particles=args.num_mc)
+    training = {name: getattr(options, name) for name in ("epochs", "batch_size", "lr", "seed")}
+    objective = NegativeELBO(vae, num_particles=options.num_mc)
     history = fit(objective, train, test=test, on_record=on_record, verbose=False, **training)
     save_weights(out, vae)
     print(f"VAE fitted in {time.perf_counter() - start:.0f} s", flush=True)
@@ -172,12 +152,12 @@ def run(args: argparse.Namespace) -> None:
     direct: dict[str, VAE] = {}
     losses = {}
     for name, redraw in (("fixed draws", False), ("redrawn", True)):
-        direct[name] = build_vae(args)
-        direct_objective = NegativeDirectLogLikelihood(direct[name], num_draws=args.num_draws, redraw=redraw)
+        direct[name] = build_vae(options)
+        direct_objective = NegativeDirectLogLikelihood(direct[name], num_draws=options.num_draws, redraw=redraw)
         losses[name] = fit(direct_objective, train, verbose=False, **training)
-        print(f"direct fit, {args.num_draws} {name}: {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"direct fit, {options.num_draws} {name}: {time.perf_counter() - start:.0f} s", flush=True)
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(options.seed)
     table = {"truth": row(exact, exact, 0.0)}
     table["normal, full covariance (ML)"] = row(
         LinearGaussian.fit(train.double(), latent_dim=1).marginal().log_prob(test.double()), exact, 0.0
@@ -185,14 +165,14 @@ def run(args: argparse.Namespace) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreliableEstimateWarning)  # told below the table
         estimate = log_marginal(vae.model, vae.guide, test, num_samples=300)
-    elbo = evaluate(vae, test, num_samples=20, seed=args.seed)["neg_elbo"]
+    elbo = evaluate(vae, test, num_samples=20, seed=options.seed)["neg_elbo"]
     table["VAE"] = row(estimate.value, exact, estimate.mean.standard_error, elbo=-elbo.value, elbo_error=elbo.standard_error)
     for name, model in direct.items():
         by_prior = direct_log_marginal(model, test, num_samples=10_000)
-        table[f"direct fit, {args.num_draws} {name}"] = row(by_prior.value, exact, by_prior.mean_error)
+        table[f"direct fit, {options.num_draws} {name}"] = row(by_prior.value, exact, by_prior.mean_error)
 
     seconds = time.perf_counter() - start
-    write_json(out / "metrics.json", {"entropy": ENTROPY, "seconds": seconds, "seed": args.seed, "table": table})
+    write_json(out / "metrics.json", {"entropy": ENTROPY, "seconds": seconds, "seed": options.seed, "table": table})
     print(f"\nexpected log p under the truth: {-ENTROPY:.6f} nats; below, on 10,000 held-out points")
     print(f"{'':34s} {'log p':>18s} {'ELBO':>18s} {'KL(true || model)':>19s}")
     for name, r in table.items():
@@ -204,20 +184,12 @@ def run(args: argparse.Namespace) -> None:
     if unreliable := estimate.mean.unreliable:
         print(f"The VAE's log p: Pareto k says that the error of {unreliable:,} points is too small.")
 
-    if not args.no_figures:
-        make_figures(args, out, train, vae, direct["redrawn"], panels, history, losses)
+    if options.figures:
+        figures = figures_of(options, train, vae, direct["redrawn"], panels)
+        for name, figure in {**figures, "losses": losses_figure(history, losses)}.items():
+            figure.savefig(out / "figures" / f"{name}.png")
     print(f"\ndone in {time.perf_counter() - start:.0f} s; everything is in {out}")
 
 
-def main() -> int:
-    args = parse_arguments()
-    try:
-        run(args)
-    except (CheckpointError, NonFiniteError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.experiment(Options, run, __doc__))

@@ -10,18 +10,17 @@ All stages are one training, whose moments and counts of Adam go on from stage t
 later call with more goes on. So does a run that was stopped or killed: give the same command again.
 """
 
-import argparse
-import json
 import sys
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package this script belongs to, installed or not
 
 import torch
+from iwae_table import PAPER, write_table
 from torch import nn
 
 import pyro_vae
@@ -30,15 +29,19 @@ from pyro_vae import (
     CheckpointError,
     Checkpoints,
     Data,
-    DataError,
-    NonFiniteError,
+    TrainingRecord,
     TrainingStoppedError,
+    cli,
     evaluate,
     fit,
     load_data,
     load_preset,
 )
+from pyro_vae._checks import SettingError, whole_number
+from pyro_vae._files import check_writable, read_json
+from pyro_vae._options import check_choices, option
 from pyro_vae.analysis import latent
+from pyro_vae.data.builtin import DATASETS
 from pyro_vae.estimates.records import UnreliableEstimateWarning
 from pyro_vae.runs.folder import (
     append_jsonl,
@@ -51,44 +54,36 @@ from pyro_vae.runs.folder import (
     write_jsonl,
 )
 from pyro_vae.runs.presets import Settings
+from pyro_vae.runs.settings import DataOptions
 from pyro_vae.runs.signals import Signals
 from pyro_vae.training.fit import PRECISIONS
-from pyro_vae.training.records import TrainingRecord, format_record
+from pyro_vae.training.records import format_record
 from pyro_vae.training.schedules import STAGES
 
 PRESET = "bernoulli-z50"
-# Table 1 of the paper, one stochastic layer, binarised MNIST: -log p(test) in nats.
-PAPER = {"vae-1": 86.76, "vae-5": 86.47, "vae-50": 86.35, "iwae-1": 86.76, "iwae-5": 85.54, "iwae-50": 84.78}
+MODELS = tuple(PAPER)
+GO_ON = "the same command goes on there"
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    models = list(PAPER)
-    add("models", nargs="*", metavar="MODEL", help=f"of {', '.join(models)} (default: all; iwae-1 is vae-1, run once)")
-    add("--stages", type=int, default=STAGES, help="stages of the schedule, 1 to 8 (default: %(default)s)")
-    add("--out", type=Path, default=Path("runs/iwae"), help="folder of a run per model and the table (default: %(default)s)")
-    add(
-        "--importance-samples",
-        type=int,
-        default=5000,
-        help="draws per image for log p(test), at least 25 (default: %(default)s)",
+@dataclass(frozen=True)
+class Options(DataOptions):
+    models: tuple[str, ...] = option(
+        MODELS, help=f"of {', '.join(MODELS)}", choices=MODELS, flag="MODEL", default_text="all; iwae-1 is vae-1, run once"
     )
-    add("--images", type=int, default=10_000, help="test images for it, the first ones (default: %(default)s)")
-    add("--precision", choices=PRECISIONS, default="highest", help="of matrix products in training (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of weights, data order and noise (default: %(default)s)")
-    add("--dataset", default="mnist", choices=("mnist", "fashion-mnist", "kmnist", "digits"), help="(default: %(default)s)")
-    add("--data-dir", help="folder that holds MNIST/raw (default: $PYRO_VAE_DATA, else ~/.cache/pyro_vae)")
-    args = parser.parse_args(argv)
-    if unknown := set(args.models) - set(models):
-        parser.error(f"MODEL: expected {', '.join(models)}, found {', '.join(sorted(unknown))}")
-    args.models = [name for name in models if name in (args.models or models)]
-    if not 1 <= args.stages <= STAGES:
-        parser.error(f"--stages: expected 1 to {STAGES}, found {args.stages}")
-    for name, least in (("importance_samples", 25), ("images", 1), ("seed", 0)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')}: expected at least {least}, found {getattr(args, name)}")
-    return args
+    dataset: str = option("mnist", help="data", choices=DATASETS[1:])
+    stages: int = option(STAGES, help=f"stages of the schedule, 1 to {STAGES}")
+    out: Path = option(Path("runs/iwae"), help="folder of a run per model and the table")
+    importance_samples: int = option(5000, help="draws per image for log p(test), at least 25")
+    images: int = option(10_000, help="test images for it, the first ones")
+    precision: str = option("highest", help="of matrix products in training", choices=PRECISIONS)
+    seed: int = option(0, help="of weights, data order and noise")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name, least in (("stages", 1), ("importance_samples", 25), ("images", 1), ("seed", 0)):
+            whole_number(name, getattr(self, name), minimum=least)
+        if self.stages > STAGES:
+            raise SettingError("stages", f"expected 1 to {STAGES}, found {self.stages}.")
 
 
 def build(train: Data) -> VAE:
@@ -106,19 +101,14 @@ def build(train: Data) -> VAE:
 
 
 def epochs_of(stages: int) -> int:
-    """How long the first stages are, all together."""
+    """Of the first stages, all together."""
     return (3**stages - 1) // 2
 
 
-def stage_of(epoch: int) -> int:
-    """The stage that an epoch, from 1 on, belongs to."""
-    return next(stage for stage in range(1, STAGES + 1) if epoch <= epochs_of(stage))
-
-
-def open_run(args: argparse.Namespace, name: str, train: Data, settings: Settings) -> Path:
-    """The folder of a new run, or of one that goes on, where it is of the same kind and settings."""
-    run = args.out / name
-    asked = {"script": "iwae_mnist", "dataset": train.name, "seed": args.seed, "precision": args.precision}
+def open_run(options: Options, run: Path, train: Data, settings: Settings) -> dict[str, Any] | None:
+    """Open the folder of a new run, or of one of the same settings that goes on; the checkpoint that it goes on from."""
+    asked = {"script": "iwae_mnist", "dataset": train.name, "seed": options.seed, "precision": options.precision}
+    state = None
     if (run / "config.json").is_file():
         reopen_run(run)
         kept = read_config(run)[2]
@@ -129,80 +119,85 @@ def open_run(args: argparse.Namespace, name: str, train: Data, settings: Setting
                 f"{run}: a run of an earlier version, whose stages were trainings of their own. Expected one training of "
                 "all stages, and it cannot go on as that. Name another --out."
             )
+        state = Checkpoints(run / "checkpoints").load()
     else:
-        new_run(run, name=name)
+        new_run(run, name=run.name)
+    history = state["progress"]["history"] if state else []
+    if history and history[-1]["epoch"] > epochs_of(options.stages):
+        raise CheckpointError(
+            f"{run}: {history[-1]['epoch']:,} epochs were made, and the stages asked for have only "
+            f"{epochs_of(options.stages):,}. Ask for more --stages, or name another --out."
+        )
     versions = {"pyro_vae": pyro_vae.__version__, "torch": torch.__version__}
     provenance = {**asked, "threads": torch.get_num_threads(), "versions": versions}
     write_config(run, settings, event_shape=tuple(train.event_shape), **provenance)
-    return run
+    write_jsonl(run / "metrics.jsonl", history)  # without what a killed process has added after its last checkpoint
+    return state
 
 
-def train_stages(args: argparse.Namespace, name: str, train: Data, signals: Signals) -> tuple[VAE, Path, float]:
-    """All stages that are asked for, in one training; the model after the last one, its folder, seconds in all stages."""
+def train_stages(options: Options, name: str, train: Data, signals: Signals) -> tuple[VAE, float]:
+    """All stages that are asked for, in one training; the model after the last one, and seconds in all of them."""
     model, k = name.split("-")
     objective = "iwae" if model == "iwae" and k != "1" else "trace"  # with one draw, the bound is the ELBO
-    settings = load_preset(PRESET, objective=objective, particles=int(k), epochs=epochs_of(args.stages))
-    torch.manual_seed(args.seed)
+    settings = load_preset(PRESET, objective=objective, particles=int(k), epochs=epochs_of(options.stages))
+    torch.manual_seed(options.seed)
     vae = build(train)
-    run = open_run(args, name, train, settings)
-    checkpoints = Checkpoints(run / "checkpoints")
-    state = checkpoints.load()
-    log = run / "metrics.jsonl"
-    history = state["progress"]["history"] if state else []
-    if history and history[-1]["epoch"] > epochs_of(args.stages):
-        raise CheckpointError(
-            f"{run}: {history[-1]['epoch']:,} epochs were made, and the stages asked for have only "
-            f"{epochs_of(args.stages):,}. Ask for more --stages, or name another --out."
-        )
-    write_jsonl(log, history)  # without what a killed process has added after its last checkpoint
+    run = options.out / name
+    state = open_run(options, run, train, settings)
     if state:
         print(f"{name}: going on after step {state['progress']['step']:,}", flush=True)
 
     def on_record(record: TrainingRecord) -> None:
-        append_jsonl(log, record.to_json())
+        append_jsonl(run / "metrics.jsonl", record.to_json())
         save_weights(run, vae, durable=False)
-        stage = stage_of(record.epoch)
+        stage = next(stage for stage in range(1, STAGES + 1) if record.epoch <= epochs_of(stage))
         if (record.epoch - epochs_of(stage - 1)) % max(1, 3 ** (stage - 1) // 9) == 0:
             print(f"{name} stage {stage}  {format_record(record)}  {record.timing['seconds']:.1f} s", flush=True)
 
-    with signals.awaited():
-        records = fit(
-            settings.build_objective(vae),
-            train,
-            seed=args.seed,
-            compile=True,
-            precision=args.precision,
-            on_record=on_record,
-            checkpoints=checkpoints,
-            resume=state,
-            stop=signals.came,
-            verbose=False,
-            **settings.training(),
-        )
+    try:
+        with signals.awaited():
+            records = fit(
+                settings.build_objective(vae),
+                train,
+                seed=options.seed,
+                compile=True,
+                precision=options.precision,
+                on_record=on_record,
+                checkpoints=Checkpoints(run / "checkpoints"),
+                resume=state,
+                stop=signals.came,
+                verbose=False,
+                **settings.training(),
+            )
+    except TrainingStoppedError as stopped:
+        raise KeyboardInterrupt(f"{stopped}; {GO_ON}") from None
+    if signals.came():
+        raise KeyboardInterrupt(f"stopped after the last step; {GO_ON}")
     save_weights(run, vae)
-    return vae.eval(), run, sum(record.timing["seconds"] + record.timing["compile_seconds"] for record in records)
+    return vae.eval(), sum(record.timing["seconds"] + record.timing["compile_seconds"] for record in records)
 
 
-def measure(args: argparse.Namespace, vae: VAE, run: Path, seconds: float, train: Data, test: Data) -> None:
+def measure(options: Options, vae: VAE, run: Path, seconds: float, train: Data, test: Data) -> None:
     """-log p(test) with its error, the ELBO, and active units into the run's metrics.json, unless they are there already."""
-    images = min(args.images, len(test))
-    asked = {"dataset": train.name, "stages": args.stages, "importance_samples": args.importance_samples, "images": images}
+    images = min(options.images, len(test))
+    asked: dict[str, Any] = {"dataset": train.name, "stages": options.stages}
+    asked |= {"importance_samples": options.importance_samples, "images": images}
     path = run / "metrics.json"
     if path.is_file():
-        kept: dict[str, Any] = json.loads(path.read_text())
+        kept = read_json(path)
         if all(kept.get(key) == value for key, value in asked.items()):
             return
     start = time.perf_counter()
     part = test.subset(slice(images))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnreliableEstimateWarning)  # the record says how many
-        figures = evaluate(vae, part, importance_samples=args.importance_samples, seed=args.seed)
+        figures = evaluate(vae, part, importance_samples=options.importance_samples, seed=options.seed)
     record = {
         **asked,
         "paper": PAPER[run.name] if train.name == "mnist" else None,
-        "epochs": epochs_of(args.stages),
+        "epochs": epochs_of(options.stages),
         "binarization": "dynamic",
-        "seed": args.seed,
+        "seed": options.seed,
         "training_seconds": seconds,
         "evaluation_seconds": time.perf_counter() - start,
         "active_units": int(latent.active_units(vae, train).sum()),
@@ -211,60 +206,17 @@ def measure(args: argparse.Namespace, vae: VAE, run: Path, seconds: float, train
     write_json(path, record)
 
 
-def write_table(out: Path) -> str:
-    """Markdown and JSON of all models measured in this folder, by this command or an earlier one; returns the Markdown."""
-    rows = {name: json.loads(path.read_text()) for name in PAPER if (path := out / name / "metrics.json").is_file()}
-    lines = [
-        "-log p(test) in nats per image by importance sampling, ± its standard error, of models that ran so many stages; "
-        "the paper ran all 8, 3,280 epochs, and had 5,000 draws per image.",
-        "",
-        "| model | k | stages | epochs | -ELBO | draws | -log p | paper's -log p | active units of 50 | training |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        model, k = name.split("-")
-        nll, elbo = row["log_marginal"], row["neg_elbo"]
-        cells = [
-            f"{model.upper()} | {k} | {row['stages']} of {STAGES} | {row['epochs']:,}",
-            f"{elbo['value']:.2f} ± {elbo['standard_error']:.3f}",
-            f"{row['importance_samples']:,} | {-nll['value']:.2f} ± {nll['standard_error']:.3f} | {row['paper'] or ''}",
-            f"{row['active_units']} | {row['training_seconds'] / 60:.0f} min",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    if "vae-1" in rows and "iwae-1" not in rows:
-        lines += ["", "IWAE with k = 1 is the VAE with k = 1."]
-    text = "\n".join(lines) + "\n"
-    (out / "table.md").write_text(text)
-    write_json(out / "table.json", rows)
-    return text
-
-
-def run(args: argparse.Namespace, signals: Signals) -> None:
-    train, test = load_data(args.dataset, data_dir=args.data_dir, binarization="dynamic")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{args.out}: cannot be made ({error.strerror}). Name another --out.") from error
-    models = [name for name in args.models if name != "iwae-1" or "vae-1" not in args.models]
-    for name in models:
-        measure(args, *train_stages(args, name, train, signals), train, test)
-        table = write_table(args.out)
-    print(f"\n{table}\nin {args.out / 'table.md'} and {args.out / 'table.json'}")
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    with Signals() as signals:
-        try:
-            run(args, signals)
-        except (CheckpointError, DataError, NonFiniteError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except (KeyboardInterrupt, TrainingStoppedError) as stopped:
-            print(f"{signals.name}: {stopped or 'stopped'}; the same command goes on there", file=sys.stderr)
-            return 128 + (signals.number or 2)
-    return 0
+def run(options: Options, signals: Signals) -> None:
+    train, test = load_data(options.dataset, data_dir=options.data_dir, binarization="dynamic")
+    check_writable(options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in PAPER:
+        if name in options.models and not (name == "iwae-1" and "vae-1" in options.models):
+            vae, seconds = train_stages(options, name, train, signals)
+            measure(options, vae, options.out / name, seconds, train, test)
+            table = write_table(options.out)
+    print(f"\n{table}\nin {options.out / 'table.md'} and {options.out / 'table.json'}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.experiment(Options, run, __doc__, lost=f"stopped; {GO_ON}"))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 # One thread, since two tests run side by side; in the processes that tests start too. OMP_NUM_THREADS=4 pytest: four.
@@ -56,7 +57,10 @@ class Malicious:
 
 def load_script(name):
     """A script as a module, in this process, which spares the imports."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "scripts" / f"{name}.py")
+    folder = Path(__file__).parents[1] / "scripts"
+    if str(folder) not in sys.path:  # where a script's own parts are found
+        sys.path.append(str(folder))
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

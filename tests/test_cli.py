@@ -294,15 +294,16 @@ def test_options_of_every_type():
         sizes: tuple[int, ...] = option((1,), help="how large")
         rate: float | None = option(None, help="how fast, at most 2 %", default_text="never", flag="--speed")
         kind: str = option("a", help="which", choices=("a", "b"))
+        parts: tuple[str, ...] = option((), help="what", flag="PART")
         loud: bool = option(False, help="say it")
         pictures: bool = option(True, help="skip them")
 
     parser = argparse.ArgumentParser(prog="few")
     add_options(parser, Few, choices={"kind": ("a",)}, defaults={"rate": "1 for some"})
     line = ["--place", "x", "--sizes", "2", "3", "--speed", "0.5", "--kind", "a", "--loud", "--no-pictures"]
-    given = vars(parser.parse_args(line))
+    given = vars(parser.parse_args(["q", "r", *line]))
     assert given == {
-        "place": Path("x"), "sizes": [2, 3], "rate": 0.5, "kind": "a", "loud": True, "pictures": False
+        "place": Path("x"), "sizes": [2, 3], "rate": 0.5, "kind": "a", "parts": ["q", "r"], "loud": True, "pictures": False
     }  # fmt: skip
     assert vars(parser.parse_args(["--place", "x"])) == {"place": Path("x")}  # no more than was given
     text = " ".join(parser.format_help().split())

@@ -22,7 +22,7 @@ from torch import nn
 
 import pyro_vae
 import pyro_vae.runs.train
-from pyro_vae import Autoencoder, Checkpoints, load_run
+from pyro_vae import Autoencoder, Checkpoints, cli, load_run
 from pyro_vae.runs.folder import read_records
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -337,6 +337,26 @@ def test_help_says_every_default(tmp_path):
 # --- the other scripts ---
 
 
+WRONG = {
+    "gaussian2d": ["--lr", "nan", "--lr: expected a positive number, found nan."],
+    "direct_mnist": ["--importance-samples", "3", "--importance-samples: expected a whole number >= 25, found 3."],
+    "autoencoders_mnist": ["--steps", "0", "--steps: expected a whole number >= 1, found 0."],
+    "iwae_mnist": ["vae-7", "MODEL: expected one of vae-1, vae-5, vae-50, iwae-1, iwae-5, iwae-50, found 'vae-7'."],
+    "reproduce": ["--systems", "--systems: expected one or more of A, B, C, D, E, found none."],
+    "benchmark": ["--repeats", "0", "--repeats: expected a whole number >= 1, found 0."],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_option_of_a_script_is_told_in_one_line(name, capsys):
+    module, (*arguments, message) = load_script(name), WRONG[name]
+    with pytest.raises(SystemExit) as exited:
+        cli.experiment(module.Options, module.run, module.__doc__, arguments)
+    assert exited.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"error: {message}")
+
+
 def test_gaussian2d_short(tmp_path):
     result = script("gaussian2d.py", "--epochs", 3, "--out", "toy", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -433,7 +453,7 @@ def test_autoencoders_mnist_on_digits(tmp_path):
     (tmp_path / "both" / "autoencoder-z2" / "config.json").write_text("[")
     damaged = script("autoencoders_mnist.py", *options, "--no-figures", cwd=tmp_path)
     assert damaged.returncode == 2
-    assert "no config.json that can be read" in damaged.stderr
+    assert re.search(r"^error: .*autoencoder-z2/config.json: not the config of a run", damaged.stderr, re.MULTILINE)
     assert "Traceback" not in damaged.stderr
 
 
@@ -463,6 +483,25 @@ def test_reproduce_quick_lands_on_the_published_early_epochs(mnist, tmp_path):
     assert re.search(r"train -ELBO, epoch 2 +200 .*OUTSIDE", again.stdout)
 
 
+@pytest.mark.slow
+def test_a_signal_ends_reproduce_and_its_script(mnist, tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), "--systems", "E", "--out", "all"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        code, err = signalled(process, "    VAE fitted", signal.SIGTERM)
+    assert code == 143
+    assert err == "SIGTERM: the systems that are done will not be run again\n"
+    assert (tmp_path / "all" / "E-toy.log").read_text().splitlines()[-1].startswith("SIGTERM: ")  # it did not go on alone
+    assert not (tmp_path / "all" / "E-toy.json").exists()
+
+
+def test_pages_in_the_documentation_are_made_of_the_figures_beside_them():
+    pages = {"scoreboard": load_script("reproduce").markdown}
+    pages["benchmark-cpu"] = lambda found: load_script("benchmark_page").markdown(found["rows"], found, found["repeats"])
+    for name, markdown in pages.items():
+        figures = json.loads((ROOT / "docs" / f"{name}.json").read_text())
+        assert (ROOT / "docs" / f"{name}.md").read_text() == markdown(figures)
+
+
 def test_reproduce_without_mnist(tmp_path):
     result = script("reproduce.py", cwd=tmp_path, PYRO_VAE_DATA=str(tmp_path / "none"), **OFFLINE)
     assert result.returncode == 2
@@ -483,8 +522,8 @@ def test_benchmark_on_digits(tmp_path):
 @pytest.mark.parametrize("draws", [1, 3])
 def test_benchmark_of_all_ways_to_train(draws, digits, traced):
     """Each way in the benchmark makes its steps, on the same data."""
-    benchmark = load_script("benchmark")
-    ways = benchmark.ways_to_train(digits[0], batch_size=16, draws=draws, hidden=8, steps=2, only=())
+    benchmark, measured = load_script("benchmark"), load_script("benchmark_ways")
+    ways = measured.ways_to_train(measured.Case(digits[0], batch_size=16, draws=draws, hidden=8, steps=2))
     rows = benchmark.rows_of(benchmark.measure(ways, 1), 32, case="training", precision="highest", batch_size=16)
     assert len(rows) >= 7  # NumPyro may be there or not
     assert all(row["images_per_second"] > 0 for row in rows)
@@ -498,7 +537,7 @@ def test_iwae_in_stages(digits, tmp_path, traced, capsys):
     few = ["--dataset", "digits", "--images", "20", "--importance-samples", "25"]
 
     def run(out, *arguments):
-        return iwae.main([*arguments, *few, "--out", str(tmp_path / out)])
+        return cli.experiment(iwae.Options, iwae.run, "", [*arguments, *few, "--out", str(tmp_path / out)])
 
     assert run("a", "vae-1", "--stages", "1") == 0
     assert run("a", "vae-1", "--stages", "2") == 0

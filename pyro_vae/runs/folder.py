@@ -16,10 +16,10 @@ import torch
 from filelock import FileLock, Timeout
 
 from pyro_vae._checks import shape, usable_device
+from pyro_vae._files import CheckpointError, check_writable, read_tensors, whole_file, write_tensors
 from pyro_vae.models.autoencoder import Autoencoder
 from pyro_vae.models.vae import VAE
 from pyro_vae.runs.presets import Settings
-from pyro_vae.training.checkpoint import CheckpointError, check_writable, read_tensors, whole_file, write_tensors
 from pyro_vae.training.records import TrainingRecord
 
 __all__ = [

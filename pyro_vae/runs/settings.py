@@ -2,21 +2,31 @@
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pyro_vae._checks import SettingError, number, whole_number
+from pyro_vae._files import CheckpointError
 from pyro_vae._options import check_choices, described, option
 from pyro_vae.data.builtin import DATASETS
 from pyro_vae.runs.folder import read_config
 from pyro_vae.runs.presets import PRESETS, Settings, load_preset
-from pyro_vae.training.checkpoint import CheckpointError
 from pyro_vae.training.fit import PRECISIONS
 
-__all__ = ["COMPILE", "VAES", "Job", "MeasureOptions", "RunSettings", "TrainOptions", "make_job"]
+__all__ = [
+    "COMPILE",
+    "VAES",
+    "DataOptions",
+    "FolderOptions",
+    "Job",
+    "MeasureOptions",
+    "RunSettings",
+    "TrainOptions",
+    "make_job",
+]
 
 COMPILE = {"auto": None, "always": True, "never": False}
 VAES = {name: settings for name, settings in PRESETS.items() if settings.likelihood != "none"}
@@ -93,12 +103,33 @@ class RunSettings:
 
 @described
 @dataclass(frozen=True)
-class MeasureOptions:
-    """Where figures are computed, and how many draws they take."""
+class DataOptions:
+    """Where the data are."""
 
     data_dir: str | None = option(
         None, help="folder that holds MNIST/raw", default_text="$PYRO_VAE_DATA, else ~/.cache/pyro_vae"
     )
+
+
+@described
+@dataclass(frozen=True)
+class FolderOptions:
+    """The folder that a run leaves, and what it holds."""
+
+    out: Path | None = option(None, help="run folder", default_text="a new one, runs/NAME-DATE-TIME")
+    overwrite: bool = option(False, help="replace the earlier run that --out holds", default_text="refuse")
+    figures: bool = option(True, help="skip the pictures", default_text="make them")
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``config.json`` keeps them."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+@described
+@dataclass(frozen=True)
+class MeasureOptions(DataOptions):
+    """Where figures are computed, and how many draws they take."""
+
     device: str = option("auto", help="auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
     importance_samples: int = option(100, help="draws per test image for log p(x) by importance sampling; 0: leave it out")
 
@@ -119,11 +150,9 @@ class MeasureOptions:
 
 @described
 @dataclass(frozen=True)
-class TrainOptions(MeasureOptions):
+class TrainOptions(FolderOptions, MeasureOptions):
     """How a run is carried out; another time it may be another way."""
 
-    out: Path | None = option(None, help="run folder", default_text="a new one, runs/PRESET-DATASET-DATE-TIME")
-    overwrite: bool = option(False, help="replace the earlier run that --out holds", default_text="refuse")
     resume: Path | None = option(
         None,
         help="go on with this run, with its settings, of which --epochs or --steps may grow",
@@ -141,7 +170,6 @@ class TrainOptions(MeasureOptions):
         help="write scalars, pictures and the latent embedding to RUN/tensorboard; needs pip install tensorboard",
         default_text="do not",
     )
-    figures: bool = option(True, help="skip the pictures", default_text="make them")
 
     def __post_init__(self) -> None:
         super().__post_init__()
