@@ -124,12 +124,13 @@ def interpolate(model: Model, start: Tensor, end: Tensor, *, steps: int = 10, pa
     t = torch.linspace(0, 1, steps, device=start.device, dtype=start.dtype).unsqueeze(-1)  # (steps, 1)
     with evaluating(model):
         a, b = _encode(model, torch.stack([start, end])).split(1)  # each (1, latent_dim)
+        s = t.to(a.dtype)  # which may not be that of the observations
         cosine = torch.cosine_similarity(a, b).clamp(-1, 1)
         angle = torch.arccos(cosine)
         if path == "spherical" and angle.sin() > 1e-4:  # along one line through 0 there is no arc but the line
-            z = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+            z = (torch.sin((1 - s) * angle) * a + torch.sin(s * angle) * b) / torch.sin(angle)
         else:
-            z = torch.lerp(a, b, t)
+            z = torch.lerp(a, b, s)
         latent = decoder_mean(model, z)
     return latent, torch.lerp(start, end, t.reshape(-1, *(1 for _ in model.event_shape)))
 

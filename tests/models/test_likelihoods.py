@@ -4,6 +4,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conftest import LIKELIHOODS, make_vae
+from pyro.infer import Predictive
 
 from pyro_vae import (
     VAE,
@@ -12,15 +13,21 @@ from pyro_vae import (
     LearnedNormalLikelihood,
     MLPDecoder,
     MLPEncoder,
+    NegativeDirectLogLikelihood,
     NegativeELBO,
+    NegativeIWAE,
     NormalLikelihood,
     PoissonLikelihood,
     StandardizedNormalLikelihood,
     direct_log_marginal,
     evaluate,
     fit,
+    load_preset,
     log_marginal,
+    prior_search,
 )
+from pyro_vae.analysis import latent
+from pyro_vae.analysis.gallery import run_figures
 
 
 def test_bernoulli_log_prob_is_exact_where_probabilities_saturate():
@@ -274,6 +281,37 @@ def test_standardized_normal_of_numbers_whose_squares_float32_does_not_hold(unit
     likelihood = StandardizedNormalLikelihood(torch.zeros(1), torch.full((1,), unit))
     log_prob = likelihood(torch.zeros(1, 2)).log_prob(torch.tensor([unit]))
     assert log_prob.item() == pytest.approx(-0.5 - 0.5 * math.log(2 * math.pi) - math.log(unit), rel=1e-6)
+
+
+def test_everything_takes_a_standardised_vae_in_float64():
+    """Images far from 0, of which float32 holds no digit that varies."""
+    offset, x = 1e9, torch.randn(40, 1, 4, 4, dtype=torch.float64)
+    found = []
+    for shift in (0.0, offset):
+        data = Data(shift + x, torch.arange(40) % 2)
+        torch.manual_seed(0)
+        settings = load_preset("bernoulli-z20", likelihood="learned-normal", latent_dim=2, hidden=(8,))
+        vae = settings.build_vae((1, 4, 4), moments=data.moments())
+        (record,) = fit(NegativeIWAE(vae, num_particles=3), data, epochs=1, verbose=False)
+        torch.manual_seed(1)
+        measured = [
+            torch.tensor([record.train["loss"], evaluate(vae, data)["neg_elbo"].value]),
+            log_marginal(vae, data, num_samples=20).value,
+            direct_log_marginal(vae, data.x, num_samples=20).value,
+            NegativeDirectLogLikelihood(vae, num_draws=5)(data.x)["loss"],
+            latent.latent_means(vae, data),
+            latent.kl_per_dimension(vae, data),
+        ]
+        images = [
+            *prior_search(vae, data.x, num_samples=30),
+            *(part for path in ("linear", "spherical") for part in latent.interpolate(vae, *data.x[:2], path=path)),
+            latent.sample_like(vae, data, 1, num_samples=3),
+            Predictive(vae.model, num_samples=2)(size=3)["x"],
+        ]
+        found.append([*measured, *(part - shift for part in images)])
+        list(run_figures(vae, data, data, [record], settings))
+    for near, far in zip(*found, strict=True):
+        torch.testing.assert_close(far, near, rtol=1e-3, atol=1e-3)
 
 
 class Counts:
