@@ -105,11 +105,13 @@ class Data:
         for name, value in named.items():
             self._check_values(name, value)
         self._check_pixels()
-        if self.columns and (self.x.dim() != 2 or len(self.columns) != self.x.shape[1]):
+        names = self.columns if isinstance(self.columns, list | tuple) else (None,)
+        if not all(isinstance(name, str) for name in names) or (names and (len(names),) != tuple(self.event_shape)):
             raise DataError(
-                f"{self.name}: expected a name for each column of a table, found {len(self.columns)} names for observations "
-                f"of shape {tuple(self.event_shape)}."
+                f"{self.name}: expected a name for each column of a table, found {self.columns!s:.80} for observations of "
+                f"shape {tuple(self.event_shape)}."
             )
+        object.__setattr__(self, "columns", tuple(names))
         if self.binarization != "none" and not self.scaled:
             low, high = self.x.min().item(), self.x.max().item()
             if not (low >= 0 and high <= 1):

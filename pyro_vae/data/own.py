@@ -334,6 +334,8 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         if isinstance(content, np.ndarray):
             return {"x": content}
         with content:
+            size = sum(info.file_size for info in content.zip.infolist())
+            _warn_of_size(size, f"the arrays of {path}", "A .npy file is used as it lies on the disk")
             return dict(content)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())

@@ -395,6 +395,9 @@ def test_what_is_held_in_memory_is_said_beforehand(tmp_path, monkeypatch):
         read_splits(tmp_path / "x.npy")
     with pytest.warns(LargeDataWarning, match="the array in .*other.npy as float32"):
         read_data(tmp_path / "other.npy")
+    np.savez(tmp_path / "x.npz", x=x.repeat(2, 0))
+    with pytest.warns(LargeDataWarning, match=r"the arrays of .*x.npz. A .npy file is used as it lies on the disk"):
+        read_data(tmp_path / "x.npz")
     np.save(tmp_path / "images.npy", PIXELS.repeat(9, 0))
     with pytest.warns(LargeDataWarning, match=r"its channels first. Save it so: np.moveaxis\(x, -1, 1\)"):
         read_data(tmp_path / "images.npy")
