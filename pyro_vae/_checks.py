@@ -2,13 +2,14 @@
 
 import math
 import operator
+import re
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 
-__all__ = ["SettingError", "compile_choice", "number", "one_of", "shape", "usable_device", "whole_number"]
+__all__ = ["SettingError", "compile_choice", "few_values", "number", "one_of", "shape", "usable_device", "whole_number"]
 
 
 class SettingError(ValueError):
@@ -93,3 +94,13 @@ def usable_device(device: torch.device | str) -> torch.device:
             "device", f"expected one that torch can use here, such as 'cpu', found {device!r} ({reason})."
         ) from error
     return result
+
+
+def few_values(text: str) -> str:
+    """A message without whole tensors, as torch's own checks of values show them: three numbers of each are left."""
+
+    def cut(match: re.Match[str]) -> str:
+        numbers = re.findall(r"[-+.\w]+", match[1])
+        return match[0] if len(numbers) <= 4 else f"tensor({', '.join(numbers[:3])}, ...)"
+
+    return re.sub(r"tensor\(([^()]*(?:\([^()]*\)[^()]*)*)\)", cut, text)

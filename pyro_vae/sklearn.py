@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_vae._checks import whole_number
 from pyro_vae.data.dataset import Data
+from pyro_vae.data.tables import is_frame, of_frame
 from pyro_vae.estimates.psis import Accumulator
 from pyro_vae.estimates.records import LogMarginal, UnreliableEstimateWarning
 from pyro_vae.models.programs import evaluating
@@ -112,6 +113,8 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         return self._train(x, 1)
 
     def _table(self, values: ArrayLike, *, reset: bool = False) -> NDArray[Any]:
+        if is_frame(values):  # scikit-learn's own errors do not name the column
+            of_frame(values)
         result: NDArray[Any] = validate_data(self, values, dtype=[np.float64, np.float32], reset=reset)
         return result
 
@@ -135,7 +138,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            moments = data.moments() if self.likelihood_ == "learned-normal" else None
+            moments = data.moments() if self.likelihood_ in ("learned-normal", "poisson") else None
             self.vae_ = settings.build_vae((x.shape[1],), moments=moments).to(data.x.dtype).eval()
         self.history_: list[TrainingRecord] = []
 
@@ -157,7 +160,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
 
     def _tensor(self, values: ArrayLike) -> Tensor:
         check_is_fitted(self)
-        return torch.tensor(self._table(values)).to(self.vae_.like)
+        return torch.tensor(self._table(values)).to(self.vae_.example())
 
     @torch.no_grad()
     def transform(self, X: ArrayLike) -> NDArray[Any]:  # noqa: N803
@@ -212,7 +215,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         vae: VAE = self.vae_
         vae.check(x)
         k = whole_number("num_samples", self.num_samples if num_samples is None else num_samples, minimum=2)
-        noise = torch.randn(k, 1, vae.latent_dim, dtype=x.dtype, generator=torch.Generator().manual_seed(self._seed))
+        noise = torch.randn(k, 1, vae.latent_dim, dtype=vae.like.dtype, generator=torch.Generator().manual_seed(self._seed))
         noise = noise.to(x.device)
         width = max(x.shape[1], vae.latent_dim, *self.hidden, 1)
         figures = []
@@ -240,7 +243,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         with torch.random.fork_rng(devices=[prior.device] if prior.is_cuda else []):
             torch.manual_seed(seed)
             z = self.vae_.prior().sample((whole_number("n_samples", n_samples),))
-            return _like(None, self.vae_.decode(z).sample())
+            return _like(None, self.vae_.decode(z).sample().to(prior.dtype))
 
 
 def _like(values: Any, result: Tensor) -> NDArray[Any]:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_vae import VAE, Data, NegativeDirectLogLikelihood, NegativeELBO, Objective, load_preset, log_marginal
-from pyro_vae.estimates.importance import CompiledWeights
+from pyro_vae.engine.calls import Calls
+from pyro_vae.estimates.importance import ChunkWeights
 from pyro_vae.estimates.psis import Accumulator
 from pyro_vae.models.programs import ProgramPair
 from pyro_vae.training.compiled_step import CompiledStep
@@ -241,7 +242,7 @@ def ways_to_weigh(train: Data) -> dict[str, Way]:
     vae = build(train).eval()
     (x,) = train.batch(torch.arange(500))
     first, first_bias, second, second_bias = vae.decoder.parameters()
-    weigh = CompiledWeights(ProgramPair(vae), (500, 20))
+    weigh = Calls(ChunkWeights(ProgramPair(vae), (500, 20)), what="log_marginal, run eagerly")
 
     def products() -> None:
         with torch.no_grad():
@@ -253,7 +254,7 @@ def ways_to_weigh(train: Data) -> dict[str, Way]:
         with torch.no_grad():
             for images in x.split(20):
                 accumulator = Accumulator(500)
-                accumulator.add(weigh((images,), 500))
+                accumulator.add(weigh(((images,), 500)))
                 accumulator.figures()
 
     def marginal() -> None:

@@ -17,10 +17,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import rooms  # noqa: F401, for the tests that it takes from
 import test_dataset
 import test_own
+import test_tables
 import torch
 from conftest import THREADS, Malicious, call_script, equal, make_vae, weights
 
@@ -30,7 +32,9 @@ from pyro_vae import (
     LinearWarmup,
     NegativeELBO,
     NonFiniteError,
+    NormalLikelihood,
     Objective,
+    PoissonLikelihood,
     evaluate,
     fit,
     load_data,
@@ -72,6 +76,19 @@ LIBRARY = {
     "uint8 that may be pixels or counts": lambda: train(torch.zeros(6, 4, dtype=torch.uint8)),
     "pixels of int64": lambda: refused(Data, torch.ones(6, 1, 4, 4, dtype=torch.int64), pixels=True),
     "uint8 counts above 1, Bernoulli": lambda: train(Data((FEW * 9).byte(), pixels=False)),
+    "uint8 of four channels, in the last place": lambda: train(np.zeros((6, 16, 16, 4), np.uint8), vae=make_vae()),
+    "seconds since 1970, in a model of float32": lambda: train(
+        1.7e9 + 3600 * FEW.double(), vae=make_vae((1, 4, 4), likelihood=NormalLikelihood(mean="identity"))
+    ),
+    "fractions, Poisson": lambda: train(vae=make_vae((1, 4, 4), likelihood=PoissonLikelihood())),
+    "fractions, for a likelihood of counts that checks nothing": lambda: train(
+        vae=make_vae((1, 4, 4), likelihood=lambda output: dist.Binomial(16, logits=output))
+    ),
+    "a data frame with a column of text": lambda: train(
+        test_tables.Frame(a=np.ones(2), b=np.array(["x", "y"], object)), VAE
+    ),
+    "a data frame with a missing value": lambda: train(test_tables.Frame(a=np.array([1.0, np.nan])), VAE),
+    "names for fewer columns": lambda: refused(Data, FEW.flatten(1), columns=("a", "b")),
     "complex numbers": lambda: train(np.ones((6, 1, 4, 4), complex), vae=make_vae()),
     "words": lambda: train(np.full((6, 16), "a"), vae=make_vae()),
     "a list": lambda: train([[0.0, 1.0]], vae=make_vae()),
@@ -188,6 +205,9 @@ def main(*arguments):
 TINY = ("--dataset", "digits", "--hidden", 8, "--latent-dim", 2, "--importance-samples", 0, "--no-figures", "--steps", 3)
 
 
+TABLES = {"TEXT": "a,b\n1,2\n3,red\n", "MISSING": "a,b\n1,2\n,4\n", "RAGGED": "a,b\n1,2\n3,4,5\n", "NAMES": "a,b\n"}
+
+
 def script(*arguments, harm=None, new=()):
     """What svi_mnist.py says, given a folder RUN that holds a run which harm() has been done to."""
 
@@ -203,6 +223,12 @@ def script(*arguments, harm=None, new=()):
             places["BYTES"] = Path(folder) / "bytes.npy"
             np.save(places["BYTES"], np.arange(40, dtype=np.uint8).reshape(10, 4))
             np.save(places["NUMBERS"], np.linspace(-1, 1, 40).reshape(10, 4))
+            for name, text in TABLES.items():
+                places[name] = Path(folder) / "x.csv"
+                if name in arguments:
+                    places[name].write_text(text)
+            places["RGBA"] = Path(folder) / "rgba.npy"
+            np.save(places["RGBA"], np.zeros((10, 16, 16, 4), dtype=np.uint8))
             code, _, err = main(*(places.get(argument, argument) for argument in arguments))
             assert "Traceback" not in err
             if not code and "--steps" not in arguments:
@@ -298,6 +324,12 @@ OPTIONS = {
         "--data", "NUMBERS", "--likelihood", "bernoulli", "--out", "NEW"
     ),
     "--data of uint8 that is no image": script("--data", "BYTES", "--out", "NEW"),
+    "--data of four channels in the last place": script("--data", "RGBA", "--pixels", "yes", "--out", "NEW"),
+    "--data of numbers below 0 --likelihood poisson": script("--data", "NUMBERS", "--likelihood", "poisson", "--out", "NEW"),
+    "--data of a CSV file with a word in it": script("--data", "TEXT", "--out", "NEW"),
+    "--data of a CSV file with a missing value": script("--data", "MISSING", "--out", "NEW"),
+    "--data of a CSV file with a row too long": script("--data", "RAGGED", "--out", "NEW"),
+    "--data of a CSV file of names alone": script("--data", "NAMES", "--out", "NEW"),
     "--pixels yes --dataset digits": script("--pixels", "yes", "--dataset", "digits"),
     "--latent-dim 0": script("--latent-dim", 0),
     "--batch-size many": script("--batch-size", "many"),

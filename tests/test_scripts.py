@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ from torch import nn
 import pyro_vae
 import pyro_vae.runs.train
 from pyro_vae import Autoencoder, Checkpoints, cli, load_run
+from pyro_vae.report.page import read_run
 from pyro_vae.runs.folder import read_records
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -660,3 +662,95 @@ def test_own_table_goes_on_where_it_was(tmp_path, svi_mnist_here):
     code, _, err = svi_mnist_here("--resume", "part", "--epochs", 5, "--no-figures")
     assert code == 2
     assert "error: resume: the checkpoint is of a run with other settings (saved -> asked): data: 180 of shape" in err
+
+
+def test_a_column_of_seconds_since_1970(tmp_path, svi_mnist_here):
+    """As float32 the column would be constant, and the rest of its deviation hundreds of standard ones."""
+    r = np.random.default_rng(0)
+    table = np.c_[1.7e9 + r.integers(0, 3600, 2000), r.normal(size=(2000, 3))]
+    np.save(tmp_path / "t.npy", table)
+    np.save(tmp_path / "other.npy", table[:50])
+    code, _, err = svi_mnist_here("--data", "t.npy", "--epochs", 20, "--importance-samples", 20, "--out", "run")
+    assert code == 0, err
+    test = json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]
+    entropy = 4 * 0.5 * np.log(2 * np.pi * np.e) + np.log(1039)  # of independent normals of these deviations
+    assert test["neg_elbo"]["value"] == pytest.approx(entropy, abs=0.6)
+    vae = load_run(tmp_path / "run")
+    z, x = torch.zeros(50, 2), torch.tensor(table[:50])
+    mean, log_variance = vae.decoder_output(z).double().unbind(-1)
+    loc, scale = vae.likelihood.loc, vae.likelihood.scale
+    u = (x - loc) / scale
+    by_hand = -0.5 * ((u - mean) ** 2 / log_variance.exp() + log_variance + np.log(2 * np.pi)) - scale.log()
+    torch.testing.assert_close(vae.decode(z).log_prob(x).double(), by_hand.sum(-1), rtol=0, atol=1e-3)
+    assert (
+        cli.main(["evaluate", str(tmp_path / "run"), "--data", str(tmp_path / "other.npy"), "--importance-samples", "0"])
+        == 0
+    )
+    (other,) = json.loads((tmp_path / "run" / "metrics.json").read_text())["evaluations"].values()
+    assert other["neg_elbo"]["value"] == pytest.approx(entropy, abs=1.5)
+    assert cli.main(["sample", str(tmp_path / "run"), "--num", "500", "--out", str(tmp_path / "draws.npz")]) == 0
+    draws = np.load(tmp_path / "draws.npz")["x"][:, 0]
+    assert len(np.unique(draws)) == 500  # in float32 they would be at most 60
+    assert abs(draws.mean() - 1.7e9 - 1800) < 200
+
+
+def test_columns_that_have_no_density_are_named(tmp_path, svi_mnist_here):
+    r = np.random.default_rng(0)
+    header = "price,red,green,fixed,rooms"
+    red = r.integers(0, 2, 200)
+    table = np.c_[r.normal(size=200), red, 1 - red, np.full(200, 7.5), r.integers(1, 6, 200)]
+    np.savetxt(tmp_path / "flats.csv", table, delimiter=",", header=header, comments="")
+    options = ("--hidden", 8, "--epochs", 1, "--importance-samples", 0, "--no-figures")
+    code, out, err = svi_mnist_here("--data", "flats.csv", *options, "--out", "run")
+    assert code == 0, err
+    said = "columns constant: fixed; of two values (0 and 1, say, one-hot): red, green; of whole numbers: rooms."
+    assert f"caution: {said}" in out
+    assert said in dict(read_run(tmp_path / "run").warnings)["A density of columns that have none"]
+    lines = (tmp_path / "flats.csv").read_text().splitlines()
+    swapped = [",".join(line.split(",")[i] for i in (1, 0, 2, 3, 4)) for line in lines]
+    (tmp_path / "swapped.csv").write_text("\n".join(swapped))
+    code, _, err = svi_mnist_here("--data", "flats.csv", *options, "--likelihood", "bernoulli", "--out", "no")
+    assert (code, "scores values in [0, 1]" in err) == (2, True)
+    assert (
+        cli.main(["evaluate", str(tmp_path / "run"), "--data", str(tmp_path / "swapped.csv"), "--importance-samples", "0"])
+        == 2
+    )
+
+
+def test_values_of_0_and_1_are_the_same_on_the_console_and_in_the_report(tmp_path, svi_mnist_here):
+    r = np.random.default_rng(0)
+    options = ("--hidden", 8, "--epochs", 1, "--importance-samples", 0, "--no-figures")
+    for name, x in {
+        "table": r.integers(0, 2, (60, 5)).astype(float),
+        "images": r.integers(0, 2, (60, 8, 8), np.uint8),
+    }.items():
+        np.save(tmp_path / f"{name}.npy", x)
+        code, out, err = svi_mnist_here("--data", f"{name}.npy", *options, "--out", name)
+        assert code == 0, err
+        assert "likelihood bernoulli (values of 0 and 1)" in out
+        found = read_run(tmp_path / name).conditions
+        assert found["likelihood"] == "Bernoulli on values of 0 and 1: a probability"
+        assert found["binarisation"] == "none (values of 0 and 1)"
+
+
+def test_counts_are_offered_their_likelihood(tmp_path, svi_mnist_here):
+    np.save(tmp_path / "c.npy", np.random.default_rng(0).poisson(3, (300, 6)))
+    options = ("--data", "c.npy", "--hidden", 8, "--epochs", 5, "--importance-samples", 0, "--no-figures")
+    code, out, err = svi_mnist_here(*options, "--out", "density")
+    assert code == 0, err
+    assert "whole numbers from 0 to" in out
+    assert "if they are counts, --likelihood poisson" in out
+    code, out, err = svi_mnist_here(*options, "--likelihood", "poisson", "--out", "run")
+    assert code == 0, err
+    assert "caution" not in out
+    value = json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["neg_elbo"]["value"]
+    counts = np.arange(100)
+    p = np.exp(counts * np.log(3) - 3 - [math.lgamma(k + 1) for k in counts])
+    assert value == pytest.approx(6 * -(p * np.log(np.maximum(p, 1e-300))).sum(), abs=1.5)
+    code, _, err = svi_mnist_here(
+        "--data", "c.npy", "--likelihood", "poisson", "--net", "mlp-tanh", *options[2:], "--out", "b"
+    )
+    assert code == 0, err
+    np.save(tmp_path / "c.npy", np.random.default_rng(0).normal(size=(300, 6)))
+    code, _, err = svi_mnist_here(*options, "--likelihood", "poisson", "--out", "no")
+    assert (code, "expected whole numbers >= 0" in err) == (2, True)

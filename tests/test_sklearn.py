@@ -4,6 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from sklearn.base import clone
 from sklearn.datasets import load_digits
@@ -106,11 +107,12 @@ def test_binary_tables_get_a_bernoulli():
     ("change", "match"),
     [
         ({"n_components": 0}, "n_components: expected a whole number >= 1, found 0"),
-        ({"likelihood": "poisson"}, "likelihood: expected one of auto, "),
+        ({"likelihood": "gamma"}, "likelihood: expected one of auto, "),
         ({"epochs": 0}, "epochs"),
         ({"hidden": (0,)}, "hidden"),
         ({"lr": -1}, "lr"),
         ({"likelihood": "bernoulli"}, r"scores values in \[0, 1\]"),
+        ({"likelihood": "poisson"}, "PoissonLikelihood: found x .* expected whole numbers >= 0"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_named(change, match):
@@ -139,3 +141,46 @@ def test_in_a_pipeline_and_a_grid_search():
     assert search.best_params_ == {"vaetransformer__n_components": 8}
     assert list(search.best_estimator_[0].get_feature_names_out())[:2] == ["vaetransformer0", "vaetransformer1"]
     assert make_pipeline(PCA(8), LogisticRegression(max_iter=200)).fit(x, y).score(x, y) > 0.5
+
+
+SECONDS = np.c_[1.7e9 + np.random.default_rng(0).integers(0, 3600, 60), TABLE]  # since 1970
+
+
+def test_seconds_since_1970_cost_no_digits():
+    """The same rows, and their density, as of seconds since the first of them, which float32 holds."""
+    since = SECONDS - [1.7e9, 0, 0, 0, 0, 0]
+    of_time, of_span = (VAETransformer(epochs=20, random_state=0).fit(x) for x in (SECONDS, since))
+    np.testing.assert_allclose(of_time.score_samples(SECONDS), of_span.score_samples(since), atol=1e-3)
+    np.testing.assert_allclose(of_time.transform(SECONDS), of_span.transform(since), atol=1e-5)
+    shift = of_time.inverse_transform(np.zeros((1, 2))) - of_span.inverse_transform(np.zeros((1, 2)))
+    np.testing.assert_allclose(shift, [[1.7e9, 0, 0, 0, 0, 0]], atol=1e-3)
+    narrow = VAETransformer(epochs=20, random_state=0).fit(since.astype(np.float32))
+    assert narrow.score(since) == pytest.approx(of_span.score(since), abs=0.3)  # other draws of the noise
+    assert narrow.sample(2).dtype == np.float32
+    assert narrow.partial_fit(since).transform(since).shape == (60, 2)  # float64 in place of float32
+
+
+def test_counts():
+    x = np.random.default_rng(0).poisson([3, 1000, 50], (200, 3))
+    model = VAETransformer(epochs=30, likelihood="poisson", random_state=0).fit(x)
+    assert (model.score_samples(x) <= 0).all()  # probabilities
+    truth = scipy.stats.poisson([3, 1000, 50]).logpmf(x).sum(1).mean()
+    assert truth - 1.5 < model.score(x) < truth + 0.5
+
+
+def test_data_frames_keep_their_names():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(SECONDS, columns=list("tabcde"))
+    model = VAETransformer(epochs=2, random_state=0).set_output(transform="pandas")
+    latents = model.fit_transform(frame)
+    assert list(latents.columns) == ["vaetransformer0", "vaetransformer1"]
+    assert list(model.feature_names_in_) == list("tabcde")
+    np.testing.assert_allclose(latents, VAETransformer(epochs=2, random_state=0).fit_transform(SECONDS), rtol=1e-9)
+    for change, match in (
+        ({"a": "red"}, "row 1, column a: expected a number, found 'red'"),
+        ({"b": np.nan}, "column b: missing"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            VAETransformer(epochs=1).fit(frame.assign(**change))
+    with pytest.raises(ValueError, match="feature names"):
+        model.transform(frame[list("edcbat")])

@@ -50,8 +50,8 @@ def decoder_mean(model: Model, z: Tensor, *context: Tensor) -> Tensor:
 @torch.no_grad()
 def latent_means(model: Model, data: DataLike, *, batch_size: int = 1000) -> Tensor:
     """Posterior mean, or code, of every observation, ``(N, latent_dim)``, in the order of the data."""
-    parameter = next(model.parameters())
-    data = as_data(data).to(parameter.device, parameter.dtype)
+    like = model.example() if isinstance(model, VAE) else next(model.parameters())
+    data = as_data(data).to(like.device, like.dtype)
     batches = torch.arange(len(data), device=data.x.device).split(batch_size)
     with evaluating(model):
         return torch.cat([_encode(model, *data.batch(index)) for index in batches])
@@ -71,7 +71,7 @@ def kl_per_dimension(vae: VAE, data: DataLike, *, batch_size: int = 1000) -> Ten
     Their sum is the KL term of the ELBO. A dimension near 0 carries nothing: its posterior is the prior whatever x.
     """
     _require_posterior("kl_per_dimension", vae)
-    data = as_data(data).to(vae.like.device, vae.like.dtype)
+    data = as_data(data).to(vae.like.device, vae.example().dtype)
     total = torch.zeros(vae.latent_dim, dtype=torch.float64, device=vae.like.device)
     with evaluating(vae):
         for index in torch.arange(len(data), device=data.x.device).split(batch_size):
@@ -124,12 +124,13 @@ def interpolate(model: Model, start: Tensor, end: Tensor, *, steps: int = 10, pa
     t = torch.linspace(0, 1, steps, device=start.device, dtype=start.dtype).unsqueeze(-1)  # (steps, 1)
     with evaluating(model):
         a, b = _encode(model, torch.stack([start, end])).split(1)  # each (1, latent_dim)
+        s = t.to(a.dtype)  # which may not be that of the observations
         cosine = torch.cosine_similarity(a, b).clamp(-1, 1)
         angle = torch.arccos(cosine)
         if path == "spherical" and angle.sin() > 1e-4:  # along one line through 0 there is no arc but the line
-            z = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+            z = (torch.sin((1 - s) * angle) * a + torch.sin(s * angle) * b) / torch.sin(angle)
         else:
-            z = torch.lerp(a, b, t)
+            z = torch.lerp(a, b, s)
         latent = decoder_mean(model, z)
     return latent, torch.lerp(start, end, t.reshape(-1, *(1 for _ in model.event_shape)))
 

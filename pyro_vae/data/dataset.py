@@ -2,8 +2,7 @@
 
 import inspect
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_vae._checks import whole_number
+from pyro_vae._checks import few_values, whole_number
+from pyro_vae.data.columns import column_names, moments, most_rounded
 
 __all__ = ["BINARIZATIONS", "Data", "DataError", "label_name"]
 
@@ -23,6 +23,7 @@ class DataError(ValueError):
 
 
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+_COARSEST = 0.01  # of an element's deviation, that neighbouring numbers of the batches' type may be apart
 _ROWS, _NUMBERS = 10_000, 2**23  # of a batch that is checked: larger tensors glibc would give back each time
 
 
@@ -39,7 +40,8 @@ class Data:
             batch.
         labels: ``(N,)`` whole numbers, or None.
         name: what the results call these data.
-        dtype: floating-point type of the batches; default: that of x, or torch's default type where x is whole numbers.
+        dtype: floating-point type of the batches, to which each is converted; default: that of x, or torch's default type
+            where x is whole numbers.
         binarization: of x: ``"none"``: values as they are (grey); ``"threshold"``: 1 where a value is above 0.5, else 0;
             ``"dynamic"``: each value redrawn as Bernoulli(value) every time it is seen (Salakhutdinov and Murray 2008).
         classes: names of the labels 0, 1, ..., if they have any.
@@ -47,7 +49,8 @@ class Data:
         tensors: any others by name, ``(N, ...)`` each, floating point or whole numbers. Whole numbers stay so in a batch.
         inputs: names of what a batch has, in its order: ``"x"`` first, then any of ``"labels"`` and those in ``tensors``.
         pixels: whether x of uint8 is pixels, scaled by 1/255 (True), or whole numbers, kept (False); None: pixels, if they
-            are images. False for any other type says that values in [0, 1] are no grey levels.
+                        images. False for any other type says that values in [0, 1] are no grey levels.
+        columns: names of the columns of a table, if they have any.
 
     Raises:
         DataError: a tensor that is empty or sparse, or of the wrong shape, length, type or device; NaN or infinite; values
@@ -73,6 +76,7 @@ class Data:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     inputs: tuple[str, ...] = ("x",)
     pixels: bool | None = None
+    columns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -101,6 +105,13 @@ class Data:
         for name, value in named.items():
             self._check_values(name, value)
         self._check_pixels()
+        names = self.columns if isinstance(self.columns, list | tuple) else (None,)
+        if not all(isinstance(name, str) for name in names) or (names and (len(names),) != tuple(self.event_shape)):
+            raise DataError(
+                f"{self.name}: expected a name for each column of a table, found {self.columns!s:.80} for observations of "
+                f"shape {tuple(self.event_shape)}."
+            )
+        object.__setattr__(self, "columns", tuple(names))
         if self.binarization != "none" and not self.scaled:
             low, high = self.x.min().item(), self.x.max().item()
             if not (low >= 0 and high <= 1):
@@ -154,10 +165,12 @@ class Data:
                 "away, or convert: x.byte()."
             )
         if self.pixels is None and self.x.dtype == torch.uint8 and not self.is_image:
+            last = len(self.event_shape) == 3 and self.event_shape[-1] <= 4
             raise DataError(
                 f"{self.name}: found uint8 of shape {tuple(self.event_shape)} for each observation, no image (H, W), "
                 "(1, H, W) or (3, H, W), so that it may be pixels or counts. Say which: pixels=True (scaled by 1/255) or "
                 "pixels=False (kept as whole numbers), of Data and read_data; on the command line --pixels yes or no."
+                + (" Images have their channels first: x.permute(0, 3, 1, 2)." if last else "")
             )
 
     def _named(self) -> dict[str, Tensor]:
@@ -169,6 +182,7 @@ class Data:
 
     def __repr__(self) -> str:
         size = f"{len(self):,} of shape {tuple(self.event_shape)} in {self.x.dtype}"
+        size += ", scaled by 1/255" if self.scaled else ""
         return f"Data({self.name!r}, {size}, inputs {', '.join(self.inputs)})"
 
     @property
@@ -197,6 +211,17 @@ class Data:
         return self.scaled or (self.pixels is None and bool(self.x.min() >= 0 and self.x.max() <= 1))
 
     @property
+    def is_binary(self) -> bool:
+        """Whether all values of a batch are 0 or 1."""
+        one = 255 if self.scaled else 1
+        return self.binarization != "none" or all(bool(((x == 0) | (x == one)).all()) for x in _Parts(self.x))
+
+    @property
+    def are_counts(self) -> bool:
+        """Whether x is whole numbers, none below 0, that are not scaled."""
+        return not self.x.is_floating_point() and not self.scaled and bool(self.x.min() >= 0)
+
+    @property
     def held(self) -> tuple[Tensor, ...]:
         """The tensors of which a batch has rows, in the order of ``inputs``, as they are held."""
         named = self._named()
@@ -212,12 +237,11 @@ class Data:
         return {"x": function(self.x), "labels": labels, "tensors": {k: function(v) for k, v in self.tensors.items()}}
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Data":
-        """The same data on another device, with batches of another floating-point type; copied only where they differ."""
+        """The same data on another device, with batches of another floating-point type.
 
-        def moved(value: Tensor) -> Tensor:
-            return value.to(device, dtype) if value.is_floating_point() else value.to(device)
-
-        return replace(self, **self._each(moved), dtype=dtype or self.dtype)
+        Tensors keep the type in which they are held, and are copied only to another device.
+        """
+        return replace(self, **self._each(lambda value: value.to(device)), dtype=dtype or self.dtype)
 
     def subset(self, index: Tensor | slice) -> "Data":
         """Some of the observations, all tensors alike: those at these places, a tensor ``(n,)``; of a slice, a view.
@@ -257,12 +281,11 @@ class Data:
         return replace(self, x=x)
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each element of x, ``event_shape``; 1 where there is no deviation."""
-        x = self._observations(self.x)
-        scale = x.double().std(0, correction=0)
-        # A constant that floats do not hold exactly has a deviation of some digits of its last place.
-        constant = scale <= 10 * torch.finfo(x.dtype).eps * x.abs().amax(0)
-        return x.double().mean(0).to(x.dtype), torch.where(constant, 1.0, scale).to(x.dtype)
+        """Mean and standard deviation of each element of x, as in a batch, ``event_shape``; 1 where it is constant.
+
+        In float64, whatever the type of the batches: float32 cannot tell 1,700,000,000 from 1,700,000,060.
+        """
+        return moments(_Parts(self.x, self._observations))
 
     def batch(self, index: Tensor) -> tuple[Tensor, ...]:
         """What a model sees of the observations at these places, ``(x,)`` or what ``inputs`` names, in its order.
@@ -276,14 +299,14 @@ class Data:
         """The batch of rows of the tensors ``held``: x scaled and binarised, floating point of one type."""
         x, *others = rows
         dtype = self._float_type
-        return self._observations(x), *(value.to(dtype) if value.is_floating_point() else value for value in others)
+        return self._observations(x, dtype), *(value.to(dtype) if value.is_floating_point() else value for value in others)
 
     @property
     def _float_type(self) -> torch.dtype:
         return self.dtype or (self.x.dtype if self.x.is_floating_point() else torch.get_default_dtype())
 
-    def _observations(self, x: Tensor) -> Tensor:
-        x = x.to(self._float_type)
+    def _observations(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        x = x.to(dtype)
         if self.scaled:
             x = x.div_(255)  # of a copy, since x was uint8
         if self.binarization == "threshold":
@@ -303,7 +326,8 @@ class Data:
                 tensors.
 
         Raises:
-            DataError: a function takes another number of tensors than a batch has; or what the function raises.
+            DataError: a function takes another number of tensors than a batch has; the type of the batches is too coarse for
+                an element; or what the function raises.
 
         Example:
             >>> from pyro_vae import BernoulliLikelihood
@@ -315,15 +339,34 @@ class Data:
         """
         for each in (function, *others):
             self._check_number(each)
+        for name, value in zip(self.inputs, self.held, strict=True):
+            self._check_digits(name, value)
         rows = max(1, min(_ROWS, _NUMBERS // max(value[0].numel() for value in self.held)))
         with torch.random.fork_rng(devices=[self.x.device] if self.x.is_cuda else []):
             for index in torch.arange(len(self), device=self.x.device).split(rows):
                 try:
                     function(*self.batch(index))
                 except ValueError as error:
-                    if (short := _few_values(str(error))) == str(error):
+                    if (short := few_values(str(error))) == str(error):
                         raise
                     raise DataError(f"{self.name}: {short}") from error
+
+    def _check_digits(self, name: str, value: Tensor) -> None:
+        """Whether a batch keeps what an element varies by: float32 has 7 digits, which an offset may use up."""
+        dtype, wide = self._float_type, value.dtype in (torch.float64, torch.int64, torch.int32)
+        if not wide or dtype == torch.float64 or (name != "x" and not value.is_floating_point()):
+            return
+        loc, scale = moments(_Parts(value, lambda part, dtype: part.to(dtype)))
+        place, step = most_rounded(loc, scale, dtype)
+        mean, deviation = loc.flatten()[place].item(), scale.flatten()[place].item()
+        if step > _COARSEST * deviation:
+            column = column_names([place], self.columns if name == "x" else ())
+            raise DataError(
+                f"{self.name}: {name} has in column {column} a deviation of {deviation:.4g} about {mean:.4g}, where numbers "
+                f"of {dtype}, the type that the model computes in, are {step:.2g} apart. Take a model that standardises "
+                "(likelihood learned-normal, StandardizedNormalLikelihood) or computes in float64 (model.double()), or "
+                "subtract an offset."
+            )
 
     def _check_number(self, function: Callable[..., Any]) -> None:
         try:
@@ -341,14 +384,15 @@ class Data:
             ) from error
 
 
-def _few_values(text: str) -> str:
-    """A message without whole tensors, as torch's own checks of values show them: three numbers of each are left."""
+class _Parts:
+    """A tensor ``(N, ...)`` in parts of bounded size, each time anew; in float64 by a function, if there is one."""
 
-    def cut(match: re.Match[str]) -> str:
-        numbers = re.findall(r"[-+.\w]+", match[1])
-        return match[0] if len(numbers) <= 4 else f"tensor({', '.join(numbers[:3])}, ...)"
+    def __init__(self, value: Tensor, function: Callable[[Tensor, torch.dtype], Tensor] | None = None) -> None:
+        self._value, self._function = value, function
 
-    return re.sub(r"tensor\(([^()]*(?:\([^()]*\)[^()]*)*)\)", cut, text)
+    def __iter__(self) -> Iterator[Tensor]:
+        for part in self._value.split(max(1, _NUMBERS // 8 // max(1, self._value[0].numel()))):
+            yield part if self._function is None else self._function(part, torch.float64)
 
 
 def label_name(label: int, classes: Sequence[str]) -> str:

@@ -36,7 +36,7 @@ def read_folder(path: Path, size: Sequence[int] | None, pixels: bool | None) -> 
     if classes:
         some = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
         note += f"; {len(classes)} label{'s' if len(classes) > 1 else ''}: {some}"
-    if others := sum(part.is_file() for part in path.rglob("*")) - len(files):
+    if others := sum(1 for _ in _files(path, {path.resolve()})) - len(files):
         note += f"; {others:,} other file{'s' if others > 1 else ''} left out"
     x = x[:, :1].clone() if grey else x
     return Data(x, labels, path.name or str(path), classes=classes, note=note, pixels=pixels)
@@ -46,8 +46,9 @@ def _list_images(path: Path) -> tuple[list[Path], Tensor | None, tuple[str, ...]
     def images(places: Iterator[Path]) -> list[Path]:
         return sorted(file for file in places if file.suffix.lower() in _SUFFIXES and not file.name.startswith("."))
 
-    here = images(path.iterdir())
-    of_class = {folder.name: images(folder.rglob("*")) for folder in sorted(path.iterdir()) if folder.is_dir()}
+    seen = {path.resolve()}  # so that a link to a folder above, or to one that was read, gives nothing twice
+    here = images(_files(path, seen, deep=False))
+    of_class = {part.name: images(_files(part, seen)) for part in list(_folders(path, seen))}
     of_class = {name: files for name, files in of_class.items() if files}
     if here and of_class:
         raise DataError(
@@ -60,6 +61,25 @@ def _list_images(path: Path) -> tuple[list[Path], Tensor | None, tuple[str, ...]
     files = [file for group in of_class.values() for file in group]
     labels = torch.tensor([label for label, group in enumerate(of_class.values()) for _ in group])
     return files, labels, tuple(of_class)
+
+
+def _folders(path: Path, seen: set[Path]) -> Iterator[Path]:
+    for part in sorted(path.iterdir()):
+        if part.is_dir() and part.resolve() not in seen:
+            seen.add(part.resolve())
+            yield part
+
+
+def _files(folder: Path, seen: set[Path], *, deep: bool = True) -> Iterator[Path]:
+    """The files in a folder and, if ``deep``, in those below it, through links too; none of them twice, nor those seen."""
+    for part in sorted(folder.iterdir()):
+        try:
+            place = part.resolve()
+        except (OSError, RuntimeError):  # links that lead to one another
+            continue
+        if place not in seen and (part.is_file() or (deep and part.is_dir())):
+            seen.add(place)
+            yield from (part,) if part.is_file() else _files(part, seen)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
-"""Your own data -> ``Data``: arrays, tensors, data sets of torch, .npy and .npz files, folders of images."""
+"""Your own data -> ``Data``: arrays, tables, tensors, data sets of torch, .npy, .npz and .csv files, folders of images."""
 
+import mmap
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pyro_vae.data.columns import column_names
 from pyro_vae.data.dataset import Data, DataError
 from pyro_vae.data.images import as_seen, channels_first, read_folder
+from pyro_vae.data.tables import is_frame, of_frame, read_csv
 
-__all__ = ["DataLike", "as_batch", "as_data", "read_data", "read_splits"]
+__all__ = ["DataLike", "LargeDataWarning", "as_batch", "as_data", "read_data", "read_splits"]
 
 Array = Tensor | np.ndarray[Any, Any]
 DataLike = Data | Array | Sequence[Array] | Mapping[str, Array] | Dataset[Any] | str | Path
@@ -27,14 +31,15 @@ def as_data(x: DataLike) -> Data:
     """Data of whatever kind as :class:`~pyro_vae.data.dataset.Data`, without a copy where memory can be shared.
 
     Args:
-        x: :class:`~pyro_vae.data.dataset.Data`; a tensor or NumPy array ``(N, *event_shape)``; a tuple or list of these, of
-            one length, ``(x, y)`` or ``(x, y1, y2, ...)``, which a batch has in that order; a mapping from name to such an
-            array, the first of which is x; a map-style :class:`torch.utils.data.Dataset` that yields ``x`` or
-            ``(x, label)``, which is read once, as a whole; or what :func:`read_data` takes.
+        x: :class:`~pyro_vae.data.dataset.Data`; a tensor or NumPy array ``(N, *event_shape)``, one in a mapped file too
+            (``np.load(..., mmap_mode="r")``), which stays on the disk; a data frame of numbers, of pandas, say; a tuple or
+            list of tensors and arrays, of one length, ``(x, y)`` or ``(x, y1, y2, ...)``, which a batch has in that order; a
+            mapping from name to such an array, the first of which is x; a map-style :class:`torch.utils.data.Dataset` that
+            yields ``x`` or ``(x, label)``, which is read once, as a whole; or what :func:`read_data` takes.
 
     Raises:
-        DataError: another type, an array that no tensor can hold, parts of different lengths, or observations of different
-            shapes.
+        DataError: another type, an array that no tensor can hold, a cell of a data frame that is no number, parts of
+            different lengths, or observations of different shapes.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -50,6 +55,9 @@ def as_data(x: DataLike) -> Data:
         return read_data(x)
     if isinstance(x, Dataset):
         return _of_dataset(x)
+    if is_frame(x):
+        values, names = of_frame(x)
+        return Data(_tensor(values), name="table", columns=names)
     if isinstance(x, Mapping):
         return _of_parts(list(x), list(x.values()))
     if isinstance(x, tuple | list) and x and all(isinstance(part, Tensor | np.ndarray) for part in x):
@@ -94,13 +102,38 @@ def _tensor(x: Any) -> Tensor:
     if isinstance(x, np.ndarray):
         if x.dtype.kind not in "fiub" or x.dtype.itemsize > 8:
             raise DataError(f"expected an array of numbers, found {x.dtype}. Convert: x.astype('float32').")
+        x = _private(x) if isinstance(x, np.memmap) else x
         native = x.astype(x.dtype.newbyteorder("="), copy=not x.flags.writeable)  # tensors share memory that can be written
-        x = torch.from_numpy(np.ascontiguousarray(_signed(native)))
+        result = np.ascontiguousarray(_signed(native))
+        if isinstance(x, np.memmap) and not np.may_share_memory(x, result):
+            _warn_of_size(result.nbytes, f"the array in {x.filename} as {result.dtype}, row by row", "Save it so")
+        x = torch.from_numpy(result)
     if not isinstance(x, Tensor):
         raise DataError(f"expected Data, a tensor or a NumPy array, found {type(x).__name__}. Stack it: torch.stack(...).")
     if x.layout != torch.strided or x.is_meta:
         raise DataError(f"expected a dense tensor with values, found {x.layout} on {x.device}: x.to_dense().")
     return x
+
+
+def _private(x: Any) -> np.ndarray[Any, Any]:
+    """A mapped file whose pages are copied where they are written to, as a tensor's may be; the file never changes."""
+    if x.flags.writeable or x.filename is None or not x.flags.c_contiguous or x.size == 0:
+        return x
+    start = x.ctypes.data - np.frombuffer(x._mmap, np.uint8).ctypes.data  # x may be a part of what was mapped
+    place = x.offset - x.offset % mmap.ALLOCATIONGRANULARITY + start
+    return np.memmap(x.filename, x.dtype, "c", place, x.shape)
+
+
+class LargeDataWarning(UserWarning):
+    """Data of this size are held in memory; the message says why, and how to do without."""
+
+
+_LARGE = 2**28  # bytes
+
+
+def _warn_of_size(size: int, what: str, remedy: str) -> None:
+    if size >= _LARGE:
+        warnings.warn(f"{size / 1e9:.1f} GB of memory are taken by {what}. {remedy}.", LargeDataWarning, stacklevel=2)
 
 
 def _signed(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -177,10 +210,12 @@ def read_data(path: str | Path, *, image_size: int | None = None, pixels: bool |
     """Observations from a file or folder; ``note`` of the result says how they were read.
 
     Args:
-        path: a ``.npy`` file: an array ``(N, *event_shape)``; a ``.npz`` file: the same, called x, images or data, and
-            labels, called y, labels or targets, if any; a folder of images, or of folders of images, one for each label (as
-            torchvision's ``ImageFolder``). Arrays of images ``(N, H, W)`` and ``(N, H, W, channels)`` become
-            ``(N, channels, H, W)``; pictures whose three channels are equal throughout become grey.
+        path: a ``.npy`` file: an array ``(N, *event_shape)``, used as it lies on the disk; a ``.npz`` file: the same, called
+            x, images or data, and labels, called y, labels or targets, if any; a ``.csv`` file: a table of numbers, whose
+            first line may name its columns; a folder of images, or of folders of images, one for each label (as
+            torchvision's ``ImageFolder``), each file once, whatever links there are. Arrays of images ``(N, H, W)`` and
+            ``(N, H, W, channels)`` become ``(N, channels, H, W)``; pictures whose three channels are equal throughout become
+            grey.
         image_size: height and width of the images: the shorter side is brought to it, and the middle kept. None: as they
             are, if all have one size of at most 128 x 128; else 32. Of arrays: None, as they are.
         pixels: whether uint8 is pixels, scaled by 1/255, or whole numbers; see :class:`~pyro_vae.data.dataset.Data`. uint8
@@ -196,8 +231,21 @@ def _read(path: Path, image_size: int | None, pixels: bool | None, like: Sequenc
     """``like``: height and width of images where they do not have to be of image_size."""
     if path.is_dir():
         return read_folder(path, like if image_size is None else (image_size, image_size), pixels)
+    if path.suffix == ".csv" and path.is_file():
+        return _read_table(path, pixels)
     arrays = _read_arrays(path)
     return _of_arrays(path, arrays, _called(_X, arrays), _called(_Y, arrays), image_size, pixels)
+
+
+def _read_table(path: Path, pixels: bool | None) -> Data:
+    try:
+        values, columns = read_csv(path)
+        x, pixels, whole = _as_numbers(values, pixels)
+        names = column_names(range(len(columns)), columns) or "without names"
+        note = f"table of shape {values.shape}, columns {names}{whole}"
+        return Data(x, name=path.stem, note=note, columns=columns, pixels=pixels)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def read_splits(
@@ -245,6 +293,9 @@ def read_splits(
             f"{path}: expected training and test data of one scale, 0 to 255 in uint8, 0 and 1, or any other; found "
             f"{found}. Save both alike, or keep them as whole numbers by pixels=False (--pixels no)."
         )
+    if held.columns != first.columns:
+        found = f"{', '.join(first.columns[:5]) or 'none'} and {', '.join(held.columns[:5]) or 'none'}"
+        raise DataError(f"{path}: expected the same columns in training and test data, in one order, found {found}.")
     if held.classes != first.classes:
         found = f"{', '.join(first.classes) or 'none'} and {', '.join(held.classes) or 'none'}"
         raise DataError(f"{path}: expected the same labels in training and test data, found {found}.")
@@ -255,6 +306,11 @@ def _held_out(path: Path, data: Data, fraction: float) -> tuple[Data, Data]:
     if len(data) < 2:
         raise DataError(f"{path}: expected at least two observations, one of them to test on, found one.")
     count = min(max(1, round(fraction * len(data))), 10_000)
+    _warn_of_size(
+        data.x.nbytes,
+        f"copies of the rows of {path} that train and test",
+        "With test data in a file of their own (--test-data) a .npy file is used as it lies on the disk",
+    )
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))  # the same for every seed of training
 
     def part(index: Tensor, note: str) -> Data:
@@ -270,13 +326,16 @@ def _called(names: Sequence[str], arrays: dict[str, Any]) -> str | None:
 def _read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     """The arrays of a .npy file, as ``x``, or of a .npz file."""
     if path.suffix not in (".npy", ".npz"):
-        kind = "missing" if not path.exists() else "neither a folder of images nor a .npy or .npz file"
-        raise DataError(f"{path}: {kind}. Name a folder of images, or an array saved by numpy.save or numpy.savez.")
+        kind = "missing" if not path.exists() else "neither a folder of images nor a .npy, .npz or .csv file"
+        raise DataError(f"{path}: {kind}. Name a folder of images, an array saved by numpy.save or numpy.savez, or a table.")
     try:
-        content = np.load(path, allow_pickle=False)  # code in a file is not run
+        # Mapped, pages copied where they are written to; code in a file is not run.
+        content = np.load(path, mmap_mode="c" if path.suffix == ".npy" else None, allow_pickle=False)
         if isinstance(content, np.ndarray):
             return {"x": content}
         with content:
+            size = sum(info.file_size for info in content.zip.infolist())
+            _warn_of_size(size, f"the arrays of {path}", "A .npy file is used as it lies on the disk")
             return dict(content)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
@@ -289,12 +348,14 @@ def _of_arrays(
     if x_name is None:
         raise DataError(f"{path}: expected an array called {', '.join(_X)}, found {', '.join(arrays) or 'none'}.")
     try:
+        _check_channels(np.shape(arrays[x_name]))
         x, pixels, note = _as_numbers(arrays[x_name], pixels)
         classes: tuple[str, ...] = ()
         labels, note = None, f"array {x_name} of shape {tuple(x.shape)}{note}"
         if y_name is not None:
             labels, classes = _as_labels(arrays[y_name])
         if x.dim() == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
+            _warn_of_size(x.nbytes, f"a copy of {path} with its channels first", "Save it so: np.moveaxis(x, -1, 1)")
             x, note = x.permute(0, 3, 1, 2).contiguous(), f"{note}, channels last"
         data = Data(x, labels, path.stem, classes=classes, note=note, pixels=pixels)
         if x.dim() == 3 and data.are_pixels:
@@ -304,13 +365,23 @@ def _of_arrays(
     return data if size is None else replace(data.resize(size), note=f"{note}, made {size} x {size}")
 
 
+def _check_channels(shape: Sequence[int]) -> None:
+    if len(shape) == 4 and shape[-1] in (2, 4) and shape[1] > 4:
+        raise DataError(
+            f"expected images of 1 or 3 channels, or channels first, found {shape[-1]} in the last place of {tuple(shape)}. "
+            "Leave a transparency out, x[..., :-1], or put channels first, np.moveaxis(x, -1, 1)."
+        )
+
+
 def _as_numbers(values: np.ndarray[Any, Any], pixels: bool | None) -> tuple[Tensor, bool | None, str]:
     """A tensor that ``Data`` takes, whether its uint8 is pixels, and what is to be told of that."""
     if values.dtype == np.uint8 and pixels is not False and values.size and values.max() == 1:  # else 1 would become 1/255
         return torch.from_numpy(values * np.uint8(255)), True, ", 0 and 1"
     x = _tensor(values)
-    if x.is_floating_point() or (x.dtype == torch.uint8 and pixels is not False):
+    if x.is_floating_point():
         return x, pixels, ""
+    if x.dtype == torch.uint8 and pixels is not False:
+        return x, pixels, ", pixels of 0 to 255, scaled by 1/255"
     return x, pixels, f", whole numbers ({values.dtype})"
 
 

@@ -21,7 +21,7 @@ from pyro_vae.estimates.psis import Accumulator
 from pyro_vae.estimates.records import LogMarginal, UnreliableEstimateWarning
 from pyro_vae.models.programs import ProgramPair, evaluating, programs_and_data
 
-__all__ = ["log_marginal"]
+__all__ = ["ChunkWeights", "log_marginal"]
 
 
 def log_marginal(
@@ -103,7 +103,7 @@ def log_marginal(
     compile = compile_choice(compile, first.device)
     mine = [processes.share(t) for t in batch]
     pays = first.device.type == "cpu" and (len(mine[0]) // at_once) * (num_samples // draws) >= _PAYS
-    weights = _Weights(pair, (draws, min(at_once, len(mine[0]))))
+    weights = ChunkWeights(pair, (draws, min(at_once, len(mine[0]))))
     weighed: Callable[[tuple[Sequence[Tensor], int]], Tensor] = weights.eager
     if compile or (compile is None and pays):
         weighed = Calls(weights, what="log_marginal, run eagerly")
@@ -132,7 +132,7 @@ def log_marginal(
 _PAYS = 2000
 
 
-class _Weights(Program[tuple[Sequence[Tensor], int], Tensor]):
+class ChunkWeights(Program[tuple[Sequence[Tensor], int], Tensor]):
     """The log weights of one number of draws and observations, ``(num_samples, B)``.
 
     Chunks of another shape are weighed eagerly, and so are those whose weights are nan or +inf, for the error that names

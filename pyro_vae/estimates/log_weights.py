@@ -18,6 +18,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_vae._checks import few_values
 from pyro_vae.models.programs import ProgramPair
 
 __all__ = ["Site", "Weights", "log_weights", "weigh"]
@@ -158,8 +159,18 @@ def weigh(pair: ProgramPair, batch: Sequence[Tensor], num_samples: int = 1) -> W
 
     Raises:
         ValueError: a site outside the data plate, or in the guide alone, or of a shape that is not ``(draws, B)``; a guide
-            that observes; a model that does not.
+            that observes; a model that does not; or what a distribution raises of values or parameters that it does not
+            take, a few of them shown.
     """
+    try:
+        return _weigh(pair, batch, num_samples)
+    except ValueError as error:
+        if (short := few_values(str(error))) == str(error):
+            raise
+        raise ValueError(short) from error
+
+
+def _weigh(pair: ProgramPair, batch: Sequence[Tensor], num_samples: int) -> Weights:
     size = len(batch[0])
     run_guide, run_model = (_vectorized(program, num_samples) for program in (pair.guide, pair.model))
     guide_trace = prune_subsample_sites(poutine.trace(run_guide).get_trace(*batch))

@@ -128,5 +128,5 @@ def prior_search(vae: "VAE", x: Tensor, *, num_samples: int = 20_000) -> tuple[T
     for images in x.split(500):  # (num_samples, 500) log-likelihoods at once
         log_p = log_prob(outputs, images)
         best.append(means[log_p.argmax(0)])
-        average.append((log_p.softmax(0).T @ means.flatten(1)).unflatten(-1, vae.event_shape))
+        average.append((log_p.to(means.dtype).softmax(0).T @ means.flatten(1)).unflatten(-1, vae.event_shape))
     return torch.cat(best), torch.cat(average)

@@ -2,13 +2,15 @@
 
 A likelihood is any callable ``likelihood(output) -> distribution`` over elements (no event dimensions; the VAE adds them):
 a module, an object or a function. Where it takes context too, ``likelihood(output, *context)``, each context tensor comes
-with the leading dimensions of output. It may have three methods:
+with the leading dimensions of output. It may have four methods:
 
 - ``check(x)``: raises a ``ValueError`` where the density is not defined for such data; ``check(x, *context)`` looks at the
-  context too;
+  context too; without it, x has to lie in the support of the distribution;
 - ``terms(reconstruction, event_shape)``: other names under which the literature reports E[-log p(x | z)];
 - ``pairwise_log_prob(output, x)``: log p(x | z) of ALL pairs by matrix products: no (B, M, elements) tensor exists. Only the
-  direct fit, :mod:`pyro_vae.estimates.prior_sampling`, asks for it.
+  direct fit, :mod:`pyro_vae.estimates.prior_sampling`, asks for it;
+- ``standardize(x)``: x as the encoder is given it, numbers of order 1. With it, x comes in float64, and a batch of any
+  floating-point type is taken.
 """
 
 import math
@@ -21,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_vae._checks import number, whole_number
+from pyro_vae._checks import few_values, number, whole_number
 from pyro_vae.models.relaxed_bernoulli import RelaxedBernoulli
 from pyro_vae.models.scales import bent, bounded_scale
+from pyro_vae.models.standardized_normal import StandardizedNormal
 
 __all__ = [
     "BernoulliLikelihood",
@@ -32,6 +35,7 @@ __all__ = [
     "NormalLikelihood",
     "PoissonLikelihood",
     "StandardizedNormalLikelihood",
+    "check_support",
 ]
 
 
@@ -172,7 +176,9 @@ class StandardizedNormalLikelihood(nn.Module):
         \log p(x \mid z) = \log p\Big(\frac{x - a}{b} \,\Big|\, z\Big) - \sum_d \log b_d
 
     The decoder's output is ``(*batch, *event_shape, 2)``: mean and log-variance of :math:`(x - a) / b`, so that its numbers
-    are of order 1 whatever the units of the data. a and b are buffers: they are saved with the weights.
+    are of order 1 whatever the units of the data; the VAE gives its encoder :math:`(x - a) / b` too. a and b are buffers,
+    saved with the weights, and stay in float64 where a model is converted: what differs by 1 at 1.7e9, seconds, say, is the
+    same number in float32. Draws and means of p(x | z) are in float64 with them.
 
     Args:
         loc: a, ``event_shape``: the mean of the training data.
@@ -182,7 +188,9 @@ class StandardizedNormalLikelihood(nn.Module):
         >>> likelihood = StandardizedNormalLikelihood(torch.tensor([1000.0]), torch.tensor([50.0]))
         >>> p = likelihood(torch.zeros(1, 2))  # mean 0 and log-variance 0 of the standardised data
         >>> p.mean, p.stddev
-        (tensor([1000.]), tensor([50.]))
+        (tensor([1000.], dtype=torch.float64), tensor([50.], dtype=torch.float64))
+        >>> likelihood.standardize(torch.tensor([1100.0]))
+        tensor([2.], dtype=torch.float64)
     """
 
     loc: Tensor
@@ -195,16 +203,29 @@ class StandardizedNormalLikelihood(nn.Module):
                 f"StandardizedNormalLikelihood: expected finite loc and scale > 0 of one shape, found shapes "
                 f"{tuple(loc.shape)} and {tuple(scale.shape)}, scale from {scale.min():g} to {scale.max():g}."
             )
-        self.register_buffer("loc", loc)
-        self.register_buffer("scale", scale)
+        self.register_buffer("loc", loc.double())
+        self.register_buffer("scale", scale.double())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StandardizedNormalLikelihood":
+        """What ``to``, ``float`` and ``half`` go through: buffers change their device, not their type."""
+        kept = {name: buffer for name, buffer in self.named_buffers() if not buffer.is_meta}
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers():
+            setattr(self, name, (kept[name] if name in kept and not buffer.is_meta else buffer).to(buffer.device).double())
+        return self
+
+    def standardize(self, x: Tensor) -> Tensor:
+        """(x - a) / b, float64."""
+        return (x - self.loc) / self.scale
 
     def forward(self, output: Tensor) -> dist.TorchDistribution:
         p = LearnedNormalLikelihood()(output)
-        return dist.Normal(self.loc + self.scale * p.mean, self.scale * p.stddev)
+        return StandardizedNormal(p.mean, p.stddev, self.loc, self.scale)
 
     def pairwise_log_prob(self, output: Tensor, x: Tensor) -> Tensor:
         """As of :class:`LearnedNormalLikelihood`, of standardised x, less the logs of the scales: -> ``(M, B)``."""
-        return LearnedNormalLikelihood().pairwise_log_prob(output, (x - self.loc) / self.scale) - self.scale.log().sum()
+        log_prob = LearnedNormalLikelihood().pairwise_log_prob(output, self.standardize(x).to(output.dtype))
+        return log_prob - self.scale.log().sum().to(log_prob.dtype)
 
     def check(self, x: Tensor) -> None:
         _check_finite(x)
@@ -294,6 +315,21 @@ class PoissonLikelihood:
 
 # Rates from 2e-9 to 5e8 are exp(output) itself; 7e10, the limit, leaves float32 room for squared gradients.
 _FREE_LOG_RATE, _LIMIT_LOG_RATE = 20.0, 25.0
+
+
+def check_support(p: dist.TorchDistribution, x: Tensor) -> None:
+    """Raise a ``ValueError`` where x, observations, lies outside the support of p(x | z); a few of them are shown."""
+    try:
+        good = p.support.check(x)
+    except NotImplementedError:  # of a distribution that does not say
+        return
+    if not good.all():
+        some = ", ".join(f"{value:g}" for value in x[~good].flatten()[:3].tolist())
+        inner = p.base_dist if isinstance(p, dist.Independent) else p
+        raise ValueError(
+            f"expected x that {type(inner).__name__}, the likelihood, takes: {few_values(str(inner.support))}; found "
+            f"observations that it does not, of {some}, ... Scale x, or take another likelihood."
+        )
 
 
 def _check_all(name: str, values: Tensor, good: Tensor, expected: str) -> None:

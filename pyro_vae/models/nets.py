@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pyro_vae._checks import shape, whole_number
 
-__all__ = ["ConvDecoder", "ConvEncoder", "MLPDecoder", "MLPEncoder", "Standardize"]
+__all__ = ["ConvDecoder", "ConvEncoder", "Log1p", "MLPDecoder", "MLPEncoder"]
 
 _relu = partial(nn.ReLU, inplace=True)  # same values and gradients, one pass and one copy of the hidden layer fewer
 
@@ -157,19 +157,11 @@ class MLPDecoder(nn.Module):
         return self.output(self.body(z)).unflatten(-1, self.output_shape)  # (*batch, *output_shape)
 
 
-class Standardize(nn.Module):
-    """``(x - loc) / scale``, both ``event_shape`` and saved with the weights: an encoder then sees numbers of order 1."""
-
-    loc: Tensor
-    scale: Tensor
-
-    def __init__(self, loc: Tensor, scale: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("loc", loc)
-        self.register_buffer("scale", scale)
+class Log1p(nn.Module):
+    """log(1 + x), for an encoder of counts, which may be of any size."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x - self.loc) / self.scale
+        return x.log1p()
 
 
 class ConvEncoder(nn.Module):

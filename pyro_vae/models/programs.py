@@ -44,7 +44,8 @@ class ProgramPair(nn.Module):
     Attributes:
         module: the module that both programs belong to; None if they do not belong to one. What it says of itself is used
             where it is there: ``check(*batch)`` raises a ``ValueError`` for data that the model is not defined for,
-            ``terms(reconstruction)`` gives other names under which the literature reports the reconstruction term.
+            ``terms(reconstruction)`` gives other names under which the literature reports the reconstruction term;
+            ``example()`` is a tensor of whose type and device observations are to be, where that is not a parameter's.
 
     Raises:
         ValueError: no pair of programs.
@@ -131,7 +132,8 @@ class ProgramPair(nn.Module):
 
     def example(self) -> Tensor | None:
         """A tensor of whose type and device observations are to be; None if there is none."""
-        return example_of(self)
+        example = getattr(self.module, "example", None)
+        return example_of(self) if example is None else example()
 
 
 def example_of(module: nn.Module) -> Tensor | None:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae._checks import shape, whole_number
-from pyro_vae.models.likelihoods import BernoulliLikelihood, Likelihood
+from pyro_vae.models.likelihoods import BernoulliLikelihood, Likelihood, check_support
 from pyro_vae.models.posteriors import DiagonalNormal, check_heads
 from pyro_vae.models.priors import StandardNormal
-from pyro_vae.models.programs import example_of, is_held
+from pyro_vae.models.programs import evaluating, example_of, is_held
 
 __all__ = ["VAE"]
 
@@ -95,6 +95,14 @@ class VAE(nn.Module):
         example = example_of(self)
         return torch.empty(()) if example is None else example
 
+    def example(self) -> Tensor:
+        """A tensor of whose type and device observations are to be: float64 where the likelihood standardises them."""
+        return torch.empty((), dtype=torch.float64, device=self.like.device) if self._standardize else self.like
+
+    @property
+    def _standardize(self) -> Callable[[Tensor], Tensor] | None:
+        return getattr(self.likelihood, "standardize", None)
+
     # --- distributions ---
 
     def encode(self, x: Tensor, *context: Tensor) -> dist.TorchDistribution:
@@ -106,6 +114,8 @@ class VAE(nn.Module):
         """
         batch = self._batch_shape("x", x, self.event_shape)
         self._check_context(context, batch)
+        if self._standardize is not None:  # before x is rounded to the type of the encoder
+            x = self._standardize(x).to(self.like.dtype)
         output = self._call("encoder", x.reshape(-1, *self.event_shape), context=_flat(context, batch))
         n = batch.numel()
         if names := getattr(self.posterior, "names", None):
@@ -195,9 +205,12 @@ class VAE(nn.Module):
         self._check_context(context, x.shape[:1])
         check = getattr(self.likelihood, "check", None)
         if check is None:
-            return
-        takes = context and _context_sizes(self.likelihood, 1)[1] and _context_sizes(check, 1)[1] >= len(context)
-        check(x, *(context if takes else ()))
+            with torch.no_grad(), evaluating(self):
+                p = self.decode(self.like.new_zeros(len(x), self.latent_dim), *context)
+            check_support(p, x)
+        else:
+            takes = context and _context_sizes(self.likelihood, 1)[1] and _context_sizes(check, 1)[1] >= len(context)
+            check(x, *(context if takes else ()))
 
     def terms(self, reconstruction: Tensor) -> dict[str, Tensor]:
         """Other names under which the literature reports the reconstruction, E[-log p(x | z)] in nats, if there are any."""
@@ -207,7 +220,8 @@ class VAE(nn.Module):
     def _batch_shape(self, name: str, value: Tensor, event_shape: Sequence[int]) -> torch.Size:
         """The leading dimensions of x or z, once its type and last dimensions are found to be right."""
         leading, dtype = value.dim() - len(event_shape), self.like.dtype
-        if leading < 0 or value.shape[leading:] != tuple(event_shape) or value.dtype != dtype:
+        any_float = name == "x" and self._standardize is not None and value.is_floating_point()
+        if leading < 0 or value.shape[leading:] != tuple(event_shape) or not (value.dtype == dtype or any_float):
             raise ValueError(
                 f"VAE: expected {name} of shape (*batch, {_join(event_shape)}) and type {dtype}, found "
                 f"{value.dtype} of shape {tuple(value.shape)}. Reshape it, convert it, and scale uint8 images to [0, 1]."

@@ -24,7 +24,7 @@ def cautions_of(
     """Headlines, each with an explanation and what to do.
 
     Args:
-        config: of the run; its ``dataset`` and ``requested_dataset`` are looked at.
+        config: of the run; its ``dataset``, ``requested_dataset`` and ``discrete_columns`` are looked at.
         figures: of the test set.
         finished: whether the run was evaluated at its end.
         train: the training's last figures.
@@ -43,6 +43,8 @@ def cautions_of(
     if dataset == "digits" and requested in ("auto", "mnist"):
         text = f"MNIST was not to be had (asked for: {requested}), so this is scikit-learn's digits, 8 x 8 pixels. "
         found.append(("Digits in place of MNIST", text + "No figure here can be compared with one of MNIST."))
+    if isinstance(columns := config.get("discrete_columns"), str) and columns:
+        found.append(("A density of columns that have none", columns))
     broken = [name for name, figure in figures.items() if not math.isfinite(figure.value)]
     broken += [f"training {name}" for name, value in train.items() if not math.isfinite(value)]
     if broken:

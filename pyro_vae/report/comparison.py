@@ -19,6 +19,8 @@ _DENSITIES = {
     ("normal", False): "normal with variance 1/2: a density, of black and white pixels",
     ("learned-normal", True): "normal with learned variances: a density",
     ("learned-normal", False): "normal with learned variances: a density, of black and white pixels",
+    ("poisson", True): "Poisson: a probability of counts",
+    ("poisson", False): "Poisson: a probability of counts, of black and white pixels",
     ("none", True): "none: a plain autoencoder, its squared error",
     ("none", False): "none: a plain autoencoder, its squared error",
 }
@@ -62,7 +64,8 @@ def conditions(config: Mapping[str, Any], event_shape: Sequence[int], *, images:
     """What two runs must have in common for their figures to be compared, in words.
 
     Args:
-        config: of the run; its ``dataset``, ``binarization`` and ``likelihood`` are looked at.
+        config: of the run; its ``dataset``, ``binarization``, ``likelihood`` and ``binary`` (whether the data are 0 and 1 as
+            they are) are looked at.
         event_shape: shape of one observation.
         images: number of test observations, where the run took a part of them.
 
@@ -74,7 +77,10 @@ def conditions(config: Mapping[str, Any], event_shape: Sequence[int], *, images:
     unit = {1: " values", 3: " (channels x height x width)"}.get(len(event_shape), "")
     grey = len(event_shape) == 3 and event_shape[0] == 1
     kept = f"none ({'grey pixels' if grey else 'values as they are'})"
-    density = _DENSITIES.get((str(likelihood), binarization == "none"), str(likelihood))
+    binary = binarization == "none" and config.get("binary") is True
+    kept = "none (values of 0 and 1)" if binary else kept
+    density = _DENSITIES.get((str(likelihood), binarization == "none" and not binary), str(likelihood))
+    density = density.replace("black and white pixels", "values of 0 and 1") if binary else density
     return {
         "data set": str(config.get("dataset", "not recorded")) + ("" if images is None else f", {images:,} test images"),
         "size": " x ".join(map(str, event_shape)) + unit,

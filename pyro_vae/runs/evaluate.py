@@ -2,11 +2,10 @@
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pyro_vae._checks import whole_number
 from pyro_vae._files import CheckpointError
@@ -33,7 +32,7 @@ class EvaluateOptions(MeasureOptions):
     images: int | None = option(None, help="only the first so many observations", default_text="all")
     data: str | None = option(
         None,
-        help="other data, of the shape of the run's: a folder of images, a .npy or .npz file",
+        help="other data, of the shape of the run's: a folder of images, a .npy, .npz or .csv file",
         metavar="PATH",
         default_text="the run's test set",
     )
@@ -64,7 +63,7 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> tuple[str, dict[str,
     Warns:
         UserWarning: the run has not ended.
     """
-    settings, event_shape, config = read_config(folder)
+    settings, _, config = read_config(folder)
     run = RunSettings.of_config(folder, config)
     lock_run(folder)
     model = load_run(folder, device=options.place)
@@ -74,7 +73,7 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> tuple[str, dict[str,
         if expected is not None and identity(data) != expected:
             raise DataError(f"{run.data}: the test data are no longer those of {folder}. Name what to measure by --data.")
     else:
-        data, what = _other_data(options.data, run, settings, event_shape), str(Path(options.data).expanduser().resolve())
+        data, what = _other_data(options.data, run, settings, config), str(Path(options.data).expanduser().resolve())
     if options.images is not None and options.images < len(data):
         data = data.subset(slice(options.images))
         what = f"the first {options.images:,} of {what}"
@@ -89,13 +88,17 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> tuple[str, dict[str,
     return what, figures, _write(folder, what, figures)
 
 
-def _other_data(path: str, run: RunSettings, settings: Settings, event_shape: tuple[int, ...]) -> Data:
+def _other_data(path: str, run: RunSettings, settings: Settings, config: Mapping[str, Any]) -> Data:
     """All observations of a file or folder, read as those of the run were."""
-    size = settings.image_size
+    size, event_shape = settings.image_size, config["event_shape"]
     if size is None and Path(path).expanduser().is_dir() and event_shape[-1] == event_shape[-2:][0]:
         size = event_shape[-1]
     data = read_data(path, image_size=size, pixels=PIXELS[run.pixels])
-    return replace(data, binarization=settings.binarization).to("cpu", torch.get_default_dtype())
+    if (names := config.get("columns")) and data.columns and list(data.columns) != names:
+        raise DataError(
+            f"{path}: expected the columns of the run, {', '.join(names)}, in this order, found {', '.join(data.columns)}."
+        )
+    return replace(data, binarization=settings.binarization)
 
 
 def _write(folder: Path, what: str, figures: dict[str, Estimate]) -> bool:

@@ -13,8 +13,14 @@ from pyro_vae._checks import SettingError, number, shape, whole_number
 from pyro_vae._options import check_choices, described, option
 from pyro_vae.data.dataset import BINARIZATIONS, Data
 from pyro_vae.models.autoencoder import Autoencoder
-from pyro_vae.models.likelihoods import BernoulliLikelihood, Likelihood, NormalLikelihood, StandardizedNormalLikelihood
-from pyro_vae.models.nets import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder, Standardize
+from pyro_vae.models.likelihoods import (
+    BernoulliLikelihood,
+    Likelihood,
+    NormalLikelihood,
+    PoissonLikelihood,
+    StandardizedNormalLikelihood,
+)
+from pyro_vae.models.nets import ConvDecoder, ConvEncoder, Log1p, MLPDecoder, MLPEncoder
 from pyro_vae.models.vae import VAE
 from pyro_vae.training.objective import Objective
 from pyro_vae.training.objectives import ESTIMATORS, LEAST_BETA, NegativeELBO, NegativeIWAE, ReconstructionError
@@ -26,12 +32,13 @@ NETS = ("mlp", "mlp-linear", "mlp-tanh", "conv")
 OBJECTIVES = (*ESTIMATORS, "iwae")
 SCHEDULES = ("constant", "stages")
 
-LIKELIHOODS = ("bernoulli", "normal", "learned-normal")
+LIKELIHOODS = ("bernoulli", "normal", "learned-normal", "poisson")
 
 # The normal likelihood of variance 1/2 has the squared error summed over pixels as its reconstruction term.
 _FIXED: dict[str, Likelihood] = {
     "bernoulli": BernoulliLikelihood(),
     "normal": NormalLikelihood(variance=0.5, mean="sigmoid"),
+    "poisson": PoissonLikelihood(),
 }
 
 
@@ -46,7 +53,8 @@ class Settings:
 
     preset: str = option(help="reference system that these settings start from")
     likelihood: str = option(
-        help="normal: sigmoid mean, variance 1/2; learned-normal: mean and variance learned, of numbers of any range",
+        help="normal: sigmoid mean, variance 1/2; learned-normal: mean and variance learned, of numbers of any range; "
+        "poisson: counts",
         choices=(*LIKELIHOODS, "none"),  # none: a plain autoencoder
         default_text="with --data, what fits the data, which is said",
     )
@@ -112,8 +120,9 @@ class Settings:
 
         Args:
             event_shape: shape of one observation.
-            moments: mean and standard deviation of the training data, :meth:`~pyro_vae.data.dataset.Data.moments`, by which
-                the likelihood learned-normal standardises them; None: 0 and 1.
+            moments: mean and standard deviation of the training data, :meth:`~pyro_vae.data.dataset.Data.moments`: the
+                likelihood learned-normal standardises by them (None: 0 and 1), and the rates of poisson begin at the mean
+                (None: at about 1).
 
         Raises:
             ValueError: these are settings of an autoencoder, or the nets do not suit event_shape.
@@ -123,13 +132,16 @@ class Settings:
         likelihood: Any
         if self.likelihood == "learned-normal":
             ones = torch.ones(shape("event_shape", event_shape))
-            loc, scale = moments or (ones - 1, ones)
-            likelihood = StandardizedNormalLikelihood(loc, scale)
+            likelihood = StandardizedNormalLikelihood(*(moments or (ones - 1, ones)))
             encoder, decoder = self._nets(event_shape, heads=2, outputs=2)
-            encoder = nn.Sequential(Standardize(loc, scale), encoder)
         else:
             encoder, decoder = self._nets(event_shape, heads=2)
             likelihood = _FIXED[self.likelihood]
+        if self.likelihood == "poisson":
+            encoder = nn.Sequential(Log1p(), encoder)
+            if moments is not None and isinstance(decoder, MLPDecoder):
+                with torch.no_grad():  # rates that begin far from the counts overflow, or take thousands of steps
+                    decoder.output.bias.copy_(moments[0].clamp_min(1e-3).log().flatten())
         return VAE(encoder, decoder, latent_dim=self.latent_dim, event_shape=event_shape, likelihood=likelihood)
 
     def build_model(self, event_shape: Sequence[int], *, moments: tuple[Tensor, Tensor] | None = None) -> VAE | Autoencoder:
@@ -229,14 +241,18 @@ def fitting_likelihood(data: Data) -> tuple[str, str]:
     - Grey pixels, uint8 or images in [0, 1]: ``"bernoulli"`` too, as most published examples have it; a relaxed one, whose
       figures compare only with others of the kind.
     - Colours: ``"normal"``, a density over colours.
-    - All else, tables and numbers beyond [0, 1]: ``"learned-normal"``.
+    - All else, tables and numbers beyond [0, 1]: ``"learned-normal"``. Whole numbers may be counts, categories or neither,
+      which nothing tells; the reason names ``"poisson"`` for counts.
     """
     shape, x = data.event_shape, data.x
     pixels = data.are_pixels
-    if data.binarization != "none" or ((x == 0) | (x == (255 if data.scaled else 1))).all():
+    if data.is_binary:
         return "bernoulli", "values of 0 and 1"
     if pixels and len(shape) == 3 and shape[0] == 3:
         return "normal", "colours"
     if pixels and (data.scaled or len(shape) > 1):
         return "bernoulli", "grey pixels: a relaxed Bernoulli, to be compared only with figures of the kind"
-    return "learned-normal", f"{'numbers' if len(shape) == 1 else 'values'} from {x.min():g} to {x.max():g}"
+    span = f"{'numbers' if len(shape) == 1 else 'values'} from {x.min().item():g} to {x.max().item():g}"
+    if data.are_counts:
+        return "learned-normal", f"whole {span}; if they are counts, --likelihood poisson has their probabilities"
+    return "learned-normal", span

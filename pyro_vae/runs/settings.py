@@ -45,7 +45,8 @@ class RunSettings:
     dataset: str = option("auto", help="auto: mnist if it can be had, else digits", choices=DATASETS)
     data: str | None = option(
         None,
-        help="your own data, in place of --dataset: a folder of images, or of such folders for each label; a .npy or .npz",
+        help="your own data, in place of --dataset: a folder of images, or of such folders for each label; a .npy, .npz or "
+        ".csv file",
         metavar="PATH",
         default_text="--dataset",
     )

@@ -23,7 +23,7 @@ def load_splits(run: "RunSettings", settings: Settings, data_dir: str | None) ->
     """Training and test data, and what to tell if they are not MNIST as they should be (empty if they are)."""
     if run.data is not None:
         train, test = (
-            replace(part, binarization=settings.binarization).to("cpu", torch.get_default_dtype())
+            replace(part, binarization=settings.binarization)
             for part in read_splits(run.data, run.test_data, image_size=settings.image_size, pixels=PIXELS[run.pixels])
         )
         return train, test, ""

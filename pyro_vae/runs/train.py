@@ -16,6 +16,7 @@ from pyro_vae import _processes as processes
 from pyro_vae._checks import SettingError
 from pyro_vae.analysis import latent
 from pyro_vae.analysis.gallery import run_figures
+from pyro_vae.data.columns import caution_of_columns
 from pyro_vae.data.dataset import Data, DataError
 from pyro_vae.estimates.evaluate import evaluate
 from pyro_vae.estimates.records import Estimate
@@ -92,7 +93,8 @@ def train_run(job: Job, signals: Signals) -> Path:
         train, test, warning = load_splits(job.run, job.settings, job.options.data_dir)
         _warn_loudly(warning)
         set_threads(train)
-        settings, vae = _build(job, train, test, device)
+        settings, vae = _build(job, train, device)
+        train, test = (_as_taken(job, part, vae) for part in (train, test))
         run = _open(job, settings, vae, train, test, device)
         provenance = _provenance(run)
         board = TensorBoard(run.folder / "tensorboard") if job.options.tensorboard and _is_first() else None
@@ -129,7 +131,7 @@ def _warn_loudly(message: str) -> None:
         print(f"{line}\n{message}\n{line}", file=sys.stderr, flush=True)
 
 
-def _build(job: Job, train: Data, test: Data, device: str) -> tuple[Settings, VAE]:
+def _build(job: Job, train: Data, device: str) -> tuple[Settings, VAE]:
     """The settings, fitted to the data, and a new VAE that takes them."""
     settings = job.settings
     torch.manual_seed(job.run.seed)
@@ -138,7 +140,7 @@ def _build(job: Job, train: Data, test: Data, device: str) -> tuple[Settings, VA
             settings, choice = _fitted(job, train)
             if _is_first():
                 print(f"{job.run.data}: {choice}", flush=True)
-        moments = train.moments() if settings.likelihood == "learned-normal" else None
+        moments = train.moments() if settings.likelihood in ("learned-normal", "poisson") else None
         vae = settings.build_vae(train.event_shape, moments=moments).to(device)
     except RuntimeError as error:  # torch's answer to a model larger than the memory
         raise DataError(
@@ -148,12 +150,17 @@ def _build(job: Job, train: Data, test: Data, device: str) -> tuple[Settings, VA
         raise
     except ValueError as error:
         raise DataError(f"the model cannot be built: {error}") from error
-    for part in (train, test):
-        try:
-            part.check(vae.check)
-        except ValueError as error:
-            raise DataError(f"{job.run.data or train.name}: {error}") from error
     return settings, vae
+
+
+def _as_taken(job: Job, data: Data, vae: VAE) -> Data:
+    """The data with batches of the type that the VAE takes, once its likelihood is found to be defined for them."""
+    data = data.to("cpu", vae.example().dtype)
+    try:
+        data.check(vae.check)
+    except ValueError as error:
+        raise DataError(f"{job.run.data or data.name}: {error}") from error
+    return data
 
 
 def _fitted(job: Job, train: Data) -> tuple[Settings, str]:
@@ -173,6 +180,12 @@ def _fitted(job: Job, train: Data) -> tuple[Settings, str]:
     length = f"{settings.steps:,} steps" if settings.epochs is None else f"{settings.epochs:,} epochs"
     latents = f"{settings.latent_dim} latent dimensions"
     return settings, f"{train.note}; likelihood {settings.likelihood} ({reason}); {latents}; {length}"
+
+
+def _of_columns(settings: Settings, train: Data) -> str:
+    """What to say of the columns of a table that the density of these settings does not suit."""
+    normal = settings.likelihood in ("normal", "learned-normal") and len(train.event_shape) == 1
+    return caution_of_columns(train.x, train.columns) if normal else ""
 
 
 def _open(job: Job, settings: Settings, vae: VAE, train: Data, test: Data, device: str) -> _Run:
@@ -196,6 +209,9 @@ def _provenance(run: _Run) -> dict[str, Any]:
         "dataset": run.train.name,
         "requested_dataset": job.requested_dataset,
         "data_note": run.train.note,
+        "columns": list(run.train.columns),
+        "binary": run.train.is_binary,
+        "discrete_columns": _of_columns(run.settings, run.train),
         "test_identity": None if job.run.data is None else identity(run.test),
         "device": run.device,
         "processor": processor(),
@@ -220,6 +236,8 @@ def _begin(run: _Run, provenance: Mapping[str, Any]) -> None:
     print(f"of shape {tuple(train.event_shape)}, binarization {settings.binarization}", end="; ")
     print(f"{size:,} parameters; {run.device}, {torch.get_num_threads()} threads", end="")
     print(f" in each of {processes.count()} processes" if processes.count() > 1 else "")
+    if columns := provenance["discrete_columns"]:
+        print(f"caution: {columns}")
     if isinstance(run.vae.likelihood, NormalLikelihood):
         constant = run.vae.likelihood.constant(train.event_shape)
         print(f"rec and -ELBO include the normal density's constant {constant:.2f}; squared error + kl leaves it out")

@@ -19,7 +19,7 @@ from pyro_vae._checks import number, whole_number
 from pyro_vae.estimates.log_weights import Weights, weigh
 from pyro_vae.estimates.prior_sampling import direct_log_prob, pairwise_log_prob
 from pyro_vae.models.autoencoder import Autoencoder
-from pyro_vae.models.programs import ProgramPair
+from pyro_vae.models.programs import ProgramPair, example_of
 from pyro_vae.models.vae import VAE
 from pyro_vae.training.objective import Objective
 from pyro_vae.training.schedules import Schedule
@@ -110,7 +110,7 @@ class NegativeELBO(Objective):
         self.schedule = beta if callable(beta) else None
         first = beta(0) if callable(beta) else number("beta", beta, least=LEAST_BETA)
         # A buffer, so that a compiled step takes it as it is at each step.
-        like = self.pair.example()
+        like = example_of(self.pair)
         kind: dict[str, Any] = {} if like is None else {"dtype": like.dtype, "device": like.device}
         self.register_buffer("beta", torch.tensor(float(first), **kind), persistent=False)
         self.free_bits = number("free_bits", free_bits) if free_bits else 0.0
@@ -251,6 +251,9 @@ class NegativeDirectLogLikelihood(Objective):
             prior = self.vae.prior_of()
             z = (prior.rsample if prior.has_rsample else prior.sample)(z.shape[:1])
         return {"loss": -direct_log_prob(self.vae, z, x).mean()}
+
+    def example(self) -> Tensor:
+        return self.vae.example()
 
     def check(self, *batch: Tensor) -> None:
         self.vae.check(*batch)

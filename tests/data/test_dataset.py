@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from pyro_vae import BernoulliLikelihood, Data, DataError, load_data
+from pyro_vae._checks import few_values
 from pyro_vae.data import builtin
 from pyro_vae.data.builtin import DatasetFallbackWarning, MissingDataError
-from pyro_vae.data.dataset import _few_values
 from pyro_vae.data.own import as_data
 from pyro_vae.training.state import identity
 
@@ -298,7 +298,8 @@ def test_all_tensors_are_carried_along():
     assert (larger.event_shape, larger.inputs) == ((1, 5, 5), data.inputs)
     assert torch.equal(larger.tensors["weight"], data.tensors["weight"])
     moved = data.to("cpu", torch.float32)
-    assert [moved.tensors[name].dtype for name in ("counts", "weight", "mask")] == [torch.int64, torch.float32, torch.bool]
+    assert moved.tensors["weight"].data_ptr() == data.tensors["weight"].data_ptr()  # held as it came
+    assert [value.dtype for value in moved.batch(torch.tensor([0]))] == [torch.float32, torch.int64, torch.float32]
     with pytest.raises(DataError, match="expected places from 0 to 5: .*out of"):
         data.subset(torch.tensor([6]))
     with pytest.raises(DataError, match="at least one observation"):
@@ -306,7 +307,10 @@ def test_all_tensors_are_carried_along():
 
 
 def test_repr_shows_no_values():
-    assert repr(of_all_kinds(inputs=("x", "labels"))) == "Data('all', 6 of shape (1, 3, 3) in torch.uint8, inputs x, labels)"
+    assert repr(of_all_kinds(inputs=("x", "labels"))) == (
+        "Data('all', 6 of shape (1, 3, 3) in torch.uint8, scaled by 1/255, inputs x, labels)"
+    )
+    assert repr(Data(torch.zeros(2, 3))) == "Data('array', 2 of shape (3,) in torch.float32, inputs x)"
 
 
 def test_a_mapping_changed_later_changes_nothing():
@@ -397,8 +401,8 @@ def test_moments_are_those_of_a_batch():
     x = torch.randint(0, 256, (50, 1, 2, 2), dtype=torch.uint8)
     for answer, unit in ((True, 255), (False, 1)):
         loc, scale = Data(x, torch.zeros(50).long(), inputs=("x", "labels"), pixels=answer).moments()
-        torch.testing.assert_close(loc, x.float().mean(0) / unit)
-        torch.testing.assert_close(scale, x.float().std(0, correction=0) / unit)
+        torch.testing.assert_close(loc, x.double().mean(0) / unit)
+        torch.testing.assert_close(scale, x.double().std(0, correction=0) / unit)
 
 
 # --- identity ---
@@ -464,7 +468,7 @@ def test_errors_of_a_check_show_a_few_values():
     assert "tensor(0." in str(error.value)
     assert len(str(error.value)) < 300
     text = "tensor([[1., 2., 3.],\n [4., 5., 6.]], dtype=torch.float64) of tensor(3.)"
-    assert _few_values(text) == "tensor(1., 2., 3., ...) of tensor(3.)"
+    assert few_values(text) == "tensor(1., 2., 3., ...) of tensor(3.)"
 
 
 BAD = {
@@ -560,8 +564,8 @@ def test_arrays_that_are_read_only_or_of_other_byte_order():
 def test_moments_are_those_of_each_element_and_constants_keep_theirs():
     x = torch.stack([torch.arange(5.0), torch.full((5,), 7e6 + 1), torch.full((5,), 0.1)], 1)
     loc, scale = Data(x).moments()
-    assert torch.equal(loc, torch.tensor([2.0, 7e6 + 1, 0.1]))
-    torch.testing.assert_close(scale, torch.tensor([math.sqrt(2), 1.0, 1.0]))
+    assert torch.equal(loc, torch.tensor([2.0, 7e6 + 1, 0.1]).double())
+    torch.testing.assert_close(scale, torch.tensor([math.sqrt(2), 1.0, 1.0], dtype=torch.float64))
 
 
 def test_resize_is_bilinear_and_keeps_the_type():

@@ -1,5 +1,7 @@
 """Arrays, data sets of torch, files and folders become the same data, and what cannot be read is named."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,8 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from pyro_vae import Data, DataError, NegativeELBO, evaluate, fit, log_marginal
-from pyro_vae.data.own import as_data, read_data, read_splits
+from pyro_vae.data import own
+from pyro_vae.data.own import LargeDataWarning, as_data, read_data, read_splits
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
 
@@ -337,3 +340,85 @@ def test_arrays_of_images_have_their_channels_first(tmp_path):
     np.save(tmp_path / "x.npy", np.arange(12).reshape(6, 2))
     data = read_data(tmp_path / "x.npy")
     assert (data.x.dtype, data.note) == (torch.int64, "array x of shape (6, 2), whole numbers (int64)")
+
+
+def test_links_give_each_file_once(tmp_path):
+    flat, nested = save(tmp_path / "flat", PIXELS[:5]), tmp_path / "nested"
+    for label in ("a", "b"):
+        save(nested / label / "deep", PIXELS[:3])
+    (flat / "self").symlink_to(".")
+    (flat / "again.png").symlink_to("00.png")
+    (nested / "self").symlink_to(".")
+    (nested / "c").symlink_to("a")
+    (nested / "a" / "up").symlink_to("..")
+    (nested / "a" / "other").symlink_to("../b")
+    (nested / "b" / "one").symlink_to("two")
+    (nested / "b" / "two").symlink_to("one")
+    (nested / "notes.txt").write_text("no picture")
+    assert (len(read_data(flat)), read_data(flat).note) == (5, "5 colour images of 8 x 8 pixels")
+    data = read_data(nested)
+    assert data.note == "6 colour images of 8 x 8 pixels; 2 labels: a, b; 1 other file left out"
+    assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    outside = save(tmp_path / "outside", PIXELS[:2])
+    (nested / "d").symlink_to(outside)  # a link to images elsewhere is as good as a folder
+    assert read_data(nested).classes == ("a", "b", "d")
+
+
+@pytest.mark.parametrize("way", ["path", "mapped", "a part", "copy on write"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint8, np.int64])
+def test_arrays_on_the_disk_stay_there(tmp_path, way, dtype):
+    values = np.random.default_rng(0).integers(0, 100, (1000, 30, 40)).astype(dtype)
+    np.save(tmp_path / "x.npy", values)
+    tracemalloc.start()  # NumPy's memory, to which a mapped file does not belong
+    if way == "path":
+        data = read_data(tmp_path / "x.npy")
+    else:
+        mapped = np.load(tmp_path / "x.npy", mmap_mode="c" if way == "copy on write" else "r")
+        data = as_data(mapped[7:] if way == "a part" else mapped)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < values.nbytes / 5
+    part = values[7:] if way == "a part" else values
+    assert np.array_equal(data.x.numpy().reshape(part.shape), part)
+    data.to("cpu", torch.float32).x.zero_()  # a copy of the page, which the file never sees
+    assert np.array_equal(np.load(tmp_path / "x.npy"), values)
+
+
+def test_what_is_held_in_memory_is_said_beforehand(tmp_path, monkeypatch):
+    monkeypatch.setattr(own, "_LARGE", 10_000)
+    x = np.random.default_rng(0).normal(size=(100, 20)).astype(np.float32)
+    np.save(tmp_path / "small.npy", x[:10])
+    np.save(tmp_path / "x.npy", x.repeat(2, 0))
+    np.save(tmp_path / "other.npy", x.repeat(2, 0).astype(">f4"))
+    read_splits(tmp_path / "x.npy", tmp_path / "small.npy")  # both as they lie on the disk
+    with pytest.warns(LargeDataWarning, match=r"0.0 GB of memory are taken by copies of the rows of .*x.npy .*--test-data"):
+        read_splits(tmp_path / "x.npy")
+    with pytest.warns(LargeDataWarning, match="the array in .*other.npy as float32"):
+        read_data(tmp_path / "other.npy")
+    np.savez(tmp_path / "x.npz", x=x.repeat(2, 0))
+    with pytest.warns(LargeDataWarning, match=r"the arrays of .*x.npz. A .npy file is used as it lies on the disk"):
+        read_data(tmp_path / "x.npz")
+    np.save(tmp_path / "images.npy", PIXELS.repeat(9, 0))
+    with pytest.warns(LargeDataWarning, match=r"its channels first. Save it so: np.moveaxis\(x, -1, 1\)"):
+        read_data(tmp_path / "images.npy")
+
+
+def test_four_channels_last_are_asked_for(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 4), dtype=np.uint8)
+    for values in (x, x / 255, x.astype(int)):
+        np.save(tmp_path / "x.npy", values)
+        for pixels in (None, True, False) if values is x else (None,):
+            with pytest.raises(
+                DataError, match=r"found 4 in the last place of \(100, 16, 16, 4\). Leave a transparency out"
+            ):
+                read_data(tmp_path / "x.npy", pixels=pixels)
+    np.save(tmp_path / "x.npy", np.moveaxis(x, -1, 1))
+    assert read_data(tmp_path / "x.npy", pixels=True).event_shape == (4, 16, 16)
+    with pytest.raises(DataError, match=r"Say which: .* channels first: x.permute\(0, 3, 1, 2\)"):
+        as_data(x)
+
+
+def test_what_is_scaled_is_said(tmp_path):
+    np.save(tmp_path / "x.npy", PIXELS[..., 0])
+    assert read_data(tmp_path / "x.npy").note == "array x of shape (12, 8, 8), pixels of 0 to 255, scaled by 1/255"
+    assert "scaled" not in read_data(tmp_path / "x.npy", pixels=False).note

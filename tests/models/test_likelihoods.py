@@ -1,22 +1,33 @@
 import math
 
+import pyro.distributions as dist
 import pytest
 import torch
-from conftest import LIKELIHOODS
+from conftest import LIKELIHOODS, make_vae
+from pyro.infer import Predictive
 
 from pyro_vae import (
     VAE,
     BernoulliLikelihood,
+    Data,
     LearnedNormalLikelihood,
     MLPDecoder,
     MLPEncoder,
+    NegativeDirectLogLikelihood,
     NegativeELBO,
+    NegativeIWAE,
     NormalLikelihood,
     PoissonLikelihood,
     StandardizedNormalLikelihood,
     direct_log_marginal,
+    evaluate,
     fit,
+    load_preset,
+    log_marginal,
+    prior_search,
 )
+from pyro_vae.analysis import latent
+from pyro_vae.analysis.gallery import run_figures
 
 
 def test_bernoulli_log_prob_is_exact_where_probabilities_saturate():
@@ -232,6 +243,97 @@ def test_standardized_normal_is_a_density_of_the_data_in_their_own_units():
     one_by_one = torch.stack([likelihood(o).log_prob(x).sum(-1) for o in output])
     torch.testing.assert_close(one_by_one, torch.stack([of_u(o).log_prob(u).sum(-1) for o in output]) - jacobian)
     torch.testing.assert_close(likelihood.pairwise_log_prob(output, x), one_by_one)
+
+
+def test_standardized_normal_keeps_what_float32_would_round():
+    """Seconds since 1970, whose neighbours in float32 are 128 s apart, in a model of float32."""
+    loc, scale = torch.tensor([1.7e9, -3.0], dtype=torch.float64), torch.tensor([1000.0, 1e-3], dtype=torch.float64)
+    shape = {"event_shape": (2,), "hidden": (4,), "latent_dim": 2}
+    encoder, decoder = MLPEncoder(**shape), MLPDecoder(outputs=2, **shape)
+    sizes = {"latent_dim": 2, "event_shape": (2,)}
+    vae = VAE(encoder, decoder, likelihood=StandardizedNormalLikelihood(loc, scale), **sizes)
+    for change in ("half", "double", "float"):  # of the parameters
+        getattr(vae, change)()
+    likelihood = vae.likelihood
+    assert torch.equal(likelihood.loc, loc)
+    assert torch.equal(likelihood.scale, scale)
+    u, z = torch.randn(7, 2), torch.randn(7, 2)
+    x = loc + scale * u.double()
+    p = vae.decode(z)
+    assert p.log_prob(x).dtype == torch.float32
+    mean, log_variance = vae.decoder_output(z).double().unbind(-1)
+    by_hand = -0.5 * ((u - mean) ** 2 / log_variance.exp() + log_variance + math.log(2 * math.pi)) - scale.log()
+    torch.testing.assert_close(p.log_prob(x).double(), by_hand.sum(-1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(likelihood.standardize(x), u.double(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(vae.encode(x).mean, encoder(u)[0])
+    torch.testing.assert_close((p.mean - loc) / scale, mean, rtol=1e-6, atol=1e-6)
+    draws = p.expand_by([20_000]).sample()
+    assert draws.dtype == torch.float64
+    error = ((draws.mean(0) - p.mean) / p.stddev).abs() * 20_000**0.5
+    assert error.max() < 5
+    vae.encode(x.float())  # what comes rounded is taken as it is
+    with pytest.raises(ValueError, match="expected x of shape .* found torch.int64"):
+        vae.encode(x.long())
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e30])
+def test_standardized_normal_of_numbers_whose_squares_float32_does_not_hold(unit):
+    likelihood = StandardizedNormalLikelihood(torch.zeros(1), torch.full((1,), unit))
+    log_prob = likelihood(torch.zeros(1, 2)).log_prob(torch.tensor([unit]))
+    assert log_prob.item() == pytest.approx(-0.5 - 0.5 * math.log(2 * math.pi) - math.log(unit), rel=1e-6)
+
+
+def test_everything_takes_a_standardised_vae_in_float64():
+    """Images far from 0, of which float32 holds no digit that varies."""
+    offset, x = 1e9, torch.randn(40, 1, 4, 4, dtype=torch.float64)
+    found = []
+    for shift in (0.0, offset):
+        data = Data(shift + x, torch.arange(40) % 2)
+        torch.manual_seed(0)
+        settings = load_preset("bernoulli-z20", likelihood="learned-normal", latent_dim=2, hidden=(8,))
+        vae = settings.build_vae((1, 4, 4), moments=data.moments())
+        (record,) = fit(NegativeIWAE(vae, num_particles=3), data, epochs=1, verbose=False)
+        torch.manual_seed(1)
+        measured = [
+            torch.tensor([record.train["loss"], evaluate(vae, data)["neg_elbo"].value]),
+            log_marginal(vae, data, num_samples=20).value,
+            direct_log_marginal(vae, data.x, num_samples=20).value,
+            NegativeDirectLogLikelihood(vae, num_draws=5)(data.x)["loss"],
+            latent.latent_means(vae, data),
+            latent.kl_per_dimension(vae, data),
+        ]
+        images = [
+            *prior_search(vae, data.x, num_samples=30),
+            *(part for path in ("linear", "spherical") for part in latent.interpolate(vae, *data.x[:2], path=path)),
+            latent.sample_like(vae, data, 1, num_samples=3),
+            Predictive(vae.model, num_samples=2)(size=3)["x"],
+        ]
+        found.append([*measured, *(part - shift for part in images)])
+        list(run_figures(vae, data, data, [record], settings))
+    for near, far in zip(*found, strict=True):
+        torch.testing.assert_close(far, near, rtol=1e-3, atol=1e-3)
+
+
+class Counts:
+    """A likelihood of a user's own that checks nothing."""
+
+    def __call__(self, output):
+        return dist.Binomial(16, logits=output)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_what_lies_outside_the_support_is_refused_and_a_few_values_shown(dtype):
+    x = (255 * torch.rand(60, 1, 8, 8)).to(dtype) / (1 if dtype == torch.uint8 else 255)
+    vae = make_vae((1, 8, 8), likelihood=Counts())
+    for measure in (
+        lambda: fit(NegativeELBO(vae), x, steps=1, verbose=False),
+        lambda: evaluate(vae, x),
+        lambda: log_marginal(vae, Data(x)),
+    ):
+        with pytest.raises(ValueError, match=r"Binomial, the likelihood, takes: .* found .* of [\d.]+, ") as error:
+            measure()
+        assert len(str(error.value)) < 300
+    fit(NegativeELBO(vae), Data(torch.randint(0, 17, (60, 1, 8, 8))), steps=1, verbose=False)
 
 
 @pytest.mark.parametrize("scale", [[1.0, 0.0], [1.0, math.inf], [1.0]])

@@ -119,7 +119,7 @@ def test_changes_leave_the_preset_alone():
         ({"hidden": 10}, "hidden: expected whole numbers"),
         ({"lr": float("nan")}, "lr: expected a positive number"),
         ({"beta": -1}, "beta: expected a finite number from 1e-30 on"),
-        ({"likelihood": "poisson"}, "likelihood: expected one of bernoulli, normal, learned-normal, none, found 'poisson'"),
+        ({"likelihood": "gamma"}, "likelihood: expected one of bernoulli, normal, learned-normal, poisson, none"),
         ({"objective": "renyi"}, "objective: expected one of trace, mean-field, iwae"),
         ({"objective": "iwae", "beta": 2.0, "particles": 5}, "beta: expected 1 with objective iwae"),
         ({"objective": "iwae"}, "particles: expected at least 2 with objective iwae"),

@@ -1,0 +1,106 @@
+"""What the elements of observations are, each by itself: their mean and deviation, and those that no density suits."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["KINDS", "caution_of_columns", "column_names", "discrete_columns", "moments", "most_rounded"]
+
+#: What :func:`discrete_columns` tells apart, in words.
+KINDS = {
+    "constant": "constant",
+    "binary": "of two values (0 and 1, say, one-hot)",
+    "nearly constant": "nearly constant, or of one value in half of the rows or more",
+    "whole": "of whole numbers",
+    "few": "of few values that repeat",
+}
+_ENOUGH = 20_000  # rows that tell the kind of a column
+_HARDLY = 1e-6  # of its mean, below which a deviation is a rounding error as likely as not
+
+
+def moments(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each element of observations that come in parts, float64 ``(n, *event_shape)`` each.
+
+    The deviation is 1 where all values are the same. Two passes, the second over deviations divided by the largest one, so
+    that neither an offset nor very large or small numbers cost digits.
+
+    Args:
+        parts: read twice, so a list or another thing that begins anew.
+    """
+    first = next(iter(parts))[0]
+    count, total, low, high = 0, torch.zeros_like(first), first, first
+    for part in parts:
+        total = total + (part - first).sum(0)
+        low, high = torch.minimum(low, part.amin(0)), torch.maximum(high, part.amax(0))
+        count += len(part)
+    constant = low == high
+    loc = torch.where(constant, low, first + total / count)
+    largest = torch.where(constant, 1.0, torch.maximum(high - loc, loc - low))
+    squares = sum(((part - loc) / largest).square().sum(0) for part in parts)
+    return loc, torch.where(constant, 1.0, largest * (torch.as_tensor(squares) / count).sqrt())
+
+
+def most_rounded(loc: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[int, float]:
+    """The element that loses most of its deviation in a type: its place, and how far numbers of that type are apart at its
+    mean."""
+    steps = (loc.abs() * torch.finfo(dtype).eps).flatten()
+    place = int((steps / scale.flatten()).argmax())
+    return place, steps[place].item()
+
+
+def discrete_columns(x: Tensor) -> dict[str, list[int]]:
+    """Places of the columns of a table ``(N, D)`` for which a normal density means little, by their kind, see ``KINDS``.
+
+    Where a value comes again and again, or all values are equal but for rounding errors, a density has no upper bound: the
+    narrower it is there, the higher. Of whole numbers, those are meant that lie close to one another or repeat.
+    """
+    found: dict[str, list[int]] = {kind: [] for kind in KINDS}
+    some = x[:: -(-len(x) // _ENOUGH)].T.contiguous()  # of a large table, rows at equal distances
+    for place, column in enumerate(some):
+        kind = _kind(column)
+        if kind in ("constant", "binary") and len(some[0]) < len(x):
+            kind = _kind(x[:, place])
+        if kind:
+            found[kind].append(place)
+    return {kind: places for kind, places in found.items() if places}
+
+
+def _kind(column: Tensor) -> str:
+    """Of a column ``(N,)``; empty if it is as a density has it."""
+    values, counts = np.unique(column.cpu().numpy(), return_counts=True)
+    values, size = values.astype(np.float64), len(column)
+    few = 10 * len(values) <= size
+    if len(values) <= 2:
+        return "constant" if len(values) == 1 else "binary"
+    if 2 * counts.max() >= size or values[-1] - values[0] <= _HARDLY * np.abs(values).max():
+        return "nearly constant"
+    if (values == np.rint(values)).all():
+        deviation = math.sqrt(np.average((values - np.average(values, weights=counts)) ** 2, weights=counts))
+        return "whole" if few or deviation < 10 else ""
+    return "few" if few else ""
+
+
+def column_names(places: Sequence[int], names: Sequence[str], *, most: int = 8) -> str:
+    """Columns as they are called, or their numbers from 0; of many, the first ones."""
+    said = ", ".join(names[place] if names else str(place) for place in places[:most])
+    return said + (f", ... ({len(places):,} in all)" if len(places) > most else "")
+
+
+def caution_of_columns(x: Tensor, names: Sequence[str] = ()) -> str:
+    """What to beware of in the log-densities of a table ``(N, D)``; empty where there is nothing.
+
+    Example:
+        >>> caution_of_columns(torch.tensor([[0.1, 7.0], [0.4, 7.0], [0.2, 7.0]]), ["a", "b"])  # doctest: +ELLIPSIS
+        'columns constant: b. A normal density has no upper bound there, so log p and the ELBO may rise by any number of ...'
+    """
+    found = discrete_columns(x)
+    if not found:
+        return ""
+    parts = "; ".join(f"{KINDS[kind]}: {column_names(places, names)}" for kind, places in found.items())
+    return (
+        f"columns {parts}. A normal density has no upper bound there, so log p and the ELBO may rise by any number of nats "
+        "that mean nothing: leave these columns out, or give them a likelihood of their own, bernoulli or poisson, say."
+    )
