@@ -16,7 +16,7 @@ from pyro_vae.models.vae import VAE
 from pyro_vae.runs.folder import CONFIG, WEIGHTS, read_config, read_settings
 from pyro_vae.training.checkpoint import CheckpointError, read_tensors
 
-__all__ = ["load_run", "load_weights"]
+__all__ = ["load_run"]
 
 
 @overload
@@ -46,42 +46,52 @@ def load_run(folder: str | Path, *, model: Any = None, device: torch.device | st
         >>> images = Predictive(vae.model, num_samples=16)(size=1)["x"]  # doctest: +SKIP
     """
     folder = Path(folder)
-    path = folder / WEIGHTS
     place = None if device is None else usable_device(device)
     if model is None:
-        settings, event_shape, _ = read_settings(
-            folder, remedy="Pass one that is built like it: load_run(folder, model=...)."
+        built = _built(folder)
+        _fill(built, _weights(folder), folder / WEIGHTS, f"the model in {CONFIG}")
+        return built.to(place or "cpu").eval()
+    config = read_config(folder)[2]
+    its = config.get("model", f"preset {config.get('preset')}")
+    given = ProgramPair(model) if is_program_pair(model) else model
+    if not isinstance(given, nn.Module):
+        raise CheckpointError(
+            f"{folder}: model: expected a module or a pair (model, guide), found {type(model).__name__}. Pass one that is "
+            f"built like that of the run ({its})."
         )
-        with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten: leave the caller's stream alone
-            try:
-                held: nn.Module = settings.build_model(event_shape)
-            except (RuntimeError, ValueError) as error:  # RuntimeError: torch's answer to a model larger than the memory
-                raise CheckpointError(f"{folder / CONFIG}: the model cannot be built ({error}).") from error
+    weights = _weights(folder)
+    held = _prepared(given, weights, config) if isinstance(given, ProgramPair) else given
+    _fill(held, weights, folder / WEIGHTS, f"the given model (the run's is {its})")
+    if place is not None:
+        given.to(place)
+    return (model if isinstance(model, nn.Module) else given).eval()
+
+
+def _built(folder: Path) -> VAE | Autoencoder:
+    """The model that the settings describe."""
+    remedy = "Pass one that is built like it: load_run(folder, model=...)."
+    settings, event_shape, _ = read_settings(folder, remedy=remedy)
+    with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten: leave the caller's stream alone
+        try:
+            return settings.build_model(event_shape)
+        except (RuntimeError, ValueError) as error:  # RuntimeError: torch's answer to a model larger than the memory
+            raise CheckpointError(f"{folder / CONFIG}: the model cannot be built ({error}).") from error
+
+
+def _weights(folder: Path) -> dict[str, Any]:
+    path = folder / WEIGHTS
     if not path.is_file():
         raise CheckpointError(f"{path}: missing: this run was stopped before its first epoch ended. Go on with --resume.")
     weights = read_tensors(path, remedy="Train again.")
     if not isinstance(weights, dict):
         raise CheckpointError(f"{path}: no weights of a model, a {type(weights).__name__}. Train again.")
-    if model is None:
-        _fill(held, weights, path, f"the model in {CONFIG}")
-        return held.to(place or "cpu").eval()
-    config = read_config(folder)[2]
-    whole = ProgramPair(model) if is_program_pair(model) else model
-    if not isinstance(whole, nn.Module):
-        raise CheckpointError(
-            f"{folder}: model: expected a module or a pair (model, guide), found {type(model).__name__}. Pass one that is "
-            f"built like {config.get('model')}."
-        )
-    held = _prepared(whole, weights, config) if isinstance(whole, ProgramPair) else whole
-    _fill(held, weights, path, f"the given model (the run's is {config.get('model')})")
-    whole = model if isinstance(model, nn.Module) else whole
-    return (whole if place is None else whole.to(place)).eval()
+    return weights
 
 
-def _prepared(pair: ProgramPair, weights: Any, config: Mapping[str, Any]) -> nn.Module:
+def _prepared(pair: ProgramPair, weights: Mapping[str, Any], config: Mapping[str, Any]) -> nn.Module:
     """What holds the parameters of a pair, once those in Pyro's store are there as the run had them."""
     own = pair.holder.state_dict()
-    if own.keys() == weights.keys() and not any(map(is_lazy, own.values())):
+    if "batch" not in config or (own.keys() == weights.keys() and not any(map(is_lazy, own.values()))):
         return pair.holder
     like = pair.example()
     kind: dict[str, Any] = {} if like is None else {"device": like.device}
@@ -105,15 +115,6 @@ _TYPES = {
 }
 
 
-def load_weights(model: nn.Module, path: Path, *, remedy: str = "Train again.") -> None:
-    """Load weights that :func:`~pyro_vae.runs.folder.save_weights` has written into their model.
-
-    Raises:
-        CheckpointError: the file is damaged, or of another model; the message ends a damaged file's with the remedy.
-    """
-    _fill(model, read_tensors(path, remedy=remedy), path, f"the model in {CONFIG}")
-
-
 def _fill(model: nn.Module, weights: Any, path: Path, what: str) -> None:
     try:
         if isinstance(model, ProgramPair):  # its parameters of Pyro's store have names that load_state_dict cannot have
@@ -127,9 +128,8 @@ def _fill(model: nn.Module, weights: Any, path: Path, what: str) -> None:
 
 def _copy(weights: dict[str, Tensor], into: dict[str, Tensor]) -> None:
     """Each tensor into that of its name."""
-    shapes = [{name: tuple(tensor.shape) for name, tensor in each.items()} for each in (weights, into)]
-    names = {**shapes[0], **shapes[1]}
-    saved, given = shapes
+    saved, given = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (weights, into))
+    names = {**saved, **given}
     wrong = [f"{name} {saved.get(name)} -> {given.get(name)}" for name in names if saved.get(name) != given.get(name)]
     if wrong:
         raise RuntimeError(

@@ -189,7 +189,8 @@ def _on_device(objective: Objective, data: DataLike, test: DataLike | None, devi
 
 def _open(folder: str | Path | None, name: str, resume: bool, overwrite: bool) -> tuple[Path, dict[str, Any] | None]:
     """A new folder, or that of the run to go on with and its last checkpoint."""
-    if not resume or folder is None or not is_run(path := Path(folder)):
+    path = None if folder is None or not resume else Path(folder)
+    if path is None or not processes.first(lambda: is_run(path)):
         return processes.first(lambda: new_run(folder, name=name, overwrite=overwrite)), None
     processes.first(lambda: reopen_run(path))
     checkpoint = Checkpoints(path / "checkpoints").load()

@@ -137,6 +137,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, build):
     with pytest.raises(TrainingStoppedError):
         run(tmp_path / "run", stop=lambda: next(asked) >= 6)
     assert not (tmp_path / "run" / "metrics.json").exists()
+    assert "This run is not finished" in write_report([tmp_path / "run"]).read_text()
     resumed = run(tmp_path / "run")
     assert all(torch.equal(resumed[name], value) for name, value in straight.items())
     first, second = (read_records(tmp_path / name / "metrics.jsonl") for name in ("run", "straight"))
@@ -224,7 +225,6 @@ def test_no_file_of_a_run_can_run_code(tmp_path, monkeypatch):
         {"x": [[10**12, 10**6], "torch.float32"]},
         {"x": [["a"], "torch.float32"]},
         ["x"],
-        None,
     ):
         (folder / "config.json").write_text(json.dumps({**config, "batch": batch}))
         with pytest.raises(CheckpointError, match="batch: expected shapes and types"):
@@ -286,6 +286,8 @@ def test_settings_of_ones_own_are_a_preset(tmp_path):
     record = read_run(folder)
     assert "preset mine" in record.facts["Model"]
     assert record.explorer is not None
+    with pytest.raises(CheckpointError, match=r"not the weights of the given model \(the run's is preset mine\)"):
+        load_run(folder, model=programs())
     with pytest.raises(ValueError, match="lr 0.01 in settings, 0.5 beside them"):
         train_run(tmp_path / "b", settings.build_objective(vae), X, settings=settings, lr=0.5, **options)
 
