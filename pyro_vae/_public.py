@@ -1,6 +1,7 @@
 """What ``import pyro_vae`` offers, from the modules that it stands in."""
 
 # ruff: noqa: F401
+from pyro_vae._files import CheckpointError
 from pyro_vae.data.builtin import load_data
 from pyro_vae.data.dataset import Data, DataError
 from pyro_vae.estimates.evaluate import evaluate
@@ -22,7 +23,7 @@ from pyro_vae.models.vae import VAE
 from pyro_vae.runs.load import load_run
 from pyro_vae.runs.presets import PRESETS, load_preset
 from pyro_vae.runs.train import train_run
-from pyro_vae.training.checkpoint import CheckpointError, Checkpoints
+from pyro_vae.training.checkpoint import Checkpoints
 from pyro_vae.training.fit import NonFiniteError, fit
 from pyro_vae.training.objective import Objective
 from pyro_vae.training.objectives import (

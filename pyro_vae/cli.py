@@ -57,11 +57,11 @@ def train(argv: Sequence[str], *, prog: str = "pyro-vae train", again: str = "")
 
 def _train(parser: _Parser, given: dict[str, Any], again: str) -> int:
     from pyro_vae._checks import SettingError
+    from pyro_vae._files import CheckpointError
     from pyro_vae.runs.job import train_job
     from pyro_vae.runs.presets import Settings
     from pyro_vae.runs.settings import RunSettings, TrainOptions, make_job
     from pyro_vae.runs.train import RunStoppedError
-    from pyro_vae.training.checkpoint import CheckpointError
 
     classes = (Settings, RunSettings, TrainOptions)
     try:
@@ -212,9 +212,9 @@ def _run(action: Callable[[Any], None], classes: Sequence[type], lost: str) -> i
         lost: what to say of a signal that ends it at once.
     """
     from pyro_vae._checks import SettingError
+    from pyro_vae._files import CheckpointError
     from pyro_vae.data.dataset import DataError
     from pyro_vae.runs.signals import Signals
-    from pyro_vae.training.checkpoint import CheckpointError
     from pyro_vae.training.fit import NonFiniteError
 
     with Signals() as signals, warnings.catch_warnings():

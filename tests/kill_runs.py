@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from pyro_vae import VAE, Checkpoints, Data, MLPDecoder, MLPEncoder, NegativeELBO, fit
-from pyro_vae.training.checkpoint import read_tensors, write_tensors
+from pyro_vae._files import read_tensors, write_tensors
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "svi_mnist.py"
 OPTIONS = ["--dataset", "digits", "--epochs", "60", "--seed", "3", "--checkpoint-every", "7", "--no-figures"]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from pyro_vae._files import CheckpointError, whole_file
 from pyro_vae.data.builtin import DATASETS
 from pyro_vae.report.cautions import cautions_of
 from pyro_vae.report.comparison import FigureOfRun, compare, conditions
@@ -25,7 +26,6 @@ from pyro_vae.report.texts import FIGURES, MEASURES, UNKNOWN_FIGURE
 from pyro_vae.runs.folder import read_config, read_records
 from pyro_vae.runs.load import load_run
 from pyro_vae.runs.presets import PRESETS, Settings
-from pyro_vae.training.checkpoint import CheckpointError, whole_file
 from pyro_vae.training.records import TrainingRecord
 
 __all__ = ["RunRecord", "read_run", "render", "write_report"]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pyro_vae._checks import whole_number
+from pyro_vae._files import CheckpointError
 from pyro_vae._options import described, option
 from pyro_vae.data.dataset import Data, DataError
 from pyro_vae.data.own import read_data
@@ -19,7 +20,6 @@ from pyro_vae.runs.load import load_run
 from pyro_vae.runs.presets import Settings
 from pyro_vae.runs.settings import MeasureOptions, RunSettings
 from pyro_vae.runs.splits import PIXELS, load_splits, set_threads
-from pyro_vae.training.checkpoint import CheckpointError
 from pyro_vae.training.state import identity
 
 __all__ = ["EvaluateOptions", "evaluate_run"]

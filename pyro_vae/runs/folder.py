@@ -15,8 +15,8 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from pyro_vae._checks import shape
+from pyro_vae._files import CheckpointError, check_writable, whole_file, write_tensors
 from pyro_vae.runs.presets import Settings
-from pyro_vae.training.checkpoint import CheckpointError, check_writable, whole_file, write_tensors
 from pyro_vae.training.records import TrainingRecord
 from pyro_vae.training.state import processor
 

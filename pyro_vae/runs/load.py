@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pyro_vae._checks import usable_device
+from pyro_vae._files import CheckpointError, read_tensors
 from pyro_vae.models.autoencoder import Autoencoder
 from pyro_vae.models.programs import ProgramPair, is_program_pair
 from pyro_vae.models.vae import VAE
 from pyro_vae.runs.folder import CONFIG, WEIGHTS, read_config, read_settings
-from pyro_vae.training.checkpoint import CheckpointError, read_tensors
 
 __all__ = ["load_run"]
 

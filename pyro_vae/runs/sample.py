@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from pyro_vae._checks import SettingError, whole_number
+from pyro_vae._files import CheckpointError, whole_file
 from pyro_vae._options import described, option
 from pyro_vae.data.dataset import DataError
 from pyro_vae.models.autoencoder import Autoencoder
 from pyro_vae.runs.folder import read_settings
 from pyro_vae.runs.load import load_run
-from pyro_vae.training.checkpoint import CheckpointError, whole_file
 
 __all__ = ["SampleOptions", "sample_run"]
 

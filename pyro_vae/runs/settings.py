@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from pyro_vae._checks import SettingError, number, whole_number
+from pyro_vae._files import CheckpointError
 from pyro_vae._options import check_choices, described, option
 from pyro_vae.data.builtin import DATASETS
 from pyro_vae.runs.folder import read_settings
 from pyro_vae.runs.presets import PRESETS, Settings, load_preset
-from pyro_vae.training.checkpoint import CheckpointError
 from pyro_vae.training.fit import PRECISIONS
 
 __all__ = ["COMPILE", "VAES", "Job", "MeasureOptions", "RunSettings", "TrainOptions", "make_job"]

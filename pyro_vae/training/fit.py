@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from pyro_vae import _processes as processes
 from pyro_vae._checks import compile_choice, number, one_of, usable_device, whole_number
+from pyro_vae._files import CheckpointError, check_writable
 from pyro_vae.data.dataset import Data
 from pyro_vae.data.own import DataLike, as_data
 from pyro_vae.training.batches import batches_of, streams
-from pyro_vae.training.checkpoint import CheckpointError, Checkpoints, check_writable
+from pyro_vae.training.checkpoint import Checkpoints
 from pyro_vae.training.compiled_step import CompiledStep
 from pyro_vae.training.distributed import DistributedStep
 from pyro_vae.training.objective import Objective

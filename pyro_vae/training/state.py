@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from pyro_vae import _processes as processes
+from pyro_vae._files import CheckpointError
 from pyro_vae.data.dataset import Data
-from pyro_vae.training.checkpoint import CheckpointError, Checkpoints
+from pyro_vae.training.checkpoint import Checkpoints
 from pyro_vae.training.objective import Objective
 from pyro_vae.training.records import TrainingRecord
 
