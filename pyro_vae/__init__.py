@@ -49,6 +49,7 @@ __all__ = [
     "log_marginal",
     "prior_search",
     "scale_latents",
+    "train_run",
 ]
 
 

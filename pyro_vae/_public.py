@@ -20,8 +20,9 @@ from pyro_vae.models.nets import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncode
 from pyro_vae.models.posteriors import DiagonalNormal, FullCovarianceNormal
 from pyro_vae.models.priors import NormalMixture, StandardNormal
 from pyro_vae.models.vae import VAE
-from pyro_vae.runs.folder import load_run
+from pyro_vae.runs.load import load_run
 from pyro_vae.runs.presets import PRESETS, load_preset
+from pyro_vae.runs.train import train_run
 from pyro_vae.training.checkpoint import Checkpoints
 from pyro_vae.training.fit import NonFiniteError, fit
 from pyro_vae.training.objective import Objective

@@ -58,9 +58,10 @@ def train(argv: Sequence[str], *, prog: str = "pyro-vae train", again: str = "")
 def _train(parser: _Parser, given: dict[str, Any], again: str) -> int:
     from pyro_vae._checks import SettingError
     from pyro_vae._files import CheckpointError
+    from pyro_vae.runs.job import train_job
     from pyro_vae.runs.presets import Settings
     from pyro_vae.runs.settings import RunSettings, TrainOptions, make_job
-    from pyro_vae.runs.train import RunStoppedError, train_run
+    from pyro_vae.runs.train import RunStoppedError
 
     classes = (Settings, RunSettings, TrainOptions)
     try:
@@ -72,7 +73,7 @@ def _train(parser: _Parser, given: dict[str, Any], again: str) -> int:
 
     def action(signals: Any) -> None:
         try:
-            train_run(job, signals)
+            train_job(job, signals)
         except RunStoppedError as stopped:
             raise KeyboardInterrupt(f"{stopped}; go on with: {again} --resume {shlex.quote(str(stopped.folder))}") from None
 

@@ -34,10 +34,10 @@ def _fresh():
         yield
 
 
-def make_vae(event_shape=(1, 4, 4), latent_dim=3, hidden=(16,), likelihood=None) -> VAE:
+def make_vae(event_shape=(1, 4, 4), latent_dim=3, hidden=(16,), **parts) -> VAE:
     shape = {"event_shape": event_shape, "latent_dim": latent_dim}
     encoder, decoder = MLPEncoder(hidden=hidden, **shape), MLPDecoder(hidden=hidden[::-1], **shape)
-    return VAE(encoder, decoder, likelihood=likelihood, **shape)
+    return VAE(encoder, decoder, **parts, **shape)
 
 
 def weights(module) -> list[torch.Tensor]:

@@ -26,10 +26,14 @@ import test_tables
 import torch
 from conftest import THREADS, Malicious, call_script, equal, make_vae, weights
 
+import pyro_vae
 from pyro_vae import (
     Checkpoints,
     Data,
+    FullCovarianceNormal,
     LinearWarmup,
+    MLPDecoder,
+    MLPEncoder,
     NegativeELBO,
     NonFiniteError,
     NormalLikelihood,
@@ -42,7 +46,9 @@ from pyro_vae import (
     load_run,
     log_marginal,
     scale_latents,
+    train_run,
 )
+from pyro_vae.analysis.latent import kl_per_dimension, latent_means, manifold_grid
 from pyro_vae.runs.folder import _LOCKS
 from pyro_vae.training.checkpoint import FORMAT
 
@@ -67,6 +73,28 @@ def refused(function, *arguments, **options):
     with pytest.raises(ValueError) as error:  # noqa: PT011, the message is what is tested
         function(*arguments, **options)
     return str(error.value)
+
+
+def cauchy(output):
+    return dist.Cauchy(output[0], output[1].exp()).to_event(1)
+
+
+def full_covariance():
+    shape = {"event_shape": (1, 4, 4), "hidden": (4,), "latent_dim": 2}
+    posterior = FullCovarianceNormal(2)
+    nets = MLPEncoder(**shape, heads=posterior.heads), MLPDecoder(**shape)
+    return pyro_vae.VAE(*nets, latent_dim=2, event_shape=(1, 4, 4), posterior=posterior)
+
+
+def mine(folder, **options):
+    """A run of a model that no settings describe."""
+    plain = {"steps": 1, "verbose": False, "figures": False}
+    return train_run(folder, NegativeELBO(make_vae()), FEW, **{**plain, **options})
+
+
+def own_run(action):
+    with tempfile.TemporaryDirectory() as place:
+        return refused(action, Path(place) / "run").replace(place + "/", "")
 
 
 VAE = make_vae()
@@ -153,6 +181,17 @@ LIBRARY = {
     "a sparse tensor": lambda: train(FEW.to_sparse()),
     "a data set that streams": lambda: train(test_own.Streaming(), vae=VAE),
     "a file of data that is not there": lambda: train("x.npy", vae=VAE),
+    "latent means of a posterior that has none": lambda: refused(latent_means, make_vae(posterior=cauchy), FEW),
+    "a plane of one latent dimension": lambda: refused(manifold_grid, make_vae(latent_dim=1)),
+    "a plane of a model that does not say its shape": lambda: refused(manifold_grid, (VAE.model, lambda x: VAE.guide(x))),
+    "KL per dimension of a full covariance": lambda: refused(kl_per_dimension, full_covariance(), FEW),
+    "the VAE in place of its objective, train_run": lambda: own_run(lambda folder: train_run(folder, VAE, FEW)),
+    "an argument that fit does not have, train_run": lambda: own_run(lambda folder: mine(folder, learning_rate=0.1)),
+    "load_run of a model of your own, without it": lambda: own_run(lambda folder: load_run(mine(folder))),
+    "load_run of a model of your own, given another": lambda: own_run(
+        lambda folder: load_run(mine(folder), model=make_vae(latent_dim=2))
+    ),
+    "load_run, given a number": lambda: own_run(lambda folder: load_run(mine(folder), model=3)),
 }
 
 
@@ -289,6 +328,11 @@ def in_their_place(run):
     (run / "checkpoints").touch()
 
 
+def of_ones_own(run):
+    config = {"format": 1, "model": "Mine", "event_shape": [1, 8, 8]}
+    (run / "config.json").write_text(json.dumps(config))
+
+
 RESUME = ("--resume", "RUN", "--no-figures", "--importance-samples", 0)
 RUNS = {
     "a folder that is not there": script(*RESUME),
@@ -303,6 +347,7 @@ RUNS = {
     "a config edited to another model": script(*RESUME, harm=edited(latent_dim=3)),
     "a config edited to an unknown data set": script(*RESUME, harm=edited(dataset="my-digits")),
     "a config edited to the seed abc": script(*RESUME, harm=edited(seed="abc")),
+    "a run of a model of your own": script(*RESUME, harm=of_ones_own),
     "a metrics.jsonl edited by hand, which is written anew": script(
         *RESUME, "--steps", 4, harm=lambda run: (run / "metrics.jsonl").write_text("garbage")
     ),

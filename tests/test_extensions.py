@@ -1,9 +1,11 @@
 """A likelihood, a prior, a posterior, an objective, a conditional model, a preset, data and an optimiser of a user's own.
 
-Each without a change of the package: trained eagerly and compiled, evaluated, resumed bit for bit.
+Each without a change of the package: trained eagerly and compiled, evaluated, resumed bit for bit, kept in a run folder,
+loaded from it and shown in a report.
 """
 
 import functools
+import json
 import math
 
 import pyro.distributions as dist
@@ -24,8 +26,11 @@ from pyro_vae import (
     TrainingStoppedError,
     evaluate,
     fit,
+    load_run,
     log_marginal,
+    train_run,
 )
+from pyro_vae.report.page import write_report
 from pyro_vae.runs.presets import Settings
 
 EVENT, LATENTS = (6,), 2
@@ -85,6 +90,7 @@ class Shift(nn.Module):
         return self.net(value + y.to(value.dtype).unsqueeze(-1))
 
 
+MINE = Settings("mine", "normal", (8,), latent_dim=2, batch_size=9, lr=0.01, epochs=3)
 NORMAL = functools.partial(dist.Normal, scale=0.5)
 CONDITIONAL = Data(X, torch.arange(40) % 3, inputs=("x", "labels"))
 CASES = {
@@ -98,9 +104,7 @@ CASES = {
         {},
     ),
     "preset": (
-        lambda: NegativeELBO(
-            Settings("mine", "normal", (8,), latent_dim=2, batch_size=9, lr=0.01, epochs=3).build_vae(EVENT).double()
-        ),
+        lambda: NegativeELBO(MINE.build_vae(EVENT).double()),
         X,
         {},
     ),
@@ -164,3 +168,42 @@ def test_measured_with_errors_and_saved(case):
     twin = CASES[case][0]()
     (twin.elbo if case == "objective" else twin).pair.module.load_state_dict(model.state_dict())
     assert equal(weights(twin), weights(objective))
+
+
+# What the page says of each, in its own words.
+SHOWN = {
+    "likelihood": "Laplace",
+    "prior": "prior Autoregressive",
+    "posterior": "posterior student_t",
+    "objective": "Penalised",
+    "conditional model": "encoder Shift, decoder Shift",
+    "preset": "(preset mine)",
+    "data set": "test data 40 of shape (6,)",
+    "optimiser": "optimizer RMSprop(momentum=0.5)",
+}
+
+
+@pytest.mark.filterwarnings("ignore:log_marginal.*heavy")
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_folder_and_its_report(case, tmp_path):
+    build, data, options = CASES[case]
+    objective = build()
+    options = {"settings": MINE} if case == "preset" else {**options, "epochs": 2, "batch_size": 9, "lr": 0.01}
+    plain = {"figures": False, "verbose": False, "importance_samples": 50}
+    folder = train_run(tmp_path / "run", objective, data, test=data, **plain, **options)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    model = (objective.elbo if case == "objective" else objective).pair.module
+    figures = evaluate(model, data, importance_samples=50)
+    assert metrics["test"]["neg_elbo"]["value"] == figures["neg_elbo"].value
+    assert metrics["test"]["log_marginal"]["value"] == figures["log_marginal"].value
+    if case == "preset":  # built again by its settings, in torch's own type
+        loaded = load_run(folder).double()
+        assert all(torch.allclose(a, b) for a, b in zip(weights(loaded), weights(model), strict=True))
+    else:
+        twin = build()
+        loaded = load_run(folder, model=(twin.elbo if case == "objective" else twin).pair.module)
+        assert equal(weights(loaded), weights(model))
+        assert evaluate(loaded, data)["neg_elbo"].value == figures["neg_elbo"].value
+    page = write_report([folder]).read_text()
+    assert SHOWN[case] in page
+    assert f"{figures['neg_elbo'].value:.1f}"[:-2] in page

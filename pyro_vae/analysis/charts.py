@@ -16,23 +16,28 @@ __all__ = ["curves", "density_panels", "training_curves"]
 
 
 def training_curves(history: Sequence[TrainingRecord], *, title: str = "") -> "Figure":
-    """-ELBO, reconstruction and KL of training (line) and test (dashed), nats per image, against the epoch or the step.
+    """-ELBO, reconstruction and KL of training (line) and test (dashed), or the loss alone where there are no others.
+
+    Nats per observation, against the epoch or the step.
 
     Args:
         history: what :func:`pyro_vae.fit` returns.
         title: above the picture.
     """
     names = {"neg_elbo": "-ELBO", "reconstruction": "reconstruction", "kl": "KL"}
+    names = {name: label for name, label in names.items() if name in history[0].train} or {"loss": "loss"}
     figure = new_figure(10, 3.4)
     figure.suptitle(title, fontsize=13)
     when, places = horizontal_axis(history)
-    for ax, (key, label), color in zip(figure.subplots(1, 3), names.items(), ("#832db6", "#3f90da", "#e76300"), strict=True):
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    for ax, (key, label), color in zip(axes, names.items(), ("#832db6", "#3f90da", "#e76300"), strict=False):
         few = {"marker": "o"} if len(places) == 1 else {}  # a line through one point is invisible
         ax.plot(places, [record.train[key] for record in history], color=color, label="train", **few)
         test = [record.test[key] for record in history if record.test is not None]
         if len(test) == len(places):
             ax.plot(places, test, "--", color="black", label="test", **few)
-        ax.set(xlabel=when, ylabel="nats per image", title=label)
+        unit = "loss" if key == "loss" else "nats per image"
+        ax.set(xlabel=when, ylabel=unit, title=label)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
         ax.legend(frameon=False)

@@ -1,21 +1,21 @@
-"""The pictures of a run: a fitted VAE, its data and its history -> named figures."""
+"""The pictures of a run: a fitted model, its data and its history -> named figures."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pyro_vae.analysis import charts, latent, plots
+from pyro_vae.analysis.coder import Coder, UndefinedError
 from pyro_vae.data.dataset import Data
-from pyro_vae.models.likelihoods import BernoulliLikelihood
-from pyro_vae.models.vae import VAE
+from pyro_vae.models.programs import evaluating
 from pyro_vae.training.records import TrainingRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from pyro_vae.runs.presets import Settings
+    Pictures = Iterator[tuple[str, Figure]]
 
 __all__ = ["run_figures"]
 
@@ -24,76 +24,121 @@ _MOST_LABELS = 20  # more cannot be told apart in one picture
 
 @torch.no_grad()
 def run_figures(
-    vae: VAE, train: Data, test: Data, history: Sequence[TrainingRecord], settings: "Settings"
-) -> Iterator[tuple[str, "Figure"]]:
-    """The name and figure of each picture that these data allow: those of images, of labels, of several latent dimensions.
+    model: Any,
+    train: Data,
+    test: Data,
+    history: Sequence[TrainingRecord],
+    *,
+    title: str,
+    tsne_of_training: bool = False,
+    left_out: Callable[[str], None] = lambda reason: None,
+) -> "Pictures":
+    """Name and figure of each picture that model and data allow: those of images, of labels, of several latent dimensions.
 
-    Draws by torch's global random state. Data are where the VAE is.
+    Draws by torch's global random state. Data are where the model is.
+
+    Args:
+        model: as :mod:`pyro_vae.analysis.latent` takes it; None: only the curves.
+        train: training data.
+        test: test data.
+        history: what ``fit`` returned.
+        title: of model and data, above each picture.
+        tsne_of_training: t-SNE of random training observations, not of the first test observations.
+        left_out: called with the reason why pictures are left out that the model does not allow.
     """
-    title = f"{settings.preset} on {train.name}"
     yield "training_curves", charts.training_curves(history, title=title)
+    if model is None:
+        return
+    coder = Coder(model)
+    parts: list[Pictures] = []
     if train.is_image:
-        yield from _of_images(vae, train, test, title)
+        parts += [_reconstructions(coder, train, test, title)]
+        parts += [_from_the_prior(coder, train, test, title)] if coder.pair is not None else []
+        parts += [_on_the_way(model, train, test, title), _denoised(model, train, test, title)]
+        parts += [_by_label(model, train, title)] if coder.pair is not None else []
+    parts += [_of_latents(model, train, test, title, tsne_of_training)]
+    reasons = []
+    for part in parts:
+        try:
+            yield from part
+        except UndefinedError as error:
+            reasons.append(str(error))
+    for reason in dict.fromkeys(reasons):
+        left_out(reason)
 
+
+def _reconstructions(coder: Coder, train: Data, test: Data, title: str) -> "Pictures":
+    """Shapes: images (n, *event_shape)."""
+    show, device = _scaled_by(train), test.x.device
+    with evaluating(*coder.programs):
+        batch = test.batch(torch.randperm(len(test))[:8].to(device))
+        decoded = coder.decode(coder.means(*batch), *batch)
+        rows = {"test image": batch[0], "reconstruction": decoded.mean}
+        if decoded.is_bernoulli:  # a sample with normal noise on each pixel shows nothing
+            rows["Bernoulli sample"] = decoded.sample()
+    yield "reconstructions", plots.image_rows(show(rows), title=f"{title}: test images and their reconstructions")
+
+    with evaluating(*coder.programs):
+        batch = train.batch(torch.randperm(len(train))[:10].to(device))
+        rows = {"train image": batch[0], "reconstruction": coder.decode(coder.means(*batch), *batch).mean}
+    yield "reconstructions_train", plots.image_rows(show(rows), title=f"{title}: training images and reconstructions")
+
+
+def _from_the_prior(coder: Coder, train: Data, test: Data, title: str) -> "Pictures":
+    with evaluating(*coder.programs):
+        x, *context = test.batch(torch.arange(36, device=test.x.device) % len(test))  # context: of a conditional model
+        samples = coder.decode(None, x, *context).mean
+    images = _scaled_by(train)({"": samples})[""]
+    yield "prior_samples", plots.image_grid(images, columns=6, title=f"{title}: from the prior")
+
+
+def _on_the_way(model: Any, train: Data, test: Data, title: str) -> "Pictures":
+    ends, names = _two_images(test)
+    (start_and_end, *context) = test.batch(ends)
+    if len(ends) == 2 and not context:  # between two contexts there is no way
+        paths = latent.interpolate(model, *start_and_end, steps=10)
+        rows = dict(zip(("latent space", "pixel space"), paths, strict=True))
+        yield "interpolation", plots.image_rows(_scaled_by(train)(rows), title=f"{title}: from {names[0]} to {names[1]}")
+
+
+def _denoised(model: Any, train: Data, test: Data, title: str) -> "Pictures":
+    if _is_grey(test):
+        some, *context = test.batch(torch.randperm(len(test))[:10].to(test.x.device))
+        denoised = latent.denoise(model, some, *context, flip_rate=0.02)
+        rows = dict(zip(("thresholded", "2 % flipped", "reconstruction"), denoised, strict=True))
+        yield "denoising", plots.image_rows(_scaled_by(train)(rows), title=f"{title}: denoising")
+
+
+def _by_label(model: Any, train: Data, title: str) -> "Pictures":
+    if train.labels is not None and len(labels := train.labels.unique().tolist()) <= _MOST_LABELS:
+        rows = {train.label_name(label): latent.sample_like(model, train, label, num_samples=20) for label in labels}
+        caption = f"{title}: encode an image of the label, draw from its posterior, decode"
+        yield "samples_by_label", plots.image_rows(_scaled_by(train)(rows), title=caption)
+
+
+def _of_latents(model: Any, train: Data, test: Data, title: str, tsne_of_training: bool) -> "Pictures":
     labels = None if train.labels is None else train.labels.cpu()
     if labels is not None and len(labels.unique()) > _MOST_LABELS:
         labels = None
-    means = latent.latent_means(vae, train)
-    if vae.latent_dim > 1:
+    means = latent.latent_means(model, train)
+    latent_dim = means.shape[1]
+    if latent_dim > 1:
         # All axes where they are few; else the four that the model uses most, by variance of the posterior means.
         axes = sorted(means.var(0).argsort(descending=True)[:4].tolist())
-        which = "all axes" if vae.latent_dim <= 4 else f"the 4 of {vae.latent_dim} axes that vary most"
+        which = "all axes" if latent_dim <= 4 else f"the 4 of {latent_dim} axes that vary most"
         caption = f"{title}: latent means (training set), {which}"
         yield "latent_pairs", plots.latent_pairs(means.cpu(), labels, axes=axes, title=caption, classes=train.classes)
 
-    if settings.preset == "bernoulli-z10":  # each as its reference does it
-        index, what = torch.randperm(len(train))[:1000], f"{min(1000, len(train)):,} random training images"
+    if tsne_of_training:
+        index, what = torch.randperm(len(train))[:1000], f"{min(1000, len(train)):,} random training {train.kind}"
         means, labels = means[index], labels if labels is None else labels[index]
     else:
-        means = latent.latent_means(vae, test)[:3000]
+        means = latent.latent_means(model, test)[:3000]
         labels = None if labels is None or test.labels is None else test.labels[:3000].cpu()
         what = f"the {'first ' if len(means) < len(test) else ''}{len(means):,} test {test.kind}"
     if len(means) >= 10:
         points = latent.tsne(means, perplexity=min(30, (len(means) - 1) / 3))
         yield "tsne", plots.latent_scatter(points, labels, title=f"{title}: t-SNE of {what}", classes=train.classes)
-
-
-def _of_images(vae: VAE, train: Data, test: Data, title: str) -> Iterator[tuple[str, "Figure"]]:
-    """Shapes: images (n, *event_shape)."""
-    show = _scaled_by(train)
-    device = test.x.device
-    some, *context = test.batch(torch.randperm(len(test))[:8].to(device))
-    decoded = vae.decode(vae.encode(some, *context).mean, *context)
-    rows = {"test image": some, "reconstruction": decoded.mean}
-    if isinstance(vae.likelihood, BernoulliLikelihood):  # a sample with normal noise on each pixel shows nothing
-        rows["Bernoulli sample"] = decoded.sample()
-    yield "reconstructions", plots.image_rows(show(rows), title=f"{title}: test images and their reconstructions")
-
-    some, *context = train.batch(torch.randperm(len(train))[:10].to(device))
-    rows = {"train image": some, "reconstruction": vae.decode(vae.encode(some, *context).mean, *context).mean}
-    yield "reconstructions_train", plots.image_rows(show(rows), title=f"{title}: training images and reconstructions")
-
-    _, *context = test.batch(torch.arange(36, device=device) % len(test))  # of a conditional model
-    samples = vae.decode(vae.prior().sample((36,)), *context).mean
-    yield "prior_samples", plots.image_grid(show({"": samples})[""], columns=6, title=f"{title}: from the prior")
-
-    ends, names = _two_images(test)
-    (start_and_end, *context) = test.batch(ends)
-    if len(ends) == 2 and not context:  # between two contexts there is no way
-        paths = latent.interpolate(vae, *start_and_end, steps=10)
-        rows = dict(zip(("latent space", "pixel space"), paths, strict=True))
-        yield "interpolation", plots.image_rows(show(rows), title=f"{title}: from {names[0]} to {names[1]}")
-
-    if _is_grey(test):
-        some, *context = test.batch(torch.randperm(len(test))[:10].to(device))
-        denoised = latent.denoise(vae, some, *context, flip_rate=0.02)
-        rows = dict(zip(("thresholded", "2 % flipped", "reconstruction"), denoised, strict=True))
-        yield "denoising", plots.image_rows(show(rows), title=f"{title}: denoising")
-
-    if train.labels is not None and len(labels := train.labels.unique().tolist()) <= _MOST_LABELS:
-        rows = {train.label_name(label): latent.sample_like(vae, train, label, num_samples=20) for label in labels}
-        caption = f"{title}: encode an image of the label, draw from its posterior, decode"
-        yield "samples_by_label", plots.image_rows(show(rows), title=caption)
 
 
 def _two_images(data: Data) -> tuple[Tensor, list[str]]:

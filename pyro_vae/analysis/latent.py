@@ -1,7 +1,13 @@
 """Looking into the latent space: what a fitted model has learned, as arrays; pictures of them are in ``plots``.
 
-Models are VAEs or plain autoencoders, whose code stands where a VAE has its posterior mean, and are looked at in evaluation
-mode. Functions that draw use torch's global random state: seed it for a reproducible picture.
+``model`` is a module with methods ``model`` and ``guide``, a :class:`~pyro_vae.VAE`, say, a pair ``(model, guide)`` of any
+Pyro programs, or a :class:`~pyro_vae.models.programs.ProgramPair`; or a plain autoencoder, whose code stands where the
+others have their posterior mean. All latent sites of the guide make one latent vector, see
+:class:`~pyro_vae.analysis.coder.Coder`. What is not defined for a model is refused, by an
+:class:`~pyro_vae.analysis.coder.UndefinedError`.
+
+Models are looked at in evaluation mode. Functions that draw use torch's global random state: seed it for a reproducible
+picture.
 """
 
 import math
@@ -10,14 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Independent, Normal, kl_divergence
 
 from pyro_vae._checks import whole_number
+from pyro_vae.analysis.coder import Coder, UndefinedError
 from pyro_vae.data.dataset import Data
 from pyro_vae.data.own import DataLike, as_data
+from pyro_vae.estimates.log_weights import weigh
 from pyro_vae.models.autoencoder import Autoencoder
 from pyro_vae.models.programs import evaluating
-from pyro_vae.models.vae import VAE
 
 __all__ = [
     "active_units",
@@ -32,76 +38,95 @@ __all__ = [
     "tsne",
 ]
 
-Model = VAE | Autoencoder
 
+@torch.no_grad()
+def decoder_mean(model: Any, z: Tensor, *context: Tensor, like: Tensor | None = None) -> Tensor:
+    """The mean of p(x | z): ``(n, *event_shape)``.
 
-def _encode(model: Model, *batch: Tensor) -> Tensor:
-    """Posterior mean, or code."""
-    return model.encode(*batch).mean if isinstance(model, VAE) else model.encode(*batch)
+    Args:
+        model: see above.
+        z: latent vectors, ``(n, latent_dim)``.
+        context: what else a batch has, of a conditional model, n rows each.
+        like: an observation, ``(1, *event_shape)``, whose shape and type are looked at; needed where the module does not say
+            its ``event_shape``.
+
+    Raises:
+        UndefinedError: no one site observes x, it has no mean, or z lies outside the support of a latent site.
+        ValueError: z of another shape, or ``like`` is needed.
+    """
+    coder = Coder(model)
+    with evaluating(*coder.programs):
+        return coder.decode(z, coder.observations("decoder_mean", like, len(z)), *context).mean
 
 
 @torch.no_grad()
-def decoder_mean(model: Model, z: Tensor, *context: Tensor) -> Tensor:
-    """The image that the decoder draws at z ``(n, latent_dim)``, its mean: ``(n, *event_shape)``."""
-    with evaluating(model):
-        return model.decode(z, *context).mean if isinstance(model, VAE) else model.decode(z, *context)
+def latent_means(model: Any, data: DataLike, *, batch_size: int = 1000) -> Tensor:
+    """Posterior mean, or code, of every observation, ``(N, latent_dim)``, in the order of the data.
+
+    Raises:
+        UndefinedError: a latent site whose distribution has no mean in closed form.
+    """
+    coder = Coder(model)
+    held = _as_taken(coder, data)
+    batches = torch.arange(len(held), device=held.x.device).split(batch_size)
+    with evaluating(*coder.programs):
+        return torch.cat([coder.means(*held.batch(index)) for index in batches])
+
+
+def _as_taken(coder: Coder, data: DataLike) -> Data:
+    """Data of the type and on the device of the model."""
+    held, example = as_data(data), coder.example()
+    return held if example is None else held.to(example.device, example.dtype)
 
 
 @torch.no_grad()
-def latent_means(model: Model, data: DataLike, *, batch_size: int = 1000) -> Tensor:
-    """Posterior mean, or code, of every observation, ``(N, latent_dim)``, in the order of the data."""
-    like = model.example() if isinstance(model, VAE) else next(model.parameters())
-    data = as_data(data).to(like.device, like.dtype)
-    batches = torch.arange(len(data), device=data.x.device).split(batch_size)
-    with evaluating(model):
-        return torch.cat([_encode(model, *data.batch(index)) for index in batches])
-
-
-def _require_posterior(name: str, vae: Model) -> None:
-    if not isinstance(vae, VAE):
-        raise ValueError(f"{name}: expected a VAE, found {type(vae).__name__}, which has no posterior.")
-
-
-@torch.no_grad()
-def kl_per_dimension(vae: VAE, data: DataLike, *, batch_size: int = 1000) -> Tensor:
+def kl_per_dimension(model: Any, data: DataLike, *, batch_size: int = 1000, num_samples: int = 100) -> Tensor:
     r"""KL of every latent dimension, averaged over the data: ``(latent_dim,)``, nats per observation.
 
-    .. math:: \frac1N \sum_i \tfrac12 \big( \mu_{ij}^2 + \sigma_{ij}^2 - \log \sigma_{ij}^2 - 1 \big)
+    .. math:: \frac1N \sum_i \mathrm{KL}\big( q(z_j \mid x_i) \,\|\, p(z_j) \big)
 
-    Their sum is the KL term of the ELBO. A dimension near 0 carries nothing: its posterior is the prior whatever x.
+    In closed form where every latent site has one; with several sites, those that depend on others at one draw of these.
+    Otherwise log q - log p, averaged over ``num_samples`` draws. Their sum is the KL term of the ELBO. A dimension near 0
+    carries nothing: its posterior is the prior whatever x.
+
+    Raises:
+        UndefinedError: dimensions that are not independent under guide and model, so that the KL is no sum over them.
     """
-    _require_posterior("kl_per_dimension", vae)
-    data = as_data(data).to(vae.like.device, vae.example().dtype)
-    total = torch.zeros(vae.latent_dim, dtype=torch.float64, device=vae.like.device)
-    with evaluating(vae):
-        for index in torch.arange(len(data), device=data.x.device).split(batch_size):
-            x, *context = data.batch(index)
-            q, p = vae.encode(x, *context), vae.prior_of(*context)
-            if not all(isinstance(d, Independent) and isinstance(d.base_dist, Normal) for d in (q, p)):
-                raise ValueError(
-                    f"kl_per_dimension: expected posterior and prior of independent normals, found {q} and {p}. Only of "
-                    "those is the KL a sum over dimensions; NegativeELBO and log_marginal take others."
-                )
-            total += kl_divergence(q.base_dist, p.base_dist).sum(0, dtype=torch.float64)
-    return (total / len(data)).to(vae.like.dtype)
+    coder = Coder(model)
+    pair, held = coder.require_pair("kl_per_dimension"), _as_taken(coder, data)
+    num_samples = whole_number("num_samples", num_samples)
+    total: Any = 0.0
+    with evaluating(*coder.programs):
+        for index in torch.arange(len(held), device=held.x.device).split(batch_size):
+            batch = held.batch(index)
+            with torch.random.fork_rng(devices=[held.x.device] if held.x.is_cuda else []):  # a closed form draws nothing
+                weights = weigh(pair, batch)
+            closed = all(site.closed_kl is not None for site in weights.latents)
+            try:
+                kl = (weights if closed else weigh(pair, batch, num_samples)).kl_per_dimension(analytic=closed)
+            except ValueError as error:
+                raise UndefinedError(f"kl_per_dimension: {error}") from error
+            total += len(index) * kl.double()
+    example = coder.example()
+    return (total / len(held)).to(held.x.dtype if example is None else example.dtype)
 
 
-def active_units(vae: VAE, data: DataLike, *, threshold: float = 0.01) -> Tensor:
+def active_units(model: Any, data: DataLike, *, threshold: float = 0.01) -> Tensor:
     """Which latent dimensions the model uses: ``(latent_dim,)`` of bool; ``.sum()`` is the number of active units.
 
     A unit is active where the variance of its posterior mean over the data is above the threshold (Burda et al. 2016,
     arXiv:1509.00519, section 5.2).
     """
-    _require_posterior("active_units", vae)
-    return latent_means(vae, data).var(0, correction=0) > threshold
+    Coder(model).require_pair("active_units")
+    return latent_means(model, data).var(0, correction=0) > threshold
 
 
 @torch.no_grad()
-def interpolate(model: Model, start: Tensor, end: Tensor, *, steps: int = 10, path: str = "linear") -> tuple[Tensor, Tensor]:
+def interpolate(model: Any, start: Tensor, end: Tensor, *, steps: int = 10, path: str = "linear") -> tuple[Tensor, Tensor]:
     r"""The way from one observation to another, in latent space and in pixel space.
 
     Args:
-        model: a VAE or an autoencoder.
+        model: see above.
         start: observation, ``event_shape``.
         end: observation, ``event_shape``.
         steps: points on the way, both ends included.
@@ -122,8 +147,9 @@ def interpolate(model: Model, start: Tensor, end: Tensor, *, steps: int = 10, pa
     if path not in ("linear", "spherical"):
         raise ValueError(f"interpolate: path must be 'linear' or 'spherical', found {path!r}.")
     t = torch.linspace(0, 1, steps, device=start.device, dtype=start.dtype).unsqueeze(-1)  # (steps, 1)
-    with evaluating(model):
-        a, b = _encode(model, torch.stack([start, end])).split(1)  # each (1, latent_dim)
+    coder = Coder(model)
+    with evaluating(*coder.programs):
+        a, b = coder.means(torch.stack([start, end])).split(1)  # each (1, latent_dim)
         s = t.to(a.dtype)  # which may not be that of the observations
         cosine = torch.cosine_similarity(a, b).clamp(-1, 1)
         angle = torch.arccos(cosine)
@@ -131,64 +157,70 @@ def interpolate(model: Model, start: Tensor, end: Tensor, *, steps: int = 10, pa
             z = (torch.sin((1 - s) * angle) * a + torch.sin(s * angle) * b) / torch.sin(angle)
         else:
             z = torch.lerp(a, b, s)
-        latent = decoder_mean(model, z)
-    return latent, torch.lerp(start, end, t.reshape(-1, *(1 for _ in model.event_shape)))
+        latent = coder.decode(z, coder.observations("interpolate", start[None], steps)).mean
+    return latent, torch.lerp(start, end, t.reshape(-1, *(1 for _ in start.shape)))
 
 
 @torch.no_grad()
 def manifold_grid(
-    model: Model,
-    *,
+    model: Any,
+    *context: Tensor,
     size: int = 25,
     spacing: str = "equal",
     limits: tuple[float, float, float, float] = (-3.0, 3.0, -3.0, 3.0),
     axes: tuple[int, int] = (0, 1),
+    like: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the decoder draws over a plane of the latent space, all other dimensions 0.
 
     Args:
-        model: a VAE or an autoencoder.
+        model: see above.
+        context: what else a batch has, of a conditional model: one row each, the same all over the plane.
         size: points per axis.
         spacing: ``"equal"`` steps within limits; ``"probability"``: equal steps of probability under N(0, 1), through its
             quantiles at (i + 1/2) / size, so that images take the room that the prior gives them.
         limits: ``(first low, first high, second low, second high)`` for equal steps.
         axes: the two latent dimensions that span the plane.
+        like: see :func:`decoder_mean`.
 
     Returns:
         (images, first, second): ``(size * size, *event_shape)``, row by row as read on a page, the second axis falling from
         row to row; and the values on the two axes, ``(size,)`` each, ascending.
 
     Raises:
+        UndefinedError: the plane leaves the support of a latent site.
         ValueError: no such spacing or axes, or limits that are no intervals.
     """
-    size = whole_number("size", size)
-    if len(set(axes)) != 2 or not all(0 <= axis < model.latent_dim for axis in axes):
-        raise ValueError(f"manifold_grid: expected two of the {model.latent_dim} latent dimensions, found axes {axes}.")
-    like = next(model.parameters())
+    size, coder = whole_number("size", size), Coder(model)
+    x = coder.observations("manifold_grid", like, size * size)
+    context = tuple(part.expand(size * size, *part.shape[1:]) for part in context)
+    with evaluating(*coder.programs):
+        latent_dim = coder.dimensions(x[:1], *(part[:1] for part in context))
+    if len(set(axes)) != 2 or not all(0 <= axis < latent_dim for axis in axes):
+        raise ValueError(f"manifold_grid: expected two of the {latent_dim} latent dimensions, found axes {axes}.")
     if spacing == "equal":
         low, high, bottom, top = limits
         if not (-math.inf < low < high < math.inf and -math.inf < bottom < top < math.inf):
             raise ValueError(f"manifold_grid: expected limits (low, high, low, high), found {limits}.")
-        first, second = (
-            torch.linspace(*ends, size, device=like.device, dtype=like.dtype) for ends in (limits[:2], limits[2:])
-        )
+        first, second = (torch.linspace(*ends, size, device=x.device, dtype=x.dtype) for ends in (limits[:2], limits[2:]))
     elif spacing == "probability":
-        p = (torch.arange(size, device=like.device, dtype=like.dtype) + 0.5) / size
+        p = (torch.arange(size, device=x.device, dtype=x.dtype) + 0.5) / size
         first = second = torch.special.ndtri(p)
     else:
         raise ValueError(f"manifold_grid: spacing must be 'equal' or 'probability', found {spacing!r}.")
-    z = torch.zeros(size, size, model.latent_dim, device=like.device, dtype=like.dtype)  # (row, column, latent_dim)
+    z = torch.zeros(size, size, latent_dim, device=x.device, dtype=x.dtype)  # (row, column, latent_dim)
     z[..., axes[0]] = first
     z[..., axes[1]] = second.flip(0).unsqueeze(-1)
-    return decoder_mean(model, z.flatten(0, 1)), first, second
+    with evaluating(*coder.programs):
+        return coder.decode(z.flatten(0, 1), x, *context).mean, first, second
 
 
 @torch.no_grad()
-def denoise(model: Model, x: Tensor, *context: Tensor, flip_rate: float = 0.02) -> tuple[Tensor, Tensor, Tensor]:
+def denoise(model: Any, x: Tensor, *context: Tensor, flip_rate: float = 0.02) -> tuple[Tensor, Tensor, Tensor]:
     """Threshold at 0.5, flip each pixel with probability ``flip_rate``, and reconstruct by way of the posterior mean.
 
     Args:
-        model: a VAE or an autoencoder.
+        model: see above.
         x: observations in [0, 1], ``(batch, *event_shape)``.
         context: what else a batch has, of a conditional model.
         flip_rate: probability that a pixel is flipped.
@@ -204,12 +236,13 @@ def denoise(model: Model, x: Tensor, *context: Tensor, flip_rate: float = 0.02) 
     binary = (x > 0.5).to(x.dtype)
     flip = (torch.rand_like(x) < flip_rate).to(x.dtype)
     noisy = (binary - flip).abs()
-    with evaluating(model):
-        return binary, noisy, decoder_mean(model, _encode(model, noisy, *context), *context)
+    coder = Coder(model)
+    with evaluating(*coder.programs):
+        return binary, noisy, coder.decode(coder.means(noisy, *context), noisy, *context).mean
 
 
 @torch.no_grad()
-def sample_like(vae: VAE, data: Data, label: int, *, num_samples: int) -> Tensor:
+def sample_like(model: Any, data: Data, label: int, *, num_samples: int) -> Tensor:
     """Images "with a given label": encode random observations of that label, draw z from their posteriors, decode.
 
     Returns:
@@ -218,7 +251,8 @@ def sample_like(vae: VAE, data: Data, label: int, *, num_samples: int) -> Tensor
     Raises:
         ValueError: the data have no labels, or not this one; or the model has no posterior.
     """
-    _require_posterior("sample_like", vae)
+    coder = Coder(model)
+    coder.require_pair("sample_like")
     if data.labels is None:
         raise ValueError(f"sample_like: expected labelled data, found none in {data.name!r}.")
     candidates = (data.labels == label).nonzero().squeeze(-1)
@@ -226,25 +260,33 @@ def sample_like(vae: VAE, data: Data, label: int, *, num_samples: int) -> Tensor
         found = ", ".join(map(str, data.labels.unique().tolist()))
         raise ValueError(f"sample_like: no observation of {data.name!r} has label {label}; found labels {found}.")
     index = candidates[torch.randint(len(candidates), (num_samples,), device=candidates.device)]
-    with evaluating(vae):
-        x, *context = data.batch(index)
-        return vae.decode(vae.encode(x, *context).sample(), *context).mean
+    with evaluating(*coder.programs):
+        batch = data.batch(index)
+        return coder.decode(coder.draws(*batch), *batch).mean
 
 
-def latent_record(vae: VAE, data: DataLike, *, limit: int = 500) -> dict[str, Any]:
+def latent_record(model: Any, data: DataLike, *, limit: int = 500) -> dict[str, Any]:
     """Where the first observations lie in latent space, as plain numbers: ``latents.json`` of a run folder.
 
     Returns:
         ``means``: posterior means, a list of ``limit`` lists of latent_dim numbers; ``labels`` and ``classes`` of these
-        observations, or None; ``kl_per_dimension``: of all the data, see :func:`kl_per_dimension`.
+        observations, or None; ``kl_per_dimension``: of all the data, see :func:`kl_per_dimension`; None where it is not
+        defined.
+
+    Raises:
+        UndefinedError: see :func:`latent_means`.
     """
     data = as_data(data)
     some = data.subset(slice(limit))
+    try:
+        kl = None if isinstance(model, Autoencoder) else kl_per_dimension(model, data).tolist()
+    except UndefinedError:
+        kl = None
     return {
-        "means": [[round(value, 4) for value in row] for row in latent_means(vae, some).tolist()],
+        "means": [[round(value, 4) for value in row] for row in latent_means(model, some).tolist()],
         "labels": None if some.labels is None else some.labels.tolist(),
         "classes": list(data.classes) or None,
-        "kl_per_dimension": kl_per_dimension(vae, data).tolist(),
+        "kl_per_dimension": kl,
     }
 
 

@@ -134,8 +134,9 @@ class Weights:
             q, p = _elements(site.q), _elements(site.p)
             if q is None or p is None or site.mask is not None:
                 raise ValueError(
-                    f"site {site.name!r}: free bits need dimensions that are independent under model and guide, found "
-                    f"{type(site.p).__name__} and {type(site.q).__name__}. Use distributions made by .to_event."
+                    f"site {site.name!r}: the KL is a sum over dimensions, as free bits need it, only where these are "
+                    f"independent under model and guide; found {type(site.p).__name__} and {type(site.q).__name__}. Use "
+                    "distributions made by .to_event."
                 )
             kl = kl_divergence(q, p) if analytic else q.log_prob(site.value) - p.log_prob(site.value)
             parts.append(kl.reshape(-1, site.q.event_shape.numel()).mean(0))

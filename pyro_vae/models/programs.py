@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-__all__ = ["ProgramPair", "evaluating", "example_of", "is_held", "owner_of", "programs_and_data"]
+__all__ = ["ProgramPair", "evaluating", "example_of", "is_held", "is_program_pair", "owner_of", "programs_and_data"]
 
 Program = Callable[..., Any]
 
@@ -38,7 +38,8 @@ class ProgramPair(nn.Module):
     are both trained, and the store keeps no reference to them.
 
     Args:
-        model: the model; or a module with methods ``model`` and ``guide``, without a second argument.
+        model: the model; or, without a second argument, a module with methods ``model`` and ``guide``, or a pair
+            ``(model, guide)``.
         guide: the guide.
 
     Attributes:
@@ -55,8 +56,10 @@ class ProgramPair(nn.Module):
         super().__init__()
         if isinstance(model, ProgramPair) and guide is None:
             model, guide = model.programs
+        elif isinstance(model, tuple) and len(model) == 2 and guide is None:
+            model, guide = model
         elif guide is None:
-            if isinstance(model, type) or not all(callable(getattr(model, name, None)) for name in ("model", "guide")):
+            if isinstance(model, tuple) or not is_program_pair(model):
                 found = f"the class {model.__name__}" if isinstance(model, type) else f"one {type(model).__name__}"
                 raise ValueError(
                     "expected a model and a guide, two Pyro programs, or a module that has methods model and guide; "
@@ -84,6 +87,11 @@ class ProgramPair(nn.Module):
     def programs(self) -> tuple[Program, Program]:
         """Model and guide as they were given."""
         return self._programs
+
+    @property
+    def holder(self) -> nn.Module:
+        """Whose ``state_dict`` has all parameters: the module that both belong to, or the pair, if there are any others."""
+        return self if self.module is None or self._parameters else self.module
 
     def model(self, *batch: Any) -> Any:
         """Run the model."""
@@ -134,6 +142,13 @@ class ProgramPair(nn.Module):
         """A tensor of whose type and device observations are to be; None if there is none."""
         example = getattr(self.module, "example", None)
         return example_of(self) if example is None else example()
+
+
+def is_program_pair(model: Any) -> bool:
+    """Whether it is a pair of programs, or has methods ``model`` and ``guide``."""
+    if isinstance(model, tuple | ProgramPair):
+        return True
+    return not isinstance(model, type) and all(callable(getattr(model, name, None)) for name in ("model", "guide"))
 
 
 def example_of(module: nn.Module) -> Tensor | None:

@@ -23,7 +23,8 @@ from pyro_vae.report.comparison import FigureOfRun, compare, conditions
 from pyro_vae.report.explorer import LIMIT, NoExplorerError, decoder_record
 from pyro_vae.report.svg import Panel, panels
 from pyro_vae.report.texts import FIGURES, MEASURES, UNKNOWN_FIGURE
-from pyro_vae.runs.folder import load_run, read_config, read_records
+from pyro_vae.runs.folder import read_config, read_records
+from pyro_vae.runs.load import load_run
 from pyro_vae.runs.presets import PRESETS, Settings
 from pyro_vae.training.records import TrainingRecord
 
@@ -103,13 +104,13 @@ def read_run(folder: str | Path, *, name: str | None = None, limit: int = _LIMIT
     name = folder.resolve().name if name is None else name
     metrics = _json(folder / "metrics.json")
     history = read_records(folder / "metrics.jsonl")
-    latents = _latents(folder / "latents.json", settings.latent_dim)
+    latents = _latents(folder / "latents.json", None if settings is None else settings.latent_dim)
     if not isinstance(metrics, dict | None):
         raise CheckpointError(f"{folder}: metrics.json holds no figures of a run. Train again.")
     figures = _figures(metrics or {})
     train = (metrics or {}).get("train", {})
     train = {key: float(value) for key, value in train.items() if _is_number(value)} if isinstance(train, dict) else {}
-    explorer, no_explorer = _explorer(folder, latents, settings.latent_dim, limit)
+    explorer, no_explorer = _explorer(folder, settings, latents, limit)
     pictures, left_out = _pictures(folder / "figures", limit - _size(explorer))
     images = (metrics or {}).get("images")
     common = conditions(config, event_shape, images=images if isinstance(images, int) else None)
@@ -161,25 +162,31 @@ def _json(path: Path) -> Any:
         raise CheckpointError(f"{path}: damaged, no JSON ({error}). Put it back, or train again.") from error
 
 
-def _latents(path: Path, latent_dim: int) -> dict[str, Any] | None:
-    """``latents.json``: posterior means of some test images, their labels, and the test set's KL per dimension."""
+def _latents(path: Path, latent_dim: int | None) -> dict[str, Any] | None:
+    """``latents.json``: posterior means of some test images, their labels, and the test set's KL per dimension.
+
+    Of a model of the user's own, that file says how many dimensions there are; and there may be no KL of each.
+    """
     found = _json(path)
     if found is None:
         return None
     try:
         points = torch.tensor(found["means"], dtype=torch.float64)[:_POINTS]
-        kl = torch.tensor(found["kl_per_dimension"], dtype=torch.float64)
+        latent_dim = points.shape[1] if latent_dim is None else latent_dim
+        kl = found["kl_per_dimension"]
+        kl = None if kl is None else torch.tensor(kl, dtype=torch.float64)
         labels, names = found.get("labels"), found.get("classes")
         kinds = None if labels is None else sorted(set(labels[: len(points)]))
         if kinds is not None and (len(labels) != len(found["means"]) or not all(type(kind) is int for kind in kinds)):
             raise ValueError("labels: expected a whole number for each of the means")
-        if points.shape != (len(points), latent_dim) or kl.shape != (latent_dim,) or not points.isfinite().all():
+        fits = points.shape == (len(points), latent_dim) and (kl is None or kl.shape == (latent_dim,))
+        if not fits or not points.isfinite().all():
             raise ValueError(f"expected finite means and kl_per_dimension of {latent_dim} dimensions")
         return {
             "points": [[round(value, 3) for value in point] for point in points.tolist()],
             "labels": None if kinds is None else [kinds.index(label) for label in labels[: len(points)]],
             "classes": None if kinds is None else [str(names[kind] if names else kind) for kind in kinds],
-            "kl": kl.tolist(),
+            "kl": None if kl is None else kl.tolist(),
         }
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(
@@ -201,8 +208,31 @@ def _figures(metrics: Mapping[str, Any]) -> dict[str, FigureOfRun]:
 
 
 def _facts(
-    settings: Settings, config: Mapping[str, Any], common: Mapping[str, str], metrics: Mapping[str, Any] | None
+    settings: Settings | None, config: Mapping[str, Any], common: Mapping[str, str], metrics: Mapping[str, Any] | None
 ) -> dict[str, str]:
+    model, training = _model_and_training(settings) if settings is not None else _of_ones_own(config)
+    facts = {
+        "Model": model,
+        "Likelihood": common["likelihood"],
+        "Data": f"{common['data set']}, {common['size']}",
+        "Binarisation": common["binarisation"],
+        "Training": f"{training}, seed {config.get('seed', 'not recorded')}",
+    }
+    if metrics and _is_number(metrics.get("seconds")):
+        facts["Time"] = f"{metrics['seconds']:,.0f} s of training on {config.get('device', 'a device not recorded')}"
+    if isinstance(versions := config.get("versions"), dict):
+        facts["Versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return facts
+
+
+def _of_ones_own(config: Mapping[str, Any]) -> tuple[str, str]:
+    """What the config of a run says whose model no settings describe."""
+    training = config.get("training")
+    options = [f"{name} {_text(value)}" for name, value in training.items()] if isinstance(training, dict) else []
+    return str(config.get("model")), ", ".join([str(config.get("objective", "an objective not recorded")), *options])
+
+
+def _model_and_training(settings: Settings) -> tuple[str, str]:
     widths = "-".join(map(str, settings.hidden))
     kind = "autoencoder" if settings.likelihood == "none" else "variational autoencoder"
     nets = {"conv": "convolutions, channels", "mlp-tanh": "tanh layers", "mlp-linear": "ReLU layers"}.get(
@@ -212,23 +242,14 @@ def _facts(
     objective = {"iwae": f"IWAE bound of {settings.particles} draws"}.get(settings.objective, f"ELBO ({settings.objective})")
     falling = " and falling in stages" if settings.schedule == "stages" else ""
     weight = "" if settings.beta == 1 else f", KL weight {settings.beta:g}"
-    facts = {
-        "Model": f"{kind}, {nets} {widths}, {settings.latent_dim} latent dimensions (preset {settings.preset})",
-        "Likelihood": common["likelihood"],
-        "Data": f"{common['data set']}, {common['size']}",
-        "Binarisation": common["binarisation"],
-        "Training": f"{objective}{weight}; {length}, batch {settings.batch_size}, learning rate {settings.lr:g}{falling}, "
-        f"seed {config.get('seed', 'not recorded')}",
-    }
-    if metrics and _is_number(metrics.get("seconds")):
-        facts["Time"] = f"{metrics['seconds']:,.0f} s of training on {config.get('device', 'a device not recorded')}"
-    if isinstance(versions := config.get("versions"), dict):
-        facts["Versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return facts
+    return (
+        f"{kind}, {nets} {widths}, {settings.latent_dim} latent dimensions (preset {settings.preset})",
+        f"{objective}{weight}; {length}, batch {settings.batch_size}, learning rate {settings.lr:g}{falling}",
+    )
 
 
-def _settings(settings: Settings, config: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
-    preset = PRESETS.get(settings.preset)
+def _settings(settings: Settings | None, config: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
+    preset = None if settings is None else PRESETS.get(settings.preset)
     shown = []
     for name, value in config.items():
         if name in ("format", "versions"):
@@ -242,12 +263,16 @@ def _settings(settings: Settings, config: Mapping[str, Any]) -> tuple[tuple[str,
 def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "none"
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {_text(part)}" for name, part in value.items()) or "none"
     return "not set" if value is None else str(value)
 
 
 def _explorer(
-    folder: Path, latents: Mapping[str, Any] | None, latent_dim: int, limit: int
+    folder: Path, settings: Settings | None, latents: Mapping[str, Any] | None, limit: int
 ) -> tuple[dict[str, Any] | None, str]:
+    if settings is None:
+        return None, "its model is not described by settings, so the page cannot build its decoder"
     weights = folder / "checkpoints" / "weights.pt"
     if not weights.exists():
         return None, "the run holds no weights: it was stopped before its first epoch ended"
@@ -255,8 +280,8 @@ def _explorer(
         record = decoder_record(load_run(folder), limit=min(LIMIT, limit * 3 // 4))
     except NoExplorerError as error:
         return None, str(error)
-    axes = list(range(min(2, latent_dim)))
-    if latents is not None:
+    axes = list(range(min(2, settings.latent_dim)))
+    if latents is not None and latents["kl"] is not None:
         usage = torch.tensor(latents["kl"]).nan_to_num()
         axes = sorted(usage.argsort(descending=True, stable=True)[:2].tolist())
     return {**record, "axes": axes, **{key: (latents or {}).get(key) for key in ("points", "labels", "classes")}}, ""

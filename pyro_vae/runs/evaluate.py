@@ -14,7 +14,8 @@ from pyro_vae.data.dataset import Data, DataError
 from pyro_vae.data.own import read_data
 from pyro_vae.estimates.evaluate import evaluate
 from pyro_vae.estimates.records import Estimate
-from pyro_vae.runs.folder import load_run, lock_run, read_config, write_json
+from pyro_vae.runs.folder import lock_run, read_settings, write_json
+from pyro_vae.runs.load import load_run
 from pyro_vae.runs.presets import Settings
 from pyro_vae.runs.settings import MeasureOptions, RunSettings
 from pyro_vae.runs.splits import PIXELS, load_splits, set_threads
@@ -63,7 +64,8 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> tuple[str, dict[str,
     Warns:
         UserWarning: the run has not ended.
     """
-    settings, _, config = read_config(folder)
+    again = f"Measure it from Python: evaluate(load_run({str(folder)!r}, model=...), data)."
+    settings, _, config = read_settings(folder, remedy=again)
     run = RunSettings.of_config(folder, config)
     lock_run(folder)
     model = load_run(folder, device=options.place)

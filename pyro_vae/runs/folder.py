@@ -4,7 +4,6 @@ JSON files and weights are written whole or not at all. One process at a time wr
 """
 
 import json
-import platform
 import shutil
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, fields
@@ -12,37 +11,37 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
+from torch import nn
 
-from pyro_vae._checks import shape, usable_device
-from pyro_vae._files import CheckpointError, check_writable, read_tensors, whole_file, write_tensors
-from pyro_vae.models.autoencoder import Autoencoder
-from pyro_vae.models.vae import VAE
+from pyro_vae._checks import shape
+from pyro_vae._files import CheckpointError, check_writable, whole_file, write_tensors
 from pyro_vae.runs.presets import Settings
 from pyro_vae.training.records import TrainingRecord
+from pyro_vae.training.state import processor
 
 __all__ = [
     "append_jsonl",
     "check_new_run",
-    "load_run",
-    "load_weights",
+    "is_run",
     "lock_run",
     "new_run",
     "processor",
     "read_config",
     "read_records",
+    "read_settings",
     "reopen_run",
     "save_weights",
+    "withdraw_run",
     "write_config",
     "write_json",
     "write_jsonl",
 ]
 
 _FORMAT = 1
-_CONFIG = "config.json"
-_WEIGHTS = Path("checkpoints", "weights.pt")
-_PARTS = (_CONFIG, "metrics.jsonl", "metrics.json", "latents.json", "checkpoints", "figures", "tensorboard", "report.html")
+CONFIG = "config.json"
+WEIGHTS = Path("checkpoints", "weights.pt")
+_PARTS = (CONFIG, "metrics.jsonl", "metrics.json", "latents.json", "checkpoints", "figures", "tensorboard", "report.html")
 
 
 _LOCK = ".lock"
@@ -132,16 +131,19 @@ def _check_empty(path: Path, overwrite: bool) -> None:
     if all(_is_left_by_a_start(part) for part in path.iterdir()):
         return
     if not overwrite:
-        raise CheckpointError(f"{path}: not empty. Name a new folder, or pass --overwrite to replace the run it holds.")
-    if not (path / _CONFIG).is_file():
-        raise CheckpointError(f"{path}: not empty, and no earlier run (no {_CONFIG}), so it is left alone. Name another.")
+        raise CheckpointError(
+            f"{path}: not empty. Name a new folder, or pass --overwrite (in Python overwrite=True) to replace the run it "
+            "holds."
+        )
+    if not (path / CONFIG).is_file():
+        raise CheckpointError(f"{path}: not empty, and no earlier run (no {CONFIG}), so it is left alone. Name another.")
 
 
 def _is_left_by_a_start(part: Path) -> bool:
     """Whether it is no more than what a run that was killed before its config was written leaves behind."""
     if part.is_dir():
         return part.name in ("checkpoints", "figures") and not any(part.iterdir())
-    return part.name in (_LOCK, f".{_CONFIG}.tmp")
+    return part.name in (_LOCK, f".{CONFIG}.tmp")
 
 
 def _clear(path: Path) -> None:
@@ -150,6 +152,28 @@ def _clear(path: Path) -> None:
             shutil.rmtree(path / part)
         else:
             (path / part).unlink(missing_ok=True)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run, ended or not."""
+    return (folder / CONFIG).is_file()
+
+
+def withdraw_run(folder: Path, earlier: bytes | None) -> None:
+    """Leave the folder of a run that was refused before its first step as it was.
+
+    Args:
+        folder: of the run.
+        earlier: the config of the run that was to go on, which is put back; None: a new one, whose folder can then be used
+            again.
+    """
+    records = folder / "metrics.jsonl"
+    if earlier is not None:
+        with whole_file(folder / CONFIG) as stream:
+            stream.write(earlier)
+    elif not any((folder / "checkpoints").iterdir()) and not (records.is_file() and records.stat().st_size):
+        for part in (folder / CONFIG, records):
+            part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -193,89 +217,62 @@ def read_records(path: Path) -> list[TrainingRecord]:
         raise CheckpointError(f"{path}: no records of a run ({error}) Put it back, or train again.") from error
 
 
-def processor() -> str:
-    """The processor's name: figures differ in their last digits, and seconds in their first, from one to another."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def write_config(run: Path, settings: Settings | None, *, event_shape: tuple[int, ...], **provenance: Any) -> None:
+    """Write ``config.json``: what ``load_run`` needs to build the model again, and where it comes from.
+
+    Args:
+        run: folder.
+        settings: of the model; None where no settings describe it, and ``provenance`` has ``model``, what it is in words,
+            and ``batch``, shape and type of the tensors that it is called with, by name.
+        event_shape: shape of one observation.
+        provenance: further entries, plain values.
+    """
+    described = {} if settings is None else asdict(settings)
+    write_json(run / CONFIG, {"format": _FORMAT, **described, "event_shape": list(event_shape), **provenance})
 
 
-def write_config(run: Path, settings: Settings, *, event_shape: tuple[int, ...], **provenance: Any) -> None:
-    """Write ``config.json``: what :func:`load_run` needs to build the model again, and where it comes from."""
-    config = {"format": _FORMAT, **asdict(settings), "event_shape": list(event_shape), **provenance}
-    write_json(run / _CONFIG, config)
-
-
-def save_weights(run: Path, model: VAE | Autoencoder, name: str = "weights", *, durable: bool = True) -> None:
-    """Write the weights, in place of those of the same name: by default those that :func:`load_run` reads.
+def save_weights(run: Path, model: nn.Module, name: str = "weights", *, durable: bool = True) -> None:
+    """Write the weights, in place of those of the same name: by default those that ``load_run`` reads.
 
     Args:
         durable: wait until they are on the disk, safe from a loss of power.
     """
-    write_tensors(run / _WEIGHTS.with_stem(name), model.state_dict(), durable=durable)
+    write_tensors(run / WEIGHTS.with_stem(name), model.state_dict(), durable=durable)
 
 
-def load_weights(model: VAE | Autoencoder, path: Path, *, remedy: str = "Train again.") -> None:
-    """Load weights that :func:`save_weights` has written into their model.
-
-    Raises:
-        CheckpointError: the file is damaged, or of another model; the message ends a damaged file's with the remedy.
-    """
-    weights = read_tensors(path, remedy=remedy)
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: not the weights of the model in {_CONFIG}: {reason}") from error
-
-
-def load_run(folder: str | Path, *, device: torch.device | str = "cpu") -> VAE | Autoencoder:
-    """The VAE, or the autoencoder, of a run folder, with the weights of its last finished epoch, in evaluation mode.
+def read_settings(folder: Path, *, remedy: str) -> tuple[Settings, tuple[int, ...], dict[str, Any]]:
+    """:func:`read_config` of a run whose model settings describe.
 
     Raises:
-        CheckpointError: no run there, or a file of it that is damaged or does not fit the others.
-
-    Example:
-        >>> from pyro.infer import Predictive
-        >>> vae = load_run("runs/demo")  # doctest: +SKIP
-        >>> images = Predictive(vae.model, num_samples=16)(size=1)["x"]  # doctest: +SKIP
+        CheckpointError: as by :func:`read_config`; or none do, and the message ends with the remedy.
     """
-    settings, event_shape, _ = read_config(Path(folder))
-    path = Path(folder) / _WEIGHTS
-    device = usable_device(device)
-    with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten: leave the caller's stream alone
-        try:
-            model = settings.build_model(event_shape)
-        except (RuntimeError, ValueError) as error:  # RuntimeError: torch's answer to a model larger than the memory
-            raise CheckpointError(f"{Path(folder) / _CONFIG}: the model cannot be built ({error}).") from error
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing: this run was stopped before its first epoch ended. Go on with --resume.")
-    load_weights(model, path)
-    return model.to(device).eval()
+    settings, event_shape, config = read_config(folder)
+    if settings is None:
+        raise CheckpointError(f"{folder}: the model of this run ({config['model']}) is not described by settings. {remedy}")
+    return settings, event_shape, config
 
 
-def read_config(folder: Path) -> tuple[Settings, tuple[int, ...], dict[str, Any]]:
+def read_config(folder: Path) -> tuple[Settings | None, tuple[int, ...], dict[str, Any]]:
     """What :func:`write_config` has written: the settings, the shape of an observation, and all of it as it stands there.
 
     Raises:
         CheckpointError: missing, damaged, or no settings that a model can be built with.
     """
-    path = folder / _CONFIG
+    path = folder / CONFIG
     if not path.is_file():
-        raise CheckpointError(f"{path}: missing. A run folder is what scripts/svi_mnist.py leaves behind.")
+        raise CheckpointError(f"{path}: missing. A run folder is what scripts/svi_mnist.py or train_run leaves behind.")
     try:
         config = json.loads(path.read_text())
         if not isinstance(config, dict):
             raise ValueError(f"expected an object, found {type(config).__name__}")
         if config.get("format") != _FORMAT:
             raise ValueError(f"expected format {_FORMAT}, found {config.get('format')!r}")
+        described = "model" not in config  # by settings
         names = [field.name for field in fields(Settings) if field.name in config]
-        needed = [field.name for field in fields(Settings) if field.default is MISSING]
+        needed = [field.name for field in fields(Settings) if field.default is MISSING and described]
         if missing := [name for name in (*needed, "event_shape") if name not in config]:
             raise ValueError(f"no entry {', '.join(missing)}")
-        settings = Settings(**{name: config[name] for name in names})
+        settings = Settings(**{name: config[name] for name in names}) if described else None
         return settings, shape("event_shape", config["event_shape"]), config
     except (OSError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise CheckpointError(f"{path}: not the config of a run: {error}") from error

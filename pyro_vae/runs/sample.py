@@ -14,7 +14,8 @@ from pyro_vae._files import CheckpointError, whole_file
 from pyro_vae._options import described, option
 from pyro_vae.data.dataset import DataError
 from pyro_vae.models.autoencoder import Autoencoder
-from pyro_vae.runs.folder import load_run
+from pyro_vae.runs.folder import read_settings
+from pyro_vae.runs.load import load_run
 
 __all__ = ["SampleOptions", "sample_run"]
 
@@ -52,6 +53,7 @@ def sample_run(folder: Path, options: SampleOptions) -> Path:
     """
     if options.out.exists() and not options.overwrite:
         raise CheckpointError(f"{options.out}: already there. Name another file, or pass --overwrite to replace it.")
+    read_settings(folder, remedy=f"Draw from it in Python, from what load_run({str(folder)!r}, model=...) returns.")
     model: Any = load_run(folder)
     if isinstance(model, Autoencoder):
         raise DataError(f"{folder}: a plain autoencoder, which has no prior to draw from.")

@@ -12,7 +12,7 @@ from pyro_vae._checks import SettingError, number, whole_number
 from pyro_vae._files import CheckpointError
 from pyro_vae._options import check_choices, described, option
 from pyro_vae.data.builtin import DATASETS
-from pyro_vae.runs.folder import read_config
+from pyro_vae.runs.folder import read_settings
 from pyro_vae.runs.presets import PRESETS, Settings, load_preset
 from pyro_vae.training.fit import PRECISIONS
 
@@ -229,7 +229,8 @@ def make_job(given: Mapping[str, Any]) -> Job:
 
 def _resumed(folder: Path, asked_for: Mapping[str, Any], options: TrainOptions) -> Job:
     """The run to go on with; only its length may have changed."""
-    settings, _, config = read_config(folder)
+    again = f"Go on with it from Python: train_run({str(folder)!r}, objective, data, resume=True)."
+    settings, _, config = read_settings(folder, remedy=again)
     differ, changes = [], {}
     for name, asked in asked_for.items():
         saved = getattr(settings, name) if hasattr(settings, name) else config.get(name)

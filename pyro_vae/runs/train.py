@@ -1,51 +1,49 @@
-"""A run from beginning to end: data, model, training with its checkpoints, figures, pictures; all of it in a run folder."""
+"""A run from beginning to end: training with its checkpoints, figures, pictures; all of it in a run folder."""
 
-import platform
-import sys
+import inspect
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyro
 import torch
+from torch import nn
 
-import pyro_vae
 from pyro_vae import _processes as processes
-from pyro_vae._checks import SettingError
+from pyro_vae._checks import usable_device, whole_number
 from pyro_vae.analysis import latent
+from pyro_vae.analysis.coder import UndefinedError
 from pyro_vae.analysis.gallery import run_figures
-from pyro_vae.data.columns import caution_of_columns
-from pyro_vae.data.dataset import Data, DataError
+from pyro_vae.data.dataset import Data
+from pyro_vae.data.own import DataLike, as_data
 from pyro_vae.estimates.evaluate import evaluate
 from pyro_vae.estimates.records import Estimate
 from pyro_vae.models.likelihoods import NormalLikelihood
-from pyro_vae.models.vae import VAE
+from pyro_vae.runs.describe import described, further, model_of, name_of, prepared, provenance
 from pyro_vae.runs.folder import (
+    CONFIG,
     append_jsonl,
-    check_new_run,
+    is_run,
     new_run,
-    processor,
     reopen_run,
     save_weights,
+    withdraw_run,
     write_config,
     write_json,
     write_jsonl,
 )
 from pyro_vae.runs.loggers import TensorBoard
-from pyro_vae.runs.presets import Settings, fitting_likelihood
-from pyro_vae.runs.settings import COMPILE, Job
+from pyro_vae.runs.presets import Settings
 from pyro_vae.runs.signals import Signals
-from pyro_vae.runs.splits import load_splits, set_threads
 from pyro_vae.training.checkpoint import Checkpoints
 from pyro_vae.training.fit import NonFiniteError, fit
+from pyro_vae.training.objective import Objective
 from pyro_vae.training.records import TrainingRecord
-from pyro_vae.training.state import TrainingStoppedError, identity
+from pyro_vae.training.state import TrainingStoppedError
 
 __all__ = ["RunStoppedError", "train_run"]
-
-FEWEST_STEPS = 2000  # on your own data, by default: fewer leave the pictures blurred
 
 
 class RunStoppedError(KeyboardInterrupt):
@@ -60,266 +58,280 @@ class RunStoppedError(KeyboardInterrupt):
 class _Run:
     """A run whose folder is open."""
 
-    job: Job
-    settings: Settings  # fitted to the data
-    vae: VAE
-    train: Data
-    test: Data
-    device: str
     folder: Path
-    checkpoint: dict[str, Any] | None  # to go on from
+    objective: Objective
+    model: Any  # what is measured and drawn; None where the objective has no model
+    train: Data
+    test: Data | None
+    held: nn.Module  # whose state_dict is kept
+    settings: Settings | None
+    options: Mapping[str, Any]  # of fit
+    about: Mapping[str, Any]  # config.json, but for the settings
+    name: str
+    say: Callable[..., None]
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} on {self.train.name}"
 
 
-def train_run(job: Job, signals: Signals) -> Path:
-    """Train, evaluate and draw what the job says, or go on with it, and tell of it on stdout.
+def train_run(
+    folder: str | Path | None,
+    objective: Objective,
+    data: DataLike,
+    *,
+    test: DataLike | None = None,
+    model: Any = None,
+    settings: Settings | None = None,
+    importance_samples: int = 100,
+    figures: bool = True,
+    tensorboard: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    about: Mapping[str, Any] | None = None,
+    signals: Signals | None = None,
+    **options: Any,
+) -> Path:
+    """Train any objective on any data into a run folder, evaluate and draw its model, and tell of it on stdout.
+
+    The folder gets ``config.json``, ``metrics.jsonl`` (a line per record), ``checkpoints/``, the weights as of the last
+    record, ``metrics.json`` (final figures, of the test data), ``latents.json`` and ``figures/``. Nothing in it is code. A
+    model of your own is named in ``config.json`` for people; ``load_run(folder, model=...)`` loads its weights into one that
+    you have built.
 
     Args:
-        job: see :func:`~pyro_vae.runs.settings.make_job`.
+        folder: of the run; None: a new one, ``runs/NAME-DATA-DATE-TIME`` under the working directory.
+        objective: what is minimised; trained in place.
+        data: training data.
+        test: held-out data. Without them there are no final figures, and pictures show training data.
+        model: what is measured and drawn: a module with model and guide, a pair of these, or an autoencoder. None: that of
+            the objective, found among its modules. An objective without one is trained, and its own weights are kept.
+        settings: those that have built the model, of which ``load_run(folder)`` builds it again; ``fit`` gets what they say
+            of the training. None: the model is one of your own.
+        importance_samples: draws per test observation for log p(x); 0: leave it out.
+        figures: whether to draw pictures.
+        tensorboard: whether to write ``tensorboard/`` too.
+        resume: go on with the run in the folder from its last checkpoint, or begin it if there is none yet.
+        overwrite: replace an earlier run in the folder.
+        about: further entries of ``config.json``: plain values.
         signals: entered; the first one that comes in training ends it after a step, whose checkpoint is written.
+        options: all that :func:`~pyro_vae.training.fit.fit` takes, except ``checkpoints``.
 
     Returns:
-        The run folder.
+        The folder.
 
     Raises:
-        SettingError, DataError: settings that do not suit one another or the data; or data that are missing or damaged.
+        ValueError: unusable options, or data that do not suit the objective; a new folder can then be used again.
         CheckpointError: the folder holds something else, or cannot be written; or a checkpoint cannot be read.
         NonFiniteError: loss or gradient became NaN or infinite.
+        TrainingStoppedError: ``stop`` answered True.
         RunStoppedError: a signal came in training.
+
+    Example:
+        >>> train_run("runs/mine", NegativeELBO(vae), train, test=test, epochs=20, resume=True)  # doctest: +SKIP
+        >>> vae = load_run("runs/mine", model=my_vae())  # doctest: +SKIP
     """
-    with processes.group(job.options.place) as device:
-        if job.run.compile == "always" and (device != "cpu" or processes.count() > 1):
-            raise SettingError("compile", "always is only for one process on the CPU. Use auto.")
-        _check_folder(job)
-        train, test, warning = load_splits(job.run, job.settings, job.options.data_dir)
-        _warn_loudly(warning)
-        set_threads(train)
-        settings, vae = _build(job, train, device)
-        train, test = (_as_taken(job, part, vae) for part in (train, test))
-        run = _open(job, settings, vae, train, test, device)
-        provenance = _provenance(run)
-        board = TensorBoard(run.folder / "tensorboard") if job.options.tensorboard and _is_first() else None
-        if _is_first():
-            _begin(run, provenance)
-        history = _fit(run, board, signals)
-        vae.eval()
-        figures = evaluate(vae, test, importance_samples=job.options.importance_samples, seed=job.run.seed)
-        if _is_first():
-            _write_figures(run, history, figures, provenance)
-            _write_pictures(run, history, board)
-            _warn_loudly(warning)
-            print(f"trained in {_seconds(history):.0f} s; everything is in {run.folder}")
-        return run.folder
+    options = _checked(objective, settings, options)
+    importance_samples = whole_number("importance_samples", importance_samples, minimum=0)
+    model = model_of(objective) if model is None else model
+    train, held_out = _on_device(objective, data, test, options.get("device"))
+    held, batch = prepared(objective, model, train, whole_number("batch_size", options.get("batch_size", 128)))
+    about = provenance(train, held_out, options) | further(about or {})
+    if settings is None:
+        about = described(objective, model, train, batch, options) | about
+    name = settings.preset if settings is not None else name_of(objective if model is None else model)
+    path, checkpoint = _open(folder, f"{name}-{train.name}", resume, overwrite)
+    is_first = processes.rank() == 0
+    say = print if is_first and options.get("verbose", True) else lambda *_, **__: None
+    run = _Run(path, objective, model, train, held_out, held, settings, options, about, name, say)
+    board = TensorBoard(path / "tensorboard") if tensorboard and is_first else None
+    earlier = None if checkpoint is None else (path / CONFIG).read_bytes()
+    if is_first:
+        _begin(run, checkpoint, resume)
+    history = _fit(run, checkpoint, earlier, board, signals)
+    objective.eval()
+    found = _evaluated(run, importance_samples)
+    if is_first:
+        _write_figures(run, history, found)
+        _write_pictures(run, history, board, figures)
+        say(f"trained in {_seconds(history):.0f} s; everything is in {path}")
+    return path
 
 
-def _is_first() -> bool:
-    """Whether this process is the one that writes and speaks."""
-    return processes.rank() == 0
+def _checked(objective: Any, settings: Settings | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of fit, those that the settings say among them."""
+    if not isinstance(objective, Objective):
+        hint = "NegativeELBO(vae)" if hasattr(objective, "guide") else "a subclass of pyro_vae.Objective"
+        raise ValueError(f"train_run: expected an objective, found {type(objective).__name__}. Use {hint}.")
+    known = inspect.signature(fit).parameters.keys() - {"objective", "data", "test", "checkpoints", "resume"}
+    if unknown := sorted(options.keys() - known):
+        raise ValueError(f"train_run: no argument {', '.join(unknown)}; beside its own it takes {', '.join(sorted(known))}.")
+    for name in ("on_record", "stop"):
+        if options.get(name) is not None and not callable(options[name]):
+            raise ValueError(f"{name}: expected a function, found {type(options[name]).__name__}.")
+    training = {} if settings is None else settings.training()
+    if differ := [name for name, value in training.items() if name in options and options[name] != value]:
+        text = ", ".join(f"{name} {training[name]} in settings, {options[name]} beside them" for name in differ)
+        raise ValueError(f"train_run: found {text}. Change the settings: dataclasses.replace(settings, ...).")
+    return {**training, **options}
 
 
-def _check_folder(job: Job) -> None:
-    """Before anything is loaded or computed."""
-    out, resume = job.options.out, job.options.resume
-    if resume is None:
-        processes.first(lambda: check_new_run(out, overwrite=job.options.overwrite))
-    else:
-        processes.first(lambda: reopen_run(resume))
+def _on_device(objective: Objective, data: DataLike, test: DataLike | None, device: Any) -> tuple[Data, Data | None]:
+    """Data of the type and on the device of the objective, as fit takes them."""
+    train, held_out = as_data(data), None if test is None else as_data(test)
+    example = objective.example()
+    place = usable_device(device) if device is not None else (train.x if example is None else example).device
+    if example is not None:
+        objective.to(place)
+    dtype = None if example is None else example.dtype
+    return train.to(place, dtype), None if held_out is None else held_out.to(place, dtype)
 
 
-def _warn_loudly(message: str) -> None:
-    if message and _is_first():
-        line = "!" * 100
-        print(f"{line}\n{message}\n{line}", file=sys.stderr, flush=True)
-
-
-def _build(job: Job, train: Data, device: str) -> tuple[Settings, VAE]:
-    """The settings, fitted to the data, and a new VAE that takes them."""
-    settings = job.settings
-    torch.manual_seed(job.run.seed)
-    try:
-        if job.run.data is not None and job.options.resume is None:
-            settings, choice = _fitted(job, train)
-            if _is_first():
-                print(f"{job.run.data}: {choice}", flush=True)
-        moments = train.moments() if settings.likelihood in ("learned-normal", "poisson") else None
-        vae = settings.build_vae(train.event_shape, moments=moments).to(device)
-    except RuntimeError as error:  # torch's answer to a model larger than the memory
-        raise DataError(
-            f"the model cannot be built ({str(error).strip()}). Choose smaller --hidden or --latent-dim."
-        ) from error
-    except SettingError:
-        raise
-    except ValueError as error:
-        raise DataError(f"the model cannot be built: {error}") from error
-    return settings, vae
-
-
-def _as_taken(job: Job, data: Data, vae: VAE) -> Data:
-    """The data with batches of the type that the VAE takes, once its likelihood is found to be defined for them."""
-    data = data.to("cpu", vae.example().dtype)
-    try:
-        data.check(vae.check)
-    except ValueError as error:
-        raise DataError(f"{job.run.data or data.name}: {error}") from error
-    return data
-
-
-def _fitted(job: Job, train: Data) -> tuple[Settings, str]:
-    """Settings that suit your own data where nothing else was asked for, and what they are."""
-    settings, asked = job.settings, job.asked
-    changes: dict[str, Any] = {}
-    reason = "as asked for"
-    if not {"likelihood", "preset"} & asked:
-        changes["likelihood"], reason = fitting_likelihood(train)
-    if "latent_dim" not in asked and settings.net != "conv":
-        changes["latent_dim"] = min(settings.latent_dim, max(2, train.event_shape.numel() // 2))
-    if settings.epochs is not None and "epochs" not in asked:
-        changes["epochs"] = max(settings.epochs, FEWEST_STEPS * settings.batch_size // len(train))
-    settings = replace(settings, **changes)
-    if "preset" not in asked:
-        settings = replace(settings, preset=f"{settings.likelihood}-z{settings.latent_dim}")
-    length = f"{settings.steps:,} steps" if settings.epochs is None else f"{settings.epochs:,} epochs"
-    latents = f"{settings.latent_dim} latent dimensions"
-    return settings, f"{train.note}; likelihood {settings.likelihood} ({reason}); {latents}; {length}"
-
-
-def _of_columns(settings: Settings, train: Data) -> str:
-    """What to say of the columns of a table that the density of these settings does not suit."""
-    normal = settings.likelihood in ("normal", "learned-normal") and len(train.event_shape) == 1
-    return caution_of_columns(train.x, train.columns) if normal else ""
-
-
-def _open(job: Job, settings: Settings, vae: VAE, train: Data, test: Data, device: str) -> _Run:
+def _open(folder: str | Path | None, name: str, resume: bool, overwrite: bool) -> tuple[Path, dict[str, Any] | None]:
     """A new folder, or that of the run to go on with and its last checkpoint."""
-    options, name = job.options, f"{settings.preset}-{train.name}"
-    if options.resume is None:
-        folder = processes.first(lambda: new_run(options.out, name=name, overwrite=options.overwrite))
-        return _Run(job, settings, vae, train, test, device, folder, None)
-    checkpoint = Checkpoints(options.resume / "checkpoints").load()
-    if checkpoint is None and _is_first() and (options.resume / "metrics.jsonl").is_file():
-        message = f"{options.resume}: there is no checkpoint, so the run begins anew, with the same settings."
-        warnings.warn(message, stacklevel=1)
-    return _Run(job, settings, vae, train, test, device, options.resume, checkpoint)
+    path = None if folder is None or not resume else Path(folder)
+    if path is None or not processes.first(lambda: is_run(path)):
+        return processes.first(lambda: new_run(folder, name=name, overwrite=overwrite)), None
+    processes.first(lambda: reopen_run(path))
+    checkpoint = Checkpoints(path / "checkpoints").load()
+    if checkpoint is None and processes.rank() == 0 and (path / "metrics.jsonl").is_file():
+        message = f"{path}: there is no checkpoint, so the run begins anew, with the same settings."
+        warnings.warn(message, stacklevel=3)
+    return path, checkpoint
 
 
-def _provenance(run: _Run) -> dict[str, Any]:
-    """Where the figures come from."""
-    job = run.job
-    return {
-        **asdict(job.run),
-        "dataset": run.train.name,
-        "requested_dataset": job.requested_dataset,
-        "data_note": run.train.note,
-        "columns": list(run.train.columns),
-        "binary": run.train.is_binary,
-        "discrete_columns": _of_columns(run.settings, run.train),
-        "test_identity": None if job.run.data is None else identity(run.test),
-        "device": run.device,
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-        "processes": processes.count(),
-        "versions": {
-            "pyro_vae": pyro_vae.__version__,
-            "pyro-ppl": pyro.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
-
-
-def _begin(run: _Run, provenance: Mapping[str, Any]) -> None:
+def _begin(run: _Run, checkpoint: dict[str, Any] | None, resume: bool) -> None:
     """Write what is known before training, and say it."""
-    settings, train, folder, checkpoint = run.settings, run.train, run.folder, run.checkpoint
-    write_config(folder, settings, event_shape=tuple(train.event_shape), **provenance)
-    write_jsonl(folder / "metrics.jsonl", checkpoint["progress"]["history"] if checkpoint else [])
-    size = sum(p.numel() for p in run.vae.parameters())
-    print(f"{settings.preset} on {train.name}: {len(train):,} training and {len(run.test):,} test {train.kind}", end=" ")
-    print(f"of shape {tuple(train.event_shape)}, binarization {settings.binarization}", end="; ")
-    print(f"{size:,} parameters; {run.device}, {torch.get_num_threads()} threads", end="")
-    print(f" in each of {processes.count()} processes" if processes.count() > 1 else "")
-    if columns := provenance["discrete_columns"]:
-        print(f"caution: {columns}")
-    if isinstance(run.vae.likelihood, NormalLikelihood):
-        constant = run.vae.likelihood.constant(train.event_shape)
-        print(f"rec and -ELBO include the normal density's constant {constant:.2f}; squared error + kl leaves it out")
-    print(f"run folder: {folder}", end="")
-    if run.job.options.resume is not None:
+    train, say = run.train, run.say
+    write_config(run.folder, run.settings, event_shape=tuple(train.event_shape), **run.about)
+    write_jsonl(run.folder / "metrics.jsonl", checkpoint["progress"]["history"] if checkpoint else [])
+    size = sum(p.numel() for p in run.held.parameters())
+    held_out = "" if run.test is None else f" and {len(run.test):,} test"
+    say(f"{run.title}: {len(train):,} training{held_out} {train.kind}", end=" ")
+    say(f"of shape {tuple(train.event_shape)}, binarization {train.binarization}", end="; ")
+    say(f"{size:,} parameters; {train.x.device.type}, {torch.get_num_threads()} threads", end="")
+    say(f" in each of {processes.count()} processes" if processes.count() > 1 else "")
+    if columns := run.about.get("discrete_columns"):
+        say(f"caution: {columns}")
+    if isinstance(likelihood := getattr(run.model, "likelihood", None), NormalLikelihood):
+        constant = likelihood.constant(train.event_shape)
+        say(f"rec and -ELBO include the normal density's constant {constant:.2f}; squared error + kl leaves it out")
+    say(f"run folder: {run.folder}", end="")
+    if resume:
         step = f"going on after step {checkpoint['progress']['step']:,}" if checkpoint else "without a checkpoint yet"
-        print(f", {step}", end="")
-    print(flush=True)
+        say(f", {step}", end="")
+    say(flush=True)
 
 
-def _fit(run: _Run, board: TensorBoard | None, signals: Signals) -> list[TrainingRecord]:
+def _fit(
+    run: _Run,
+    checkpoint: dict[str, Any] | None,
+    earlier: bytes | None,
+    board: TensorBoard | None,
+    signals: Signals | None,
+) -> list[TrainingRecord]:
     """The training; each record is a line of metrics.jsonl, and what the model has learned until then is kept."""
-    job, folder = run.job, run.folder
+    options = dict(run.options)
+    also, stop, has_begun = options.pop("on_record", None), options.pop("stop", None), False
 
     def on_record(record: TrainingRecord) -> None:
         if board is not None:
             board.record(record)
-        if _is_first():
-            append_jsonl(folder / "metrics.jsonl", record.to_json())
-            save_weights(folder, run.vae, durable=False)
+        if processes.rank() == 0:
+            append_jsonl(run.folder / "metrics.jsonl", record.to_json())
+            save_weights(run.folder, run.held, durable=False)
+        if also is not None:
+            also(record)
 
+    def stopping() -> bool:
+        nonlocal has_begun
+        has_begun = True
+        return came() or (stop is not None and stop())
+
+    came = signals.came if signals is not None else lambda: False
+    options |= {"test": run.test, "on_record": on_record, "resume": checkpoint, "stop": stopping}
     try:
-        with signals.awaited():
-            history = fit(
-                run.settings.build_objective(run.vae),
-                run.train,
-                seed=job.run.seed,
-                test=run.test,
-                on_record=on_record,
-                compile=COMPILE[job.run.compile],
-                precision=job.run.precision,
-                clip_grad_norm=job.run.clip_grad_norm,
-                checkpoints=Checkpoints(folder / "checkpoints"),
-                checkpoint_every=job.options.checkpoint_every,
-                resume=run.checkpoint,
-                stop=signals.came,
-                **run.settings.training(),
-            )
+        with signals.awaited() if signals is not None else nullcontext():
+            history = fit(run.objective, run.train, checkpoints=Checkpoints(run.folder / "checkpoints"), **options)
     except NonFiniteError:
-        if _is_first():
-            save_weights(folder, run.vae)
+        if processes.rank() == 0:
+            save_weights(run.folder, run.held)
+        raise
+    except ValueError:
+        if processes.rank() == 0 and not has_begun:
+            withdraw_run(run.folder, earlier)
         raise
     except TrainingStoppedError as stopped:
-        raise RunStoppedError(str(stopped), folder) from None
-    if signals.came():
-        raise RunStoppedError("stopped after the last step", folder)
+        if came():
+            raise RunStoppedError(str(stopped), run.folder) from None
+        raise
+    if came():
+        raise RunStoppedError("stopped after the last step", run.folder)
     return history
+
+
+def _evaluated(run: _Run, importance_samples: int) -> dict[str, Estimate]:
+    """Figures of the test data; none where there are no such data, or no model."""
+    if run.test is None or run.model is None:
+        return {}
+    try:
+        return evaluate(run.model, run.test, importance_samples=importance_samples, seed=run.options.get("seed", 0))
+    except ValueError as error:
+        raise ValueError(
+            f"{error} The run in {run.folder} is trained: call again with resume=True, and with importance_samples=0 where "
+            "log p(x) is not defined."
+        ) from error
 
 
 def _seconds(history: list[TrainingRecord]) -> float:
     return sum(record.timing["seconds"] + record.timing.get("compile_seconds", 0) for record in history)
 
 
-def _write_figures(
-    run: _Run, history: list[TrainingRecord], figures: Mapping[str, Estimate], provenance: Mapping[str, Any]
-) -> None:
+def _write_figures(run: _Run, history: list[TrainingRecord], figures: Mapping[str, Estimate]) -> None:
     """The final weights, metrics.json and latents.json."""
-    save_weights(run.folder, run.vae)
+    save_weights(run.folder, run.held)
     metrics = {
-        "preset": run.settings.preset,
-        "binarization": run.settings.binarization,
-        **provenance,
+        **({} if run.settings is None else {"preset": run.settings.preset}),
+        "binarization": run.train.binarization,
+        **run.about,
         "seconds": _seconds(history),
         "images_per_second": sum(record.timing["observations_per_second"] for record in history) / len(history),
         "train": history[-1].train,
         "test": {name: asdict(estimate) for name, estimate in figures.items()},
     }
     write_json(run.folder / "metrics.json", metrics)
-    write_json(run.folder / "latents.json", latent.latent_record(run.vae, run.test.to(run.device)))
+    if run.model is not None:
+        try:
+            record = latent.latent_record(run.model, run.train if run.test is None else run.test)
+            write_json(run.folder / "latents.json", record)
+        except UndefinedError as error:
+            run.say(f"no latents.json: {error}")
     for name, estimate in figures.items():
-        print(f"test {name:15s} {estimate.value:9.3f} ± {estimate.standard_error:.3f} nats")
+        run.say(f"test {name:15s} {estimate.value:9.3f} ± {estimate.standard_error:.3f} nats")
 
 
-def _write_pictures(run: _Run, history: list[TrainingRecord], board: TensorBoard | None) -> None:
+def _write_pictures(run: _Run, history: list[TrainingRecord], board: TensorBoard | None, wanted: bool) -> None:
     """To figures/, and to TensorBoard if it is asked for."""
-    train, test = run.train.to(run.device), run.test.to(run.device)
-    if run.job.options.figures:
-        torch.manual_seed(run.job.run.seed)
-        for name, figure in run_figures(run.vae, train, test, history, run.settings):
+    test = run.train if run.test is None else run.test
+    if wanted:
+        torch.manual_seed(run.options.get("seed", 0))
+        pictures = run_figures(
+            run.model,
+            run.train,
+            test,
+            history,
+            title=run.title,
+            tsne_of_training=run.name == "bernoulli-z10",  # as its reference has it
+            left_out=lambda reason: run.say(f"some pictures are left out: {reason}"),
+        )
+        for name, figure in pictures:
             figure.savefig(run.folder / "figures" / f"{name}.png")
             if board is not None:
                 board.figure(name, figure)
     if board is not None:
-        board.embedding(run.vae, test)
+        if run.model is not None:
+            try:
+                board.embedding(run.model, test)
+            except UndefinedError as error:
+                run.say(f"no embedding for TensorBoard: {error}")
         board.close()

@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,16 @@ from pyro_vae.training.records import TrainingRecord
 if TYPE_CHECKING:
     from pyro_vae.training.step import EagerStep
 
-__all__ = ["Keeper", "NotTheSameWarning", "Progress", "TrainingStoppedError", "identity", "restore", "set_noise"]
+__all__ = [
+    "Keeper",
+    "NotTheSameWarning",
+    "Progress",
+    "TrainingStoppedError",
+    "identity",
+    "processor",
+    "restore",
+    "set_noise",
+]
 
 
 class TrainingStoppedError(Exception):
@@ -163,6 +173,15 @@ def identity(data: Data) -> str:
 
 def _digest(tensor: Tensor) -> str:
     return f"{zlib.crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data):08x}"
+
+
+def processor() -> str:
+    """The processor's name: figures differ in their last digits, and seconds in their first, from one to another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def _conditions() -> dict[str, Any]:

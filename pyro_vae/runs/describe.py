@@ -1,0 +1,152 @@
+"""What ``config.json`` says of a run, for people: the names of its parts, and where its figures come from."""
+
+import functools
+import inspect
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+import pyro_vae
+from pyro_vae import _processes as processes
+from pyro_vae.data.dataset import Data
+from pyro_vae.estimates.log_weights import base_distribution, weigh
+from pyro_vae.models.autoencoder import Autoencoder
+from pyro_vae.models.programs import ProgramPair, evaluating, is_program_pair
+from pyro_vae.models.vae import VAE
+from pyro_vae.runs.presets import Settings
+from pyro_vae.training.fit import fit
+from pyro_vae.training.objective import Objective
+from pyro_vae.training.state import identity, processor
+
+__all__ = ["described", "further", "model_of", "name_of", "prepared", "provenance"]
+
+
+def model_of(objective: Objective) -> Any:
+    """The model that an objective fits: a module or a pair with model and guide, or an autoencoder; None if it has none."""
+    found: list[nn.Module] = []
+    for module in objective.modules():
+        if isinstance(module, ProgramPair | VAE | Autoencoder) and not any(module in set(m.modules()) for m in found):
+            found.append(module)
+    models = {id(owner): owner for owner in (_whole(module) for module in found)}
+    if len(models) > 1:
+        names = ", ".join(name_of(model) for model in models.values())
+        raise ValueError(f"train_run: the objective has several models, {names}. Pass the one to be measured: model=...")
+    return next(iter(models.values()), None)
+
+
+def _whole(module: nn.Module) -> Any:
+    return module.module if isinstance(module, ProgramPair) and module.module is not None else module
+
+
+def provenance(train: Data, test: Data | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the figures come from."""
+    return {
+        "seed": options.get("seed", 0),
+        "dataset": train.name,
+        "data_note": train.note,
+        "test_identity": None if test is None else identity(test),
+        "device": train.x.device.type,
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "processes": processes.count(),
+        "versions": {
+            "pyro_vae": pyro_vae.__version__,
+            "pyro-ppl": pyro.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def prepared(objective: Objective, model: Any, train: Data, batch_size: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """What holds the parameters, all of which are there now; and a batch."""
+    rows = min(batch_size, len(train))
+    # The whole is checked by fit; without this a batch that does not suit would fail somewhere in the model.
+    train.subset(slice(rows)).check(objective.check, objective.forward)
+    with torch.random.fork_rng(devices=[train.x.device] if train.x.is_cuda else []):
+        batch = train.batch(torch.arange(rows, device=train.x.device))
+    with pyro.validation_enabled(False):
+        objective.prepare(*batch)
+        if not is_program_pair(model):
+            return (objective if model is None else model), batch
+        pair = ProgramPair(model)
+        pair.prepare(*batch)
+    return pair.holder, batch
+
+
+def described(
+    objective: Objective, model: Any, train: Data, batch: Sequence[Tensor], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a run is that no settings describe, in words, and what its model is called with."""
+    defaults = {name: inspect.signature(fit).parameters[name].default for name in ("batch_size", "lr")}
+    return {
+        "model": "none" if model is None else _model_name(model),
+        "objective": objective.identity(),
+        "likelihood": _likelihood(model, batch),
+        "binarization": train.binarization,
+        "batch": {name: [list(t.shape), str(t.dtype)] for name, t in zip(train.inputs, batch, strict=True)},
+        "training": {name: _plain(value) for name, value in (defaults | dict(options)).items() if name not in _SAID},
+    }
+
+
+_SAID = ("seed", "verbose", "on_record", "stop", "checkpoint_every", "device")  # elsewhere, or no part of what the run is
+
+
+def _likelihood(model: Any, batch: Sequence[Tensor]) -> str:
+    """The distributions of what the model observes."""
+    if not is_program_pair(model):
+        return "none" if isinstance(model, Autoencoder) else "of no model of random variables"
+    pair = ProgramPair(model)
+    devices = [t.device for t in batch if t.is_cuda][:1]
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), evaluating(*pair.programs):
+        observed = [site for site in weigh(pair, batch).sites if site.observed]
+    return ", ".join(dict.fromkeys(type(base_distribution(site.p)).__name__ for site in observed))
+
+
+def further(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of config.json that say nothing else than it does."""
+    own = {"format", "event_shape", "model", "objective", "likelihood", "batch", "training"}
+    if clash := sorted(about.keys() & (own | {each.name for each in fields(Settings)})):
+        raise ValueError(f"about: {', '.join(clash)}: entries that config.json has itself. Give others these names.")
+    try:
+        json.dumps(dict(about))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"about: expected plain values, as JSON has them: {error}.") from error
+    return dict(about)
+
+
+def _model_name(model: Any) -> str:
+    """The model's class and those of its parts, for people."""
+    if isinstance(model, VAE):
+        parts = ("encoder", "decoder", "prior", "posterior", "likelihood")
+        return f"{name_of(model)}({', '.join(f'{part} {name_of(getattr(model, part))}' for part in parts)})"
+    if isinstance(model, ProgramPair | tuple):
+        model, guide = ProgramPair(model).programs
+        return f"model {name_of(model)}, guide {name_of(guide)}"
+    return name_of(model)
+
+
+def name_of(part: Any) -> str:
+    """The name of a function, or of the class of an object."""
+    if isinstance(part, ProgramPair | tuple):
+        part = ProgramPair(part).programs[0]
+    if isinstance(part, functools.partial):
+        return name_of(part.func)
+    return str(getattr(part, "__name__", type(part).__name__))
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, or in words."""
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    if hasattr(value, "item"):  # a number of NumPy
+        return value.item()
+    if isinstance(value, functools.partial):
+        return f"{name_of(value)}({', '.join(f'{name}={_plain(v)}' for name, v in value.keywords.items())})"
+    return name_of(value)
