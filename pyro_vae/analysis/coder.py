@@ -92,7 +92,7 @@ class Coder:
 
     def example(self) -> Tensor | None:
         """A tensor of whose type and device observations are to be; None if there is none."""
-        return example_of(self._module)
+        return example_of(self._module) if self.pair is None else self.pair.example()
 
     def observations(self, name: str, like: Tensor | None, size: int) -> Tensor:
         """Observations ``(size, *event_shape)`` to call a model with whose own values do not matter.

@@ -1,7 +1,6 @@
 """What ``config.json`` says of a run, for people: the names of its parts, and where its figures come from."""
 
 import functools
-import inspect
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,6 @@ from pyro_vae.models.autoencoder import Autoencoder
 from pyro_vae.models.programs import ProgramPair, evaluating, is_program_pair
 from pyro_vae.models.vae import VAE
 from pyro_vae.runs.presets import Settings
-from pyro_vae.training.fit import fit
 from pyro_vae.training.objective import Objective
 from pyro_vae.training.state import identity, processor
 
@@ -84,14 +82,13 @@ def described(
     objective: Objective, model: Any, train: Data, batch: Sequence[Tensor], options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What a run is that no settings describe, in words, and what its model is called with."""
-    defaults = {name: inspect.signature(fit).parameters[name].default for name in ("batch_size", "lr")}
     return {
         "model": "none" if model is None else _model_name(model),
         "objective": objective.identity(),
         "likelihood": _likelihood(model, batch),
         "binarization": train.binarization,
         "batch": {name: [list(t.shape), str(t.dtype)] for name, t in zip(train.inputs, batch, strict=True)},
-        "training": {name: _plain(value) for name, value in (defaults | dict(options)).items() if name not in _SAID},
+        "training": {name: _plain(value) for name, value in options.items() if name not in _SAID},
     }
 
 

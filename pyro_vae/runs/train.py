@@ -138,7 +138,8 @@ def train_run(
     held, batch = prepared(objective, model, train, whole_number("batch_size", options.get("batch_size", 128)))
     about = provenance(train, held_out, options) | further(about or {})
     if settings is None:
-        about = described(objective, model, train, batch, options) | about
+        defaults = {name: inspect.signature(fit).parameters[name].default for name in ("batch_size", "lr")}
+        about = described(objective, model, train, batch, defaults | options) | about
     name = settings.preset if settings is not None else name_of(objective if model is None else model)
     path, checkpoint = _open(folder, f"{name}-{train.name}", resume, overwrite)
     is_first = processes.rank() == 0
