@@ -77,7 +77,7 @@ def _kind(column: Tensor) -> str:
         return "constant" if len(values) == 1 else "binary"
     if 2 * counts.max() >= size or values[-1] - values[0] <= _HARDLY * np.abs(values).max():
         return "nearly constant"
-    if (values == np.rint(values)).all():
+    if (values == np.rint(values)).all() and np.abs(values).max() < 2**53:  # from there on floats are all whole
         deviation = math.sqrt(np.average((values - np.average(values, weights=counts)) ** 2, weights=counts))
         return "whole" if few or deviation < 10 else ""
     return "few" if few else ""

@@ -57,6 +57,7 @@ def test_kinds_of_columns():
         "age": r.integers(18, 99, n),
         "dice": r.integers(1, 7, n),
         "rounded": np.round(r.normal(size=n), 1),
+        "huge": 1e300 * r.normal(size=n),
         "large": r.integers(0, 10**6, n),
     }
     expected = {
