@@ -309,7 +309,7 @@ def test_everything_takes_a_standardised_vae_in_float64():
             Predictive(vae.model, num_samples=2)(size=3)["x"],
         ]
         found.append([*measured, *(part - shift for part in images)])
-        list(run_figures(vae, data, data, [record], settings))
+        list(run_figures(vae, data, data, [record], title="shifted"))
     for near, far in zip(*found, strict=True):
         torch.testing.assert_close(far, near, rtol=1e-3, atol=1e-3)
 
