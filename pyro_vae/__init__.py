@@ -15,6 +15,7 @@ __all__ = [
     "BernoulliLikelihood",
     "CheckpointError",
     "Checkpoints",
+    "CompiledSVI",
     "ConvDecoder",
     "ConvEncoder",
     "CyclicWarmup",

@@ -36,3 +36,4 @@ from pyro_vae.training.objectives import (
 from pyro_vae.training.records import TrainingRecord
 from pyro_vae.training.schedules import CyclicWarmup, LinearWarmup
 from pyro_vae.training.state import TrainingStoppedError
+from pyro_vae.training.svi import CompiledSVI

@@ -112,16 +112,18 @@ class Calls(Generic[C, R]):
             Exception: that of the call which raises one.
         """
         log, self._log = self._since, None
-        if any(tensor._version != version for tensor, version in log.held.values()):
-            raise RuntimeError("what it was called with was changed in place since, so that its calls cannot be made again")
         self._restore(log.copy)
         self.undone = log.length
         for call, noise, times in log.calls:
             torch.set_rng_state(noise)
+            self.program.reset(call)
             for _ in range(times):
                 self.undone -= 1
                 result = self.program.eager(call)
         return result
+
+    def _can_be_made_again(self) -> bool:
+        return all(tensor._version == version for tensor, version in self._since.held.values())
 
     def _some(self, call: C, most: int) -> list[R]:
         if self.reason:
@@ -135,7 +137,8 @@ class Calls(Generic[C, R]):
             self._note(call, 1)
             return [self._eager(call) if graph is None else self._check(key, graph, call)]
         until_due = (1 << graph.made.bit_length()) - graph.made
-        return self._compiled(graph, call, min(most, until_due, self.every - log.length))
+        times = min(most, until_due, self.every - log.length) if self.program.at_once(graph) else 1
+        return self._compiled(graph, call, times)
 
     def _is_due(self, key: Hashable, graph: Graph) -> bool:
         is_power = graph.made & (graph.made - 1) == 0
@@ -166,7 +169,7 @@ class Calls(Generic[C, R]):
         try:
             return self.program.eager(call)
         except Exception:
-            if self.program.sound():
+            if self.program.sound() or not self._can_be_made_again():
                 raise
             return self.again()
 
@@ -217,6 +220,8 @@ class Calls(Generic[C, R]):
         try:
             made, results = self._call(graph, call, times)
         except Exception:  # of an operation, or a result that is refused: the eager calls tell
+            if not self._can_be_made_again():
+                raise
             return [self.again()]
         if made == times:
             return results
@@ -287,9 +292,12 @@ class Calls(Generic[C, R]):
         if problem:
             self._restore(eager)
             torch.set_rng_state(after)
-            self._give_up(f"compiled, {problem}")
-            return self.again()
-        if not self.program.sound():
+            if again := self._can_be_made_again():
+                self._give_up(f"compiled, {problem}")
+            else:
+                self._give_up(f"compiled, {problem}; the calls before, whose inputs have changed since, are not made again")
+            return self.again() if again else expected
+        if not self.program.sound() and self._can_be_made_again():
             return self.again()
         self._log = _Log(self._copy())
         return results[0]

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import CodeType, FrameType, FunctionType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -83,6 +83,18 @@ def _package_of(program: Any) -> str:
     return (getattr(getattr(program, "__self__", None), "__module__", None) or own or "").split(".")[0]
 
 
+class _Cell(NamedTuple):
+    """One value: of a mapping at a key, for people its name, and how deep it is compared."""
+
+    mapping: Any
+    key: Any
+    name: str
+    depth: int
+
+    def constant(self) -> Any:
+        return constant(self.mapping.get(self.key, _GONE), self.depth)
+
+
 class PythonState:
     """The globals, closures, attributes and modules that Python code has met while it ran, under :meth:`recorded`.
 
@@ -97,7 +109,7 @@ class PythonState:
     def __init__(self, *roots: Any) -> None:
         self.modules: dict[nn.Module, None] = {}
         self.forbidden = ""
-        self._cells: dict[tuple[int, Any], tuple[Any, Any, str]] = {}  # a mapping and a key of it, and its name
+        self._cells: dict[tuple[int, Any], _Cell] = {}
         self._first: list[Any] = []  # what was found there when it was met
         self._buffers: dict[tuple[nn.Module, str], Tensor] = {}
         self._codes: set[CodeType] = set()
@@ -123,24 +135,33 @@ class PythonState:
         finally:
             sys.setprofile(before)
 
-    def watch(self, mapping: "Mapping[Any, Any] | _Closure | _Length", key: Any, name: str) -> None:
-        """One more value to compare."""
+    def watch(
+        self, mapping: "Mapping[Any, Any] | _Closure | _Length", key: Any, name: str, *, by_identity: bool = False
+    ) -> None:
+        """One more value to compare; by identity, where what a container holds does not matter."""
         place = id(getattr(mapping, "mapping", mapping)), key
         if place not in self._cells:
-            self._cells[place] = mapping, key, name
-            self._first.append(constant(mapping.get(key, _GONE), 3))
+            self._cells[place] = _Cell(mapping, key, name, 0 if by_identity else 3)
+            self._first.append(self._cells[place].constant())
+
+    def watch_mapping(self, mapping: Mapping[Any, Any], name: str) -> None:
+        """All values of a mapping to compare, and their number."""
+        self.watch(_Length(mapping), len, f"{name}s")
+        for key in mapping:
+            self.watch(mapping, key, f"{name} {key}")
 
     def token(self) -> int:
         """A number that is another one where anything has changed, and the same where all is as it was."""
-        values = [mapping.get(key, _GONE) for mapping, key, _ in self._cells.values()]
+        values = [cell.mapping.get(cell.key, _GONE) for cell in self._cells.values()]
         is_known = self._token >= 0 and len(values) == len(self._last)
         if is_known and all(map(operator.is_, values, self._last)) and self._containers_are_same():
             return self._token
         if (known := len(self._last)) < len(values):  # what was met since then did not matter before
             self._tokens = {(*each[:known], *self._first[known:]): token for each, token in self._tokens.items()}
         self._last = values
-        self._containers = [(value, _elements(value)) for value in values if _is_mutable(value)]
-        now = tuple(constant(value, 3) for value in values)
+        pairs = zip(self._cells.values(), values, strict=True)
+        self._containers = [(value, _elements(value)) for cell, value in pairs if cell.depth and _is_mutable(value)]
+        now = tuple(self.snapshot())
         self._token = self._tokens.setdefault(now, len(self._tokens))
         return self._token
 
@@ -152,13 +173,13 @@ class PythonState:
 
     def snapshot(self) -> list[Any]:
         """The values now, for :meth:`changes`."""
-        return [constant(mapping.get(key, _GONE), 3) for mapping, key, _ in self._cells.values()]
+        return [cell.constant() for cell in self._cells.values()]
 
     def changes(self, before: list[Any]) -> list[str]:
         """Names of what has changed since, or since it was met."""
         then = [*before, *self._first[len(before) :]]
         pairs = zip(self._cells.values(), then, self.snapshot(), strict=True)
-        return [name for (*_, name), old, new in pairs if old != new]
+        return [cell.name for cell, old, new in pairs if old != new]
 
     def rebind(self) -> None:
         """Buffers in whose place code has put others: their values go into the old tensors, which go back.
@@ -241,9 +262,8 @@ class PythonState:
         self.modules[module] = None
         self._add_attributes(module, leave_out=("_parameters", "_buffers", "_modules"))
         for part, word in (("_parameters", "parameter"), ("_buffers", "buffer"), ("_modules", "module")):
-            self.watch(_Length(vars(module)[part]), len, f"the {word}s of {type(module).__name__}")
+            self.watch_mapping(vars(module)[part], f"{type(module).__name__}'s {word}")
             for name, child in vars(module)[part].items():
-                self.watch(vars(module)[part], name, f"the {word} {name} of {type(module).__name__}")
                 if part == "_buffers" and child is not None:
                     self._buffers[module, name] = child
                 if isinstance(child, nn.Module):

@@ -161,11 +161,17 @@ def _is_mask(index: Any) -> bool:
 
 
 def line_of_user() -> str:
-    """The innermost line of a caller that is no library's."""
+    """The innermost line of a program that is no library's; or of Pyro, where it is Pyro that asks."""
     frame: FrameType | None = sys._getframe(1)
+    inner = ""
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
-        if name.split(".")[0] not in _LIBRARIES and not name.startswith("pyro_vae.engine"):
-            return f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name}"
+        if name.startswith("pyro_vae.training."):
+            break  # what follows has called the program
+        line = f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name}"
+        if not name.startswith("pyro_vae.engine.") and name.split(".")[0] not in _LIBRARIES:
+            return line
+        if not inner and name.startswith("pyro."):
+            inner = line
         frame = frame.f_back
-    return "not in the user's code"
+    return inner or "in no line of Python"

@@ -78,11 +78,18 @@ class Program(Generic[C, R]):
 
     stateless = False  # whether calls change nothing
 
+    def reset(self, call: C) -> None:
+        """Before a call is made again: Python holds what it held then."""
+
     def before(self, graph: Graph) -> None:
         """Before compiled calls: tensors take up what Python holds."""
 
     def after(self, graph: Graph, times: int, others: list[Tensor]) -> None:
         """After so many compiled calls: Python takes up what tensors hold."""
+
+    def at_once(self, graph: Graph) -> bool:
+        """Whether several calls can be made in a row, with nothing between them."""
+        return False
 
     def state(self) -> Iterable[Tensor]:
         """Tensors that a call may change."""

@@ -69,7 +69,9 @@ class CompiledStep(EagerStep):
 
     def end(self) -> None:
         if not self.not_compiled and not self._program.sound():
+            now = options_of(self.optimizer)
             self._telling_how_many(self._calls.again)
+            set_options(self.optimizer, now)
 
     def __call__(self, index: Tensor) -> dict[str, float]:
         if self.not_compiled:
@@ -136,7 +138,6 @@ class _Step(Program[_Batch, dict[str, float]]):
     def eager(self, call: _Batch) -> dict[str, float]:
         step = self.step
         step._at_step(call.count)
-        set_options(step.optimizer, call.options)
         terms = EagerStep._eager(step, call.index)
         self.python.rebind()
         if (call.count + 1) % FLUSH_EVERY == 0:
@@ -180,6 +181,9 @@ class _Step(Program[_Batch, dict[str, float]]):
             update = AfterGraph(slots, optimizer.step)
         self._updates.append(update)
         return update
+
+    def reset(self, call: _Batch) -> None:
+        set_options(self.step.optimizer, call.options)
 
     def before(self, graph: Graph) -> None:
         graph.about.update.before()

@@ -131,7 +131,10 @@ class AdamInGraph:
             first_new = first + of_first * (g - first)
             spread = g - first_new if group.get("centered_variance") else g
             second_new = kept * second + of_second * spread * spread
-            change = rate * first_new / (second_new.sqrt() * root + group["eps"])
+            if "clip_norm" in group:  # ClippedAdam adds eps before it corrects the second moment for its start at 0
+                change = rate / root * first_new / (second_new.sqrt() + group["eps"])
+            else:
+                change = rate * first_new / (second_new.sqrt() * root + group["eps"])
             for tensor, new in ((p, old - change), (first, first_new), (second, second_new)):
                 tensor.copy_(new)
 

@@ -1,0 +1,384 @@
+"""Pyro's stochastic variational inference, its steps compiled whole."""
+
+import copy
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import SVI
+from pyro.infer.util import zero_grads
+from pyro.optim.optim import is_scheduler
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from tqdm.auto import trange
+
+from pyro_vae._checks import one_of, whole_number
+from pyro_vae.engine.calls import Calls
+from pyro_vae.engine.guards import PythonState, constant
+from pyro_vae.engine.modes import UntraceableError, untraced
+from pyro_vae.engine.program import Graph, NotYetError, Program
+from pyro_vae.training.updates import AdamInGraph, AfterGraph, Slot, adam_takes
+
+__all__ = ["CompiledSVI"]
+
+Loss = float | tuple[float, ...]
+
+
+class CompiledSVI(SVI):
+    """``pyro.infer.SVI`` whose steps are compiled: the same model, guide, optimiser, loss, arguments and results.
+
+    A step is traced once, Pyro's handlers, the loss and the optimiser's update included, down to its tensor operations, and
+    compiled to one call: ``loss_and_grads`` of any ELBO, with the same noise from the same generator, on the parameters in
+    Pyro's store and on the optimiser's own state, so that steps of both classes may take turns. ``Adam``, ``AdamW`` and
+    ``ClippedAdam``, with schedules or not, are part of the compiled step; any other optimiser steps after the compiled
+    gradient, as it is.
+
+    The first step is Pyro's own. The second is compiled, and so is the 10th with arguments of any other kind: shapes and
+    types of tensors, values of all else. The compiled step is compared with Pyro's own for the same noise at its 1st, 2nd,
+    4th, 8th ... call, and at every 1,000th. Where a model branches on the value of a tensor, the compiled step has the
+    branch that was taken, and a guard: where the value differs, it changes nothing, and the step is Pyro's own. What
+    cannot be compiled is run by Pyro's own steps, with one :class:`~pyro_vae.engine.tracing.NotCompiledWarning` that gives
+    the reason: a model that changes Python state as it runs, draws from Python's or NumPy's random numbers, or reads the
+    clock.
+
+    Args:
+        model: Pyro program.
+        guide: Pyro program.
+        optim: of ``pyro.optim``.
+        loss: an ELBO of ``pyro.infer``, or a function, see ``pyro.infer.SVI``.
+        loss_and_grads: see ``pyro.infer.SVI``.
+        check: ``"auto"``, as above; ``"always"``: every compiled step is compared, for debugging.
+        most_graphs: compiled steps that are kept, for as many kinds of arguments; the one not used for longest goes first.
+
+    Attributes:
+        reason: why steps are Pyro's own; empty if they are compiled.
+
+    Raises:
+        ValueError: no ``PyroOptim``; or no such ``check``.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     loc = pyro.param("loc", torch.tensor(0.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+        >>> svi = CompiledSVI(model, lambda x: None, pyro.optim.Adam({"lr": 0.1}), pyro.infer.Trace_ELBO())
+        >>> losses = svi.run(300, torch.tensor([1.0, 2.0, 3.0]), progress_bar=False)  # doctest: +SKIP
+        >>> pyro.param("loc").item()  # doctest: +SKIP
+        2.0
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        optim: Any,
+        loss: Any,
+        loss_and_grads: Callable[..., Any] | None = None,
+        *,
+        check: str = "auto",
+        most_graphs: int = 8,
+    ) -> None:
+        one_of("check", check, ("auto", "always"))
+        super().__init__(model, guide, optim, loss, loss_and_grads)
+        self._program = _Step(self)
+        self._calls: Calls[_Arguments, Loss] = Calls(
+            self._program,
+            what="SVI is run by Pyro's own steps",
+            every=_CHECK_EVERY if check == "auto" else 0,
+            most=whole_number("most_graphs", most_graphs),
+        )
+        self._program.calls = self._calls
+
+    @property
+    def reason(self) -> str:
+        """Why steps are Pyro's own; empty if they are compiled."""
+        return self._calls.reason
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """One step, see ``pyro.infer.SVI.step``: the loss."""
+        return self._calls(self._program.arguments(args, kwargs))
+
+    def run(self, num_steps: int, *args: Any, progress_bar: bool = True, **kwargs: Any) -> Tensor:
+        """Several steps with the same arguments, many of them in one call of the compiled step.
+
+        Args:
+            num_steps: how many.
+            args: of model and guide.
+            progress_bar: show one, with the mean of the last losses.
+            kwargs: of model and guide.
+
+        Returns:
+            The losses: ``(num_steps,)``, float64; ``(num_steps, 2)`` of a loss that has two, such as ReweightedWakeSleep's.
+        """
+        num_steps = whole_number("num_steps", num_steps)
+        call = self._program.arguments(args, kwargs)
+        losses: list[Loss] = []
+        with trange(num_steps, disable=not progress_bar) as bar:
+            while len(losses) < num_steps:
+                some = self._calls.run(call, min(_AT_ONCE, num_steps - len(losses)))
+                losses += some
+                bar.update(len(some))
+                bar.set_postfix_str(f"loss {torch.tensor(some).mean(0).tolist():.4g}" if isinstance(some[0], float) else "")
+        return torch.tensor(losses, dtype=torch.float64)
+
+    def explain(self) -> str:
+        """What has been compiled, in lines for people: graphs, operations, seconds, calls, guards; or why nothing was."""
+        lines = [f"Pyro's own steps: {self.reason}"] if self.reason else []
+        for (_, key, _), graph in self._calls.graphs.items():  # type: ignore[misc]
+            shapes = ", ".join(str(tuple(part[0])) for part in key[1:] if isinstance(part, tuple) and len(part) == 6)  # type: ignore[has-type]
+            operations = len(graph.traced.graph.graph.nodes)
+            lines.append(
+                f"tensors of shape {shapes or 'none'}: {operations:,} operations, compiled in {graph.seconds:.1f} s; "
+                f"{graph.made:,} calls, of which {graph.failed:,} with a guard that did not hold"
+            )
+            lines += [f"    guard: {line}" for line in dict.fromkeys(graph.traced.guards)]
+        return "\n".join(lines) or "nothing is compiled yet: the first step is Pyro's own"
+
+
+_CHECK_EVERY = 1000
+_AT_ONCE = 500  # steps, after which a progress bar moves and a KeyboardInterrupt is seen
+
+
+@dataclass
+class _Arguments:
+    """What a step is called with: its tensors, and all else; and what the optimisers hold then."""
+
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    tensors: list[Tensor]
+    key: tuple[Any, ...]
+    rates: list[tuple[dict[str, Any], float, Any]] = field(default_factory=list)
+
+
+@dataclass
+class _About:
+    """What is kept of a graph."""
+
+    update: AdamInGraph | AfterGraph
+    kind: type  # of the loss
+
+
+class _Step(Program[_Arguments, Loss]):
+    calls: Calls[_Arguments, Loss]
+
+    def __init__(self, svi: SVI) -> None:
+        self.svi = svi
+        self.python = PythonState(svi.model, svi.guide, svi.loss)
+        for name in ("model", "guide", "optim", "loss", "loss_and_grads"):
+            self.python.watch(vars(svi), name, name)
+        self._held: dict[str, Tensor] = {}  # by Pyro's store, after the last eager step
+        self._numbers: dict[tuple[Any, ...], list[float]] = {}  # Python's floats among the arguments, by the rest
+        self._as_tensors: set[tuple[Any, ...]] = set()  # where they change, and are passed as tensors
+
+    # --- what it is called with ---
+
+    def arguments(self, args: Sequence[Any], kwargs: dict[str, Any]) -> _Arguments:
+        leaves: Sequence[Any]
+        spec: TreeSpec | int
+        plain = not kwargs and all(isinstance(a, Tensor) for a in args)
+        leaves, spec = (args, len(args)) if plain else tree_flatten((args, kwargs))
+        if not plain and any(type(leaf) is float for leaf in leaves):
+            args, kwargs = self._with_live_floats(leaves, spec)  # type: ignore[arg-type]
+            leaves, spec = tree_flatten((args, kwargs))
+        tensors: dict[int, Tensor] = {}
+        key: list[Any] = [spec]
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                place = [*tensors].index(id(leaf)) if id(leaf) in tensors else -1  # the same one twice
+                tensors[id(leaf)] = leaf
+                key.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad, place))
+            else:
+                key.append(constant(leaf))
+        return _Arguments(args, kwargs, [*tensors.values()], tuple(key), self._rates())
+
+    def _with_live_floats(self, leaves: Sequence[Any], spec: TreeSpec) -> tuple[Any, Any]:
+        """Numbers that were others before, an annealed weight, say, as tensors, which need no new graph each time."""
+        rest = (
+            spec,
+            tuple(type(leaf) if type(leaf) is float or isinstance(leaf, Tensor) else constant(leaf) for leaf in leaves),
+        )
+        numbers = [leaf for leaf in leaves if type(leaf) is float]
+        if self._numbers.setdefault(rest, numbers) != numbers:
+            self._as_tensors.add(rest)
+        if rest in self._as_tensors and not self.calls.reason:
+            leaves = [torch.tensor(leaf) if type(leaf) is float else leaf for leaf in leaves]
+        args, kwargs = tree_unflatten(leaves, spec)
+        return args, kwargs
+
+    def _rates(self) -> list[tuple[dict[str, Any], float, Any]]:
+        return [(g, g["lr"], g.get("betas")) for o in self._optimizers() for g in o.param_groups if "lr" in g]
+
+    def key(self, call: _Arguments) -> Hashable:
+        if not self._held or _PYRO_STACK or not torch.is_grad_enabled():
+            return None  # the first step, which makes parameters; or handlers around it
+        return self.python.token(), call.key, torch.get_default_dtype()
+
+    def inputs(self, call: _Arguments) -> Sequence[Tensor]:
+        return call.tensors
+
+    # --- eager and traced ---
+
+    def eager(self, call: _Arguments) -> Loss:
+        loss: Loss = SVI.step(self.svi, *call.args, **call.kwargs)
+        self.python.rebind()
+        params = pyro.get_param_store()._params
+        if len(params) != len(self._held) or any(params.get(name) is not p for name, p in self._held.items()):
+            self._held = dict(params)
+            self.python.watch(vars(pyro.get_param_store()), "_params", "the parameter store", by_identity=True)
+            self.python.watch_mapping(params, "the parameter")
+            self.calls.begin()
+        return loss
+
+    def reset(self, call: _Arguments) -> None:
+        for group, lr, betas in call.rates:
+            group.update({"lr": lr} if betas is None else {"lr": lr, "betas": betas})
+
+    def trace(self, call: _Arguments, noted: list[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Any]:
+        before, params = self.python.snapshot(), dict(pyro.get_param_store()._params)
+        svi = self.svi
+        with pyro.validation_enabled(False), poutine.trace(param_only=True) as capture, self.python.recorded():
+            loss = svi.loss_and_grads(svi.model, svi.guide, *call.args, **call.kwargs)
+        self.python.rebind()
+        self._restore_store(params)
+        if changes := self.python.changes(before):
+            raise UntraceableError(f"it changes {changes[0]} as it goes")
+        if self.python.forbidden:
+            raise UntraceableError(self.python.forbidden)
+        values = [site["value"].unconstrained() for site in capture.trace.nodes.values()]
+        parameters = list({id(p): p for p in values}.values())
+        found: Sequence[Tensor | None] = [None] * len(parameters)
+        if noted and parameters:
+            found = torch.autograd.grad(sum(noted[1:], noted[0]), parameters, allow_unused=True)
+        # A gradient of zeros that an earlier step has left is one for the optimiser.
+        pairs = [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None or p.grad is not None]
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in pairs]
+        with untraced():
+            update = self._update([p for p, _ in pairs], parameters)
+        with torch.no_grad():
+            update.trace(gradients)
+        losses = loss if isinstance(loss, tuple) else (loss,)
+        numbers = [n if isinstance(n, Tensor) else torch.tensor(float(n)) for n in losses]
+        return numbers, gradients if isinstance(update, AfterGraph) else [], _About(update, type(loss))
+
+    @staticmethod
+    def _restore_store(params: dict[str, Tensor]) -> None:
+        store = pyro.get_param_store()
+        if store._params.keys() != params.keys() or any(store._params[name] is not p for name, p in params.items()):
+            store._params.clear()
+            store._params.update(params)
+            store._param_to_name = {p: name for name, p in params.items()}
+            raise UntraceableError("it puts parameters into Pyro's store, or replaces them there, as it goes")
+
+    def _update(self, parameters: Sequence[Tensor], all_of_them: Sequence[Tensor]) -> AdamInGraph | AfterGraph:
+        optim = self.svi.optim
+        slots = [self._slot(p) for p in parameters]
+        if not adam_takes(slots) or any(optim.grad_clip.get(p) for p in all_of_them):
+
+            def step() -> None:
+                optim(all_of_them)
+                zero_grads(all_of_them)
+
+            return AfterGraph(slots, step)
+        for slot in slots:
+            self.python.watch(optim.optim_objs, slot.parameter, "an optimiser")
+            for name in ("state", "param_groups"):
+                self.python.watch(vars(slot.optimizer), name, f"the {name} of an optimiser", by_identity=True)
+            for name in slot.group.keys() - {"lr", "betas", "params"}:
+                self.python.watch(slot.group, name, f"{name} of an optimiser")
+        update = AdamInGraph(slots)
+        for slot in slots:
+            self.python.watch(slot.optimizer.state, slot.parameter, "the state of an optimiser", by_identity=True)
+            for name in ("exp_avg", "exp_avg_sq"):
+                self.python.watch(slot.state, name, f"{name} of an optimiser")
+        return update
+
+    def _slot(self, parameter: Tensor) -> Slot:
+        optimizer = self.svi.optim.optim_objs.get(parameter)
+        if optimizer is None:
+            raise NotYetError("a parameter has no optimiser yet")
+        optimizer = optimizer.optimizer if is_scheduler(optimizer) else optimizer
+        group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+        return Slot(parameter, optimizer, group)
+
+    # --- around compiled calls ---
+
+    def before(self, graph: Graph) -> None:
+        graph.about.update.before()
+
+    def after(self, graph: Graph, times: int, others: list[Tensor]) -> None:
+        if times:
+            graph.about.update.after(times, others)
+
+    def at_once(self, graph: Graph) -> bool:
+        return isinstance(graph.about.update, AdamInGraph)
+
+    def result(self, call: _Arguments, graph: Graph, numbers: list[float], others: list[Tensor]) -> Loss:
+        kind = graph.about.kind
+        if not issubclass(kind, tuple):
+            return numbers[0]
+        return tuple(numbers) if kind is tuple else kind(*numbers)
+
+    def difference(self, found: Loss, expected: Loss) -> str:
+        one, other = torch.tensor(found, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64)
+        same = torch.allclose(one, other, rtol=1e-4, atol=1e-5, equal_nan=True)
+        return "" if same else f"its loss is {found}, where the eager step has {expected}"
+
+    def state(self) -> Iterable[Tensor]:
+        yield from pyro.get_param_store()._params.values()
+        for optimizer in self._optimizers():
+            for state in optimizer.state.values() if _is_adam(optimizer) else ():
+                yield from (t for t in state.values() if isinstance(t, Tensor))
+
+    def save(self) -> Any:
+        """The states of optimisers; of Adam, the counts and rates that Python holds."""
+        return [(o, _numbers_of(o) if _is_adam(o) else copy.deepcopy(o.state_dict())) for o in self._optimizers()]
+
+    def load(self, saved: Any) -> None:
+        for optimizer, kept in saved:
+            if _is_adam(optimizer):
+                _set_numbers(optimizer, kept)
+            else:
+                optimizer.load_state_dict(kept)
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return [o.optimizer if is_scheduler(o) else o for o in self.svi.optim.optim_objs.values()]
+
+    def parameters(self, graph: Graph) -> list[Tensor]:
+        return [slot.parameter for slot in graph.about.update.slots]
+
+    def moments(self, graph: Graph) -> list[Tensor]:
+        return graph.about.update.tensors()
+
+    def moved(self, graph: Graph) -> list[Tensor]:
+        return graph.about.update.moved()
+
+    def gradients(self, graph: Graph, call: _Arguments) -> list[Tensor]:
+        parameters = self.parameters(graph)
+        zero_grads(parameters)
+        self.svi.loss_and_grads(self.svi.model, self.svi.guide, *call.args, **call.kwargs)
+        self.python.rebind()
+        share = graph.about.update.share
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad * share for p in parameters]
+        zero_grads(parameters)
+        return gradients
+
+
+def _is_adam(optimizer: torch.optim.Optimizer) -> bool:
+    return adam_takes([Slot(p, optimizer, group) for group in optimizer.param_groups for p in group["params"]])
+
+
+def _numbers_of(optimizer: torch.optim.Optimizer) -> Any:
+    rates = [(group["lr"], group["betas"]) for group in optimizer.param_groups]
+    return rates, [(state, state["step"]) for state in optimizer.state.values() if not isinstance(state.get("step"), Tensor)]
+
+
+def _set_numbers(optimizer: torch.optim.Optimizer, numbers: Any) -> None:
+    for group, (lr, betas) in zip(optimizer.param_groups, numbers[0], strict=True):
+        group.update(lr=lr, betas=betas)
+    for state, step in numbers[1]:
+        state["step"] = step
