@@ -1,6 +1,7 @@
 """What Python decides while a function is traced stays decided: the Python state that it depends on, to be compared."""
 
 import functools
+import gc
 import operator
 import sys
 from collections.abc import Iterator, Mapping
@@ -203,6 +204,10 @@ class PythonState:
             if frame.f_code.co_name == "_call_impl" and isinstance(module := frame.f_locals.get("self"), nn.Module):
                 self._add_object(module)
             elif _is_users(name):
+                if frame.f_code.co_freevars and frame.f_code not in self._codes:
+                    for function in gc.get_referrers(frame.f_code):  # a frame does not tell its function, whose closure it is
+                        if isinstance(function, FunctionType):
+                            self._add_object(function)
                 self._add_code(frame.f_code, frame.f_globals)
                 first = frame.f_code.co_varnames[0] if frame.f_code.co_argcount else ""
                 if first == "self":

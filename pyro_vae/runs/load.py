@@ -49,7 +49,7 @@ def load_run(folder: str | Path, *, model: Any = None, device: torch.device | st
     place = None if device is None else usable_device(device)
     if model is None:
         built = _built(folder)
-        _fill(built, _weights(folder), folder / WEIGHTS, f"the model in {CONFIG}")
+        _fill(built, _as_now(_weights(folder)), folder / WEIGHTS, f"the model in {CONFIG}")
         return built.to(place or "cpu").eval()
     config = read_config(folder)[2]
     its = config.get("model", f"preset {config.get('preset')}")
@@ -86,6 +86,14 @@ def _weights(folder: Path) -> dict[str, Any]:
     if not isinstance(weights, dict):
         raise CheckpointError(f"{path}: no weights of a model, a {type(weights).__name__}. Train again.")
     return weights
+
+
+def _as_now(weights: dict[str, Any]) -> dict[str, Any]:
+    """Weights that an earlier version has written, with a module before the encoder that standardised the data."""
+    if "encoder.0.loc" not in weights:
+        return weights
+    left_out = "encoder.0.loc", "encoder.0.scale"  # the likelihood has them, too
+    return {name.replace("encoder.1.", "encoder.", 1): value for name, value in weights.items() if name not in left_out}
 
 
 def _prepared(pair: ProgramPair, weights: Mapping[str, Any], config: Mapping[str, Any]) -> nn.Module:

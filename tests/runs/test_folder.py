@@ -59,6 +59,21 @@ def test_config_of_an_earlier_version_without_the_newer_settings(run):
     assert torch.equal(load_run(folder).decode(torch.ones(4)).mean, vae.decode(torch.ones(4)).mean)
 
 
+def test_weights_of_an_earlier_version_that_standardised_before_the_encoder(tmp_path):
+    settings = load_preset("bernoulli-z20", likelihood="learned-normal", hidden=(4,), latent_dim=2)
+    vae = settings.build_vae((3,), moments=(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0])))
+    run = new_run(tmp_path / "run", name="x")
+    write_config(run, settings, event_shape=(3,))
+    save_weights(run, vae)
+    now = vae.state_dict()
+    then = {name.replace("encoder.", "encoder.1.") if name.startswith("encoder.") else name: t for name, t in now.items()}
+    moments = {f"encoder.0.{name}": now[f"likelihood.{name}"].float() for name in ("loc", "scale")}
+    torch.save({**moments, **then}, run / "checkpoints" / "weights.pt")
+    found = load_run(run).state_dict()
+    assert found.keys() == now.keys()
+    assert all(torch.equal(found[name], now[name]) for name in now)
+
+
 def test_default_folders_are_new_each_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     a, b, c = (new_run(None, name="vae-digits") for _ in range(3))
