@@ -134,7 +134,12 @@ class PythonState:
         try:
             yield
         finally:
-            sys.setprofile(before)
+            sys.setprofile(None)
+            profiler: Any = before
+            if hasattr(profiler, "enable"):  # cProfile's, which is no function
+                profiler.enable()
+            else:
+                sys.setprofile(profiler)
 
     def watch(
         self, mapping: "Mapping[Any, Any] | _Closure | _Length", key: Any, name: str, *, by_identity: bool = False
@@ -205,7 +210,7 @@ class PythonState:
                 self._add_object(module)
             elif _is_users(name):
                 if frame.f_code.co_freevars and frame.f_code not in self._codes:
-                    for function in gc.get_referrers(frame.f_code):  # a frame does not tell its function, whose closure it is
+                    for function in gc.get_referrers(frame.f_code):  # a frame does not tell whose closure it has
                         if isinstance(function, FunctionType):
                             self._add_object(function)
                 self._add_code(frame.f_code, frame.f_globals)

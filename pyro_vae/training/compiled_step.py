@@ -27,10 +27,10 @@ __all__ = ["CompiledStep"]
 class CompiledStep(EagerStep):
     """The same as one graph per batch size, traced and compiled when that size is first seen.
 
-    What Python decides while it is traced stays decided; the Python state that it depends on is compared at each step. Where
-    that has changed, steps are eager until it has stayed the same from one :meth:`begin` to the next; then they are traced
-    anew. Tensors are live, wherever they are. How it is seen that compiled steps equal eager ones, and what happens where
-    they do not, says :class:`~pyro_vae.engine.calls.Calls`.
+    What Python decides while it is traced stays decided. :meth:`begin` compares the Python state that it depends on: where
+    that has changed, steps are eager until it has stayed the same from one ``begin`` to the next; then they are traced anew.
+    Tensors are live, wherever they are. :class:`~pyro_vae.engine.calls.Calls` says how compiled steps are verified against
+    eager ones, and what happens where they differ.
 
     So that the weights do not depend on when there was a check, what counts is the compiled step. The steps since
     the last check are made again, eagerly, where a loss is not finite, or Adam's first moments are not, which keep every
@@ -127,10 +127,10 @@ class _Step(Program[_Batch, dict[str, float]]):
         self._last = token
 
     def key(self, call: _Batch) -> Hashable:
-        size, token = len(call.index), self.python.token()
+        size = len(call.index)
         if not self._settled or (self.sizes is not None and size not in self.sizes):
             return None
-        return size, token
+        return size, self._last
 
     def inputs(self, call: _Batch) -> Sequence[Tensor]:
         return [call.index]

@@ -1,5 +1,6 @@
 """The Python state that a function depends on."""
 
+import cProfile
 import types
 
 import pytest
@@ -119,6 +120,16 @@ def test_what_changes_as_it_goes_is_named():
     with state.recorded():
         function(torch.ones(1))
     assert state.changes(before) == ["the variable calls"]
+
+
+def test_a_profiler_that_runs_goes_on():
+    profiler = cProfile.Profile()
+    profiler.enable()
+    recorded(helper, call=lambda: helper(torch.ones(1)))
+    for _ in range(7):
+        helper(torch.ones(1))
+    profiler.disable()
+    assert max(each.callcount for each in profiler.getstats() if getattr(each.code, "co_name", "") == "helper") >= 7
 
 
 def test_objects_that_a_call_makes_are_no_state():
