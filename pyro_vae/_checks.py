@@ -20,12 +20,13 @@ class SettingError(ValueError):
         message: what was expected and what was found.
     """
 
-    def __init__(self, name: str, message: str) -> None:
-        super().__init__(name, message)  # both, so that it can be pickled
-        self.name, self.message = name, message
+    def __init__(self, name: str, message: str | None = None) -> None:
+        # Both, so that it can be pickled. One alone is the whole text: so Pyro raises an error of a program again.
+        super().__init__(name, message)
+        self.name, self.message = ("", name) if message is None else (name, message)
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.message}"
+        return f"{self.name}: {self.message}" if self.name else self.message
 
 
 def whole_number(name: str, value: Any, *, minimum: int = 1) -> int:

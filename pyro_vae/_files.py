@@ -11,7 +11,7 @@ import pickle
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +35,8 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     Raises:
         CheckpointError: it cannot be written; what stood at ``path`` still does.
     """
+    if path.is_dir():
+        raise CheckpointError(f"{path}: a folder. Name a file.")
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as stream:
@@ -54,10 +56,11 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
         reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
         raise CheckpointError(
             f"{path}: cannot be written ({reason}). What stood there before still does. "
-            "Make room, or mend the folder's rights."
+            "Make room, mend the folder's rights, or name another."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # on a disk that cannot be written even a file that is not there cannot be removed
+            temporary.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:

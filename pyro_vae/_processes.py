@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-__all__ = ["agree", "count", "first", "gather", "gather_objects", "group", "rank", "share"]
+from pyro_vae._checks import SettingError
+
+__all__ = ["agree", "count", "environment_number", "first", "gather", "gather_objects", "group", "rank", "share"]
 
 Value = TypeVar("Value")
 
@@ -31,10 +33,18 @@ def group(device: str = "cpu") -> Iterator[str]:
 
     Yields:
         The device of this process: ``cuda:N`` with N its local rank.
+
+    Raises:
+        SettingError: several processes, which the environment says too little of.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if (size := environment_number("WORLD_SIZE", 1)) == 1:
         yield device
         return
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise SettingError(
+            "WORLD_SIZE",
+            f"expected 1, or {', '.join(missing)} in the environment too, found {size}. Start by torchrun, or unset it.",
+        )
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
@@ -49,6 +59,18 @@ def group(device: str = "cpu") -> Iterator[str]:
     finally:
         gc.collect()  # a DistributedDataParallel that outlives its group may abort the process
         dist.destroy_process_group()
+
+
+def environment_number(name: str, default: int) -> int:
+    """A whole number of the environment, as ``torchrun`` sets it.
+
+    Raises:
+        SettingError: it is none.
+    """
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise SettingError(name, f"expected a whole number in the environment, found {text!r}. Unset it.")
+    return int(text)
 
 
 def count() -> int:

@@ -4,8 +4,11 @@ What computes is imported when a command runs, so that ``pyro-vae --help`` answe
 """
 
 import argparse
+import functools
+import io
 import os
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,6 +28,82 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def _in_one_line(command: Callable[..., int]) -> Callable[..., int]:
+    """A command that ends with one line and exit code 2 where its user can mend what went wrong.
+
+    Whatever the environment says, pictures are files; a character that the encoding of a stream does not have is written by
+    its name; and what goes to a stream that is closed is lost.
+    """
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> int:
+        os.environ["MPLBACKEND"] = "agg"
+        sys.stdout, sys.stderr = (stream or io.StringIO() for stream in (sys.stdout, sys.stderr))
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="namereplace")
+        try:
+            code = command(*args, **options)
+            sys.stdout.flush()
+            return code
+        except KeyboardInterrupt:  # before the command's own handlers are there
+            print("SIGINT: nothing was computed", file=sys.stderr)
+            return 128 + signal.SIGINT
+        except Exception as error:
+            return _tell(error)
+
+    return run
+
+
+def _tell(error: Exception, lost: str = "") -> int:
+    """Say in one line what went wrong, where the user can mend it, and return exit code 2; else raise it again.
+
+    Args:
+        error: what went wrong.
+        lost: what became of the command's work where disk or memory were not enough.
+    """
+    if not (message := _message(error)):
+        raise error
+    _give_up_stdout()
+    rest = f" {lost[0].upper()}{lost[1:]}." if lost and not isinstance(error, ValueError | ArithmeticError) else ""
+    print(f"error: {message}{rest}", file=sys.stderr)
+    return 2
+
+
+def _give_up_stdout() -> None:
+    """Where it cannot be written, so that Python does not try again at its end, with a traceback and exit code 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# How torch's errors of allocation, which have no type of their own, call it.
+_NO_MEMORY = ("allocate memory", "not enough memory", "out of memory", "bad_alloc", "size calculation overflowed")
+
+
+def _message(error: Exception) -> str:
+    """What a user is told of an error that they can mend; empty for all others, which keep their traceback."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in text for word in _NO_MEMORY)):
+        return (
+            f"the memory is not enough ({text or 'no more is said'}). Ask for less at once: smaller images, a smaller net, "
+            "fewer data or draws."
+        )
+    if isinstance(error, OSError):
+        what = f"{error.filename}: {error.strerror}" if error.filename else f"a file or stream: {error.strerror or text}"
+        return f"{what}. Make room, mend its rights, or name another place."
+    if isinstance(error, ImportError):
+        return f"a package cannot be imported ({text}). Install it, or allow more memory."
+
+    from pyro_vae._checks import SettingError
+    from pyro_vae._files import CheckpointError
+    from pyro_vae.data.dataset import DataError
+    from pyro_vae.training.fit import NonFiniteError
+
+    return str(error) if isinstance(error, SettingError | DataError | CheckpointError | NonFiniteError) else ""
+
+
 TRAIN = """\
 Train a VAE by stochastic variational inference, on MNIST or on your own data, evaluate it, and leave a run folder.
 
@@ -34,6 +113,7 @@ latents.json, checkpoints/ and figures/. Load the model again with pyro_vae.load
 A run that was stopped (SIGINT, SIGTERM) or killed goes on with --resume FOLDER, as if nothing had happened."""
 
 
+@_in_one_line
 def train(argv: Sequence[str], *, prog: str = "pyro-vae train", again: str = "") -> int:
     """The command ``train``; the exit code.
 
@@ -77,7 +157,7 @@ def _train(parser: _Parser, given: dict[str, Any], again: str) -> int:
         except RunStoppedError as stopped:
             raise KeyboardInterrupt(f"{stopped}; go on with: {again} --resume {shlex.quote(str(stopped.folder))}") from None
 
-    return _run(action, classes, "what was computed before is in the run folder; go on with --resume")
+    return _run(action, classes, "a run that has begun is in its folder; go on with --resume")
 
 
 def _preset_defaults(presets: Any) -> dict[str, str]:
@@ -110,7 +190,9 @@ def _check_together(parser: _Parser, given: dict[str, Any]) -> None:
         parser.error("--overwrite needs --out: a default folder is always new")
     if "resume" in given and "out" in given:
         parser.error("--resume names the folder of the run: leave --out away")
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # of torchrun
+    from pyro_vae._processes import environment_number
+
+    restarts = environment_number("TORCHELASTIC_RESTART_COUNT", 0)  # of torchrun
     if restarts and "resume" not in given:
         if "out" not in given:
             parser.error("torchrun --max-restarts needs --out or --resume: the folder to go on in")
@@ -126,10 +208,11 @@ The figures of the whole test set go to RUN/metrics.json under "test", in place 
 other data, or of the first --images alone, under "evaluations"."""
 
 
+@_in_one_line
 def evaluate(argv: Sequence[str], *, prog: str = "pyro-vae evaluate") -> int:
     """The command ``evaluate``; the exit code."""
     from pyro_vae._options import add_options
-    from pyro_vae.runs.evaluate import EvaluateOptions, evaluate_run
+    from pyro_vae.runs.evaluate import EvaluateOptions, evaluate_run, keep_figures
 
     parser = _Parser(prog, EVALUATE)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
@@ -138,10 +221,10 @@ def evaluate(argv: Sequence[str], *, prog: str = "pyro-vae evaluate") -> int:
     run = given.pop("run")
 
     def action(signals: Any) -> None:
-        what, figures, written = evaluate_run(run, EvaluateOptions(**given))
-        for name, estimate in figures.items():
-            print(f"{what} {name:15s} {estimate.value:9.3f} ± {estimate.standard_error:.3f} nats")
-        if written:
+        what, figures = evaluate_run(run, EvaluateOptions(**given))
+        for name, estimate in figures.items():  # before they are written, where the disk may be full
+            print(f"{what} {name:15s} {estimate.value:9.3f} ± {estimate.standard_error:.3f} nats", flush=True)
+        if keep_figures(run, what, figures):
             print(f"written to {run / 'metrics.json'}")
 
     return _run(action, (EvaluateOptions,), "nothing was written")
@@ -152,6 +235,7 @@ Draw from the prior of a run's model. A .npz file gets z, mean (of the likelihoo
 file the means as a grid of images."""
 
 
+@_in_one_line
 def sample(argv: Sequence[str], *, prog: str = "pyro-vae sample") -> int:
     """The command ``sample``; the exit code."""
     from pyro_vae._options import add_options
@@ -177,6 +261,7 @@ and a decoder to play with in the page; of several runs, a comparison that ranks
 The file needs no network and no server. One that is there already is replaced: it holds nothing but what the runs do."""
 
 
+@_in_one_line
 def report(argv: Sequence[str], *, prog: str = "pyro-vae report") -> int:
     """The command ``report``; the exit code."""
     parser = _Parser(prog, REPORT)
@@ -195,6 +280,7 @@ def report(argv: Sequence[str], *, prog: str = "pyro-vae report") -> int:
     return _run(action, (), "nothing was written")
 
 
+@_in_one_line
 def experiment(
     options: type[Any],
     action: Callable[[Any, Any], None],
@@ -239,13 +325,10 @@ def _run(action: Callable[[Any], None], classes: Sequence[type], lost: str) -> i
     Args:
         action: called with the signals that are handled.
         classes: whose options the command has.
-        lost: what to say of a signal that ends it at once.
+        lost: what to say of its work where a signal ends it at once, or where disk or memory are not enough.
     """
     from pyro_vae._checks import SettingError
-    from pyro_vae._files import CheckpointError
-    from pyro_vae.data.dataset import DataError
     from pyro_vae.runs.signals import Signals
-    from pyro_vae.training.fit import NonFiniteError
 
     with Signals() as signals, warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)  # as all of ours are
@@ -255,9 +338,8 @@ def _run(action: Callable[[Any], None], classes: Sequence[type], lost: str) -> i
         except SettingError as error:
             print(f"error: {_named(error, classes)}", file=sys.stderr)
             return 2
-        except (DataError, CheckpointError, NonFiniteError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        except Exception as error:
+            return _tell(error, lost)
         except KeyboardInterrupt as stopped:
             if os.environ.get("RANK", "0") == "0":
                 print(f"{signals.name}: {str(stopped) or lost}", file=sys.stderr)

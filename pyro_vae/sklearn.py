@@ -1,6 +1,5 @@
 """A variational autoencoder as a scikit-learn transformer and density model, for tables ``(n_samples, n_features)``."""
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from pyro_vae._checks import whole_number
 from pyro_vae.data.dataset import Data
 from pyro_vae.data.tables import is_frame, of_frame
 from pyro_vae.estimates.psis import Accumulator
-from pyro_vae.estimates.records import LogMarginal, UnreliableEstimateWarning
+from pyro_vae.estimates.records import LogMarginal
 from pyro_vae.models.programs import evaluating
 from pyro_vae.models.vae import VAE
 from pyro_vae.runs.presets import LIKELIHOODS, Settings, fitting_likelihood
@@ -104,7 +103,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         """One more pass over X, from the weights there are; y is ignored.
 
         The first call decides what :meth:`fit` reads from its data: the likelihood, and the mean and scale of the features.
-        Each call begins Adam's moments anew.
+        Adam's moments go on from call to call, and from those of :meth:`fit`.
         """
         fresh = not hasattr(self, "vae_")
         x = self._table(X, reset=fresh)
@@ -141,12 +140,24 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
             moments = data.moments() if self.likelihood_ in ("learned-normal", "poisson") else None
             self.vae_ = settings.build_vae((x.shape[1],), moments=moments).to(data.x.dtype).eval()
         self.history_: list[TrainingRecord] = []
+        self._moments: dict[str, Any] | None = None  # of Adam, after the last pass
 
     def _train(self, x: NDArray[Any], epochs: int) -> "VAETransformer":
         seed = self._seed + len(self.history_)  # in partial_fit, another order and noise in each pass
         objective = NegativeELBO(self.vae_, beta=self.beta)
         options: dict[str, Any] = {"batch_size": self.batch_size, "lr": self.lr, "seed": seed, "verbose": self.verbose}
-        self.history_ += fit(objective, torch.tensor(x), epochs=epochs, device=self.device, **options)
+        made: list[torch.optim.Optimizer] = []
+
+        def adam(parameters: list[Tensor], lr: float) -> torch.optim.Optimizer:
+            optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
+            if self._moments is not None:
+                optimizer.load_state_dict(self._moments)
+                optimizer.param_groups[0]["lr"] = lr  # which may be another one by now
+            made.append(optimizer)
+            return optimizer
+
+        self.history_ += fit(objective, torch.tensor(x), epochs=epochs, device=self.device, optimizer=adam, **options)
+        self._moments = made[0].state_dict()
         return self
 
     @property
@@ -183,17 +194,10 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         Warns:
             UnreliableEstimateWarning: the error of some rows cannot be trusted; their values read low.
         """
-        result = self.log_marginal(X)
-        if count := int(result.unreliable.sum()):
-            warnings.warn(
-                f"score_samples: {count} of {len(result.value)} rows have importance weights of too heavy a tail (Pareto "
-                f"k): their values read low. Raise num_samples ({self.num_samples}), or train longer.",
-                UnreliableEstimateWarning,
-                stacklevel=2,
-            )
+        result = self._log_marginal(X, self.num_samples)
+        result.warn("score_samples")
         return _like(X, result.value)
 
-    @torch.no_grad()
     def log_marginal(self, X: ArrayLike, *, num_samples: int | None = None) -> LogMarginal:  # noqa: N803
         r"""log p(x) of each row by importance sampling with q(z | x) as proposal, with its error.
 
@@ -210,11 +214,20 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
 
         Returns:
             :class:`~pyro_vae.estimates.records.LogMarginal`, each field ``(n_samples,)``.
+
+        Warns:
+            UnreliableEstimateWarning: as by :meth:`score_samples`.
         """
+        result = self._log_marginal(X, self.num_samples if num_samples is None else num_samples)
+        result.warn("log_marginal")
+        return result
+
+    @torch.no_grad()
+    def _log_marginal(self, X: ArrayLike, num_samples: int) -> LogMarginal:  # noqa: N803
         x = self._tensor(X)
         vae: VAE = self.vae_
         vae.check(x)
-        k = whole_number("num_samples", self.num_samples if num_samples is None else num_samples, minimum=2)
+        k = whole_number("num_samples", num_samples, minimum=2)
         noise = torch.randn(k, 1, vae.latent_dim, dtype=vae.like.dtype, generator=torch.Generator().manual_seed(self._seed))
         noise = noise.to(x.device)
         width = max(x.shape[1], vae.latent_dim, *self.hidden, 1)

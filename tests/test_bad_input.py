@@ -48,7 +48,7 @@ from pyro_vae import (
     scale_latents,
     train_run,
 )
-from pyro_vae.analysis.latent import kl_per_dimension, latent_means, manifold_grid
+from pyro_vae.analysis.latent import kl_per_dimension, latent_means, manifold_grid, tsne
 from pyro_vae.runs.folder import _LOCKS
 from pyro_vae.training.checkpoint import FORMAT
 
@@ -172,6 +172,8 @@ LIBRARY = {
     "a preset that is none": lambda: refused(load_preset, "vae"),
     "one draw, which carries no error": lambda: refused(evaluate, make_vae(), FEW, num_samples=1),
     "log_marginal of NaN": lambda: refused(log_marginal, VAE.model, VAE.guide, FEW.where(FEW < 0.9, torch.nan)),
+    "t-SNE of latents that are all the same": lambda: refused(tsne, torch.zeros(50, 2)),
+    "t-SNE of NaN": lambda: refused(tsne, torch.full((50, 2), torch.nan)),
     "log_marginal of the VAE itself": lambda: refused(log_marginal, VAE, VAE, FEW),
     "batch_size 2^63": lambda: train(batch_size=2**63),
     "lr 10^400": lambda: train(lr=10**400),
@@ -259,6 +261,8 @@ def script(*arguments, harm=None, new=()):
                 whole = weights(load_run(run))
                 harm(run)
             places = {"RUN": run, "NEW": Path(folder) / "new", "NUMBERS": Path(folder) / "x.npy"}
+            places["PIPE.npy"] = Path(folder) / "pipe.npy"
+            os.mkfifo(places["PIPE.npy"])
             places["BYTES"] = Path(folder) / "bytes.npy"
             np.save(places["BYTES"], np.arange(40, dtype=np.uint8).reshape(10, 4))
             np.save(places["NUMBERS"], np.linspace(-1, 1, 40).reshape(10, 4))
@@ -297,6 +301,21 @@ def flipped(run):
 
 def malicious(run):
     torch.save({"format": FORMAT, "x": Malicious()}, newest(run))
+
+
+def without(**parts):
+    """Checkpoints without these parts, or with other ones in their place."""
+
+    def harm(run):
+        for path in (run / "checkpoints").glob("step-*.pt"):
+            content = torch.load(path, weights_only=True)
+            for name, part in parts.items():
+                content[name] = part
+                if part is None:
+                    del content[name]
+            torch.save(content, path)
+
+    return harm
 
 
 def all_damaged(run):
@@ -355,6 +374,8 @@ RUNS = {
     "a checkpoint with a flipped bit": script(*RESUME, harm=flipped),
     "a checkpoint with code in it, which does not run": script(*RESUME, harm=malicious),
     "no checkpoint that is whole": script(*RESUME, harm=all_damaged),
+    "checkpoints that do not say how far the run had come": script(*RESUME, harm=without(progress=None)),
+    "checkpoints with an empty optimiser": script(*RESUME, harm=without(optimizer={})),
     "a checkpoint of a newer version": script(*RESUME, harm=newer),
     "no checkpoints any more": script(*RESUME, harm=lambda run: shutil.rmtree(run / "checkpoints")),
     "a file in place of the checkpoints": script(*RESUME, harm=in_their_place),
@@ -375,6 +396,9 @@ OPTIONS = {
     "--data of a CSV file with a missing value": script("--data", "MISSING", "--out", "NEW"),
     "--data of a CSV file with a row too long": script("--data", "RAGGED", "--out", "NEW"),
     "--data of a CSV file of names alone": script("--data", "NAMES", "--out", "NEW"),
+    "--data of an empty name": script("--data", ""),
+    "--data of a named pipe": script("--data", "PIPE.npy", "--out", "NEW"),
+    "--image-size 100000": script("--dataset", "digits", "--image-size", 100_000, "--out", "NEW"),
     "--pixels yes --dataset digits": script("--pixels", "yes", "--dataset", "digits"),
     "--latent-dim 0": script("--latent-dim", 0),
     "--batch-size many": script("--batch-size", "many"),

@@ -2,10 +2,12 @@
 
 import argparse
 import configparser
+import errno
 import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -16,7 +18,7 @@ import pytest
 import torch
 from conftest import call_script, equal, weights
 
-from pyro_vae import PRESETS, load_run
+from pyro_vae import PRESETS, cli, load_run
 from pyro_vae._checks import SettingError
 from pyro_vae._options import add_options, check_choices, described, flag_of, option
 from pyro_vae.cli import COMMANDS, main
@@ -216,6 +218,12 @@ ERRORS = {
     "train, beside the settings": (["train", "--clip-grad-norm", "nan"], "--clip-grad-norm: expected a positive number"),
     "train, how": (["train", "--checkpoint-every", "0"], "--checkpoint-every: expected a whole number >= 1, found 0"),
     "train, no such option": (["train", "--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
+    "train, an empty name": (["train", "--data", ""], "--data: expected a path, found ''"),
+    "train, a name that none has": (["train", "--data", "x\0.npy"], "--data: expected a path, found 'x.x00.npy'"),
+    "train, nobody's home": (
+        ["train", "--data", "~nobody-here/x.npy"],
+        "--data: expected a path, found '~nobody-here/x.npy'",
+    ),
     "train, no run to resume": (["train", "--resume", "none"], "none/config.json: missing"),
     "evaluate, no run named": (["evaluate"], "pyro-vae evaluate: error: .*RUN"),
     "evaluate, no run there": (["evaluate", "none"], "none/config.json: missing"),
@@ -259,6 +267,168 @@ def test_a_setting_that_only_the_model_refuses_is_named_too(pyro_vae_command, tm
     options = ["--preset", "conv-gaussian", "--dataset", "digits", "--latent-dim", 2, "--out", tmp_path / "run"]
     code, _, err = pyro_vae_command("train", *options)
     assert (code, err.startswith("error: --latent-dim: expected 64")) == (2, True)
+
+
+# --- where the environment stands in the way ---
+
+QUICK = ["train", "--dataset", "digits", "--hidden", "4", "--latent-dim", "2", "--steps", "2", "--importance-samples", "0"]
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """The command line in a process of its own: (exit code, stdout, stderr)."""
+
+    def run(*arguments, files=None, space=None, closed=(), **environment):
+        import resource
+
+        def limits():
+            if files is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (files, files))
+            if space is not None:
+                resource.setrlimit(resource.RLIMIT_AS, (space, space))
+            for number in closed:
+                os.close(number)
+
+        command = [sys.executable, "-m", "pyro_vae", *map(str, arguments)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), **environment}
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+        done = subprocess.run(command, preexec_fn=limits, env=environment, timeout=300, check=False, **streams)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+def test_a_full_disk_takes_pictures_and_nothing_else(hostile, tmp_path):
+    code, out, err = hostile(*QUICK, "--out", tmp_path / "run", files=50_000)
+    assert (code, err.count("\n")) == (2, 1)
+    assert re.search(r"figures/\w+.png: cannot be written \(File too large\)", err)
+    assert "test neg_elbo" in out
+    assert {"neg_elbo", "kl"} <= metrics(tmp_path / "run")["test"].keys()
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.suffix == ".tmp"]
+    for picture in (tmp_path / "run" / "figures").iterdir():
+        assert picture.read_bytes().endswith(b"IEND\xaeB\x60\x82")  # whole
+    load_run(tmp_path / "run")
+
+
+def test_figures_are_said_before_a_full_disk_takes_them(hostile, run):
+    metrics_file = run / "metrics.json"
+    before = metrics_file.read_bytes()
+    code, out, err = hostile("evaluate", run, "--importance-samples", 0, files=100)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "metrics.json: cannot be written (File too large)" in err
+    assert out.count("nats") == 3
+    assert metrics_file.read_bytes() == before
+
+
+def test_output_that_cannot_be_written_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "pyro_vae", *QUICK, "--no-figures", "--out", tmp_path / "run"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT, timeout=300)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "No space left on device" in done.stderr
+    assert "go on with --resume" in done.stderr
+
+
+def test_streams_poor_in_characters_or_closed_and_no_window_system(hostile, tmp_path):
+    code, out, err = hostile(*QUICK, "--out", tmp_path / "run", PYTHONIOENCODING="ascii", MPLBACKEND="bogus")
+    assert (code, err) == (0, "")
+    assert out.count(r"\N{PLUS-MINUS SIGN}") == 3
+    assert (tmp_path / "run" / "figures" / "reconstructions.png").exists()
+    assert hostile("evaluate", tmp_path / "run", "--importance-samples", 0, closed=(1, 2))[0] == 0
+
+
+def test_too_little_memory_is_one_line(hostile, tmp_path, pyro_vae_command):
+    code, _, err = hostile(*QUICK, "--out", tmp_path / "a", space=10**9)  # not even for torch
+    assert (code, err.count("\n")) == (2, 1)
+    assert "a package cannot be imported" in err
+    for size in (100_000, 10**10):
+        code, _, err = pyro_vae_command(*QUICK, "--out", tmp_path / "b", "--image-size", size)
+        assert (code, err.count("\n")) == (2, 1)
+        assert err.startswith("error: the memory is not enough (")
+    assert not (tmp_path / "b").exists()
+    code, _, err = pyro_vae_command("sample", tmp_path / "none", "--num", 2, "--out", tmp_path / "x.npz")
+    assert (code, err.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("WORLD_SIZE", "2", "WORLD_SIZE: expected 1, or RANK, MASTER_ADDR, MASTER_PORT in the environment too, found 2"),
+        ("WORLD_SIZE", "two", "WORLD_SIZE: expected a whole number in the environment, found 'two'"),
+        ("TORCHELASTIC_RESTART_COUNT", "", "TORCHELASTIC_RESTART_COUNT: expected a whole number"),
+    ],
+)
+def test_the_environment_of_torchrun_by_halves(pyro_vae_command, tmp_path, monkeypatch, name, value, match):
+    monkeypatch.setenv(name, value)
+    code, _, err = pyro_vae_command(*QUICK, "--out", tmp_path / "run")
+    assert (code, err.count("\n")) == (2, 1)
+    assert match in err
+
+
+def test_a_report_takes_a_file_and_a_disk_that_can_be_written(run, tmp_path, pyro_vae_command, monkeypatch):
+    code, _, err = pyro_vae_command("report", run, "--out", tmp_path)
+    assert (code, err) == (2, f"error: {tmp_path}: a folder. Name a file.\n")
+
+    def on_such_a_disk(function):  # even a file that is not there cannot be removed
+        def call(path, *args, **options):
+            if ".report" in path.name:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            return function(path, *args, **options)
+
+        return call
+
+    for name in ("open", "unlink"):
+        monkeypatch.setattr(Path, name, on_such_a_disk(getattr(Path, name)))
+    code, _, err = pyro_vae_command("report", run)
+    assert (code, "report.html: cannot be written (Read-only file system)" in err, err.count("\n")) == (2, True, 1)
+
+
+def test_a_signal_before_the_command_begins_is_one_line(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyro_vae.cli._Parser", interrupted)
+    assert cli.report([]) == 130
+    assert capsys.readouterr().err == "SIGINT: nothing was computed\n"
+
+
+# --- a run whose data have moved ---
+
+
+def test_a_run_goes_on_where_its_data_have_moved(tmp_path, monkeypatch, pyro_vae_command):
+    monkeypatch.chdir(tmp_path)
+    x = np.random.default_rng(0).normal(size=(60, 4))
+    np.save("mine.npy", x)
+    options = ["--importance-samples", 0, "--no-figures"]
+    start = ["train", "--data", "mine.npy", "--epochs", 1, "--hidden", 4, *options, "--out"]
+    for name in ("run", "straight"):
+        assert pyro_vae_command(*start, name)[0] == 0
+    assert pyro_vae_command("train", "--resume", "straight", "--epochs", 2, *options)[0] == 0
+    Path("mine.npy").rename("moved.npy")
+    config = Path("run/config.json").read_text()
+    np.save("other.npy", x + 1)
+    np.save("other-training.npy", np.where(np.arange(60)[:, None] == 0, 9.0, x))  # the first row is not held out
+    for other in ("other.npy", "other-training.npy"):
+        code, _, err = pyro_vae_command("train", "--resume", "run", "--epochs", 2, "--data", other, *options)
+        assert (code, "CRC-32" in err, err.count("\n")) == (2, True, 1)
+        assert Path("run/config.json").read_text() == config
+    code, _, err = pyro_vae_command("train", "--resume", "run", "--epochs", 2, "--data", "moved.npy", *options)
+    assert code == 0, err
+    assert equal(*(weights(load_run(folder)) for folder in ("run", "straight")))
+    assert json.loads(Path("run/config.json").read_text())["data"] == str(Path("moved.npy").resolve())
+    assert pyro_vae_command("evaluate", "run", "--importance-samples", 0)[0] == 0
+
+
+def test_data_of_one_name_are_compared_where_there_is_no_checkpoint(tmp_path, monkeypatch, pyro_vae_command):
+    monkeypatch.chdir(tmp_path)
+    x = np.random.default_rng(0).normal(size=(60, 4))
+    np.save("mine.npy", x)
+    options = ["--importance-samples", 0, "--no-figures"]
+    assert pyro_vae_command("train", "--data", "mine.npy", "--epochs", 1, "--hidden", 4, *options, "--out", "run")[0] == 0
+    shutil.rmtree("run/checkpoints")
+    np.save("mine.npy", x + 1)
+    code, _, err = pyro_vae_command("train", "--resume", "run", *options)
+    assert (code, "mine.npy: not the data of run: expected test data of" in err) == (2, True)
 
 
 # --- options ---

@@ -83,3 +83,8 @@ def test_a_folder_is_tried_before_it_is_there(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"file/b: cannot be written to \(Not a directory\)"):
         check_writable(tmp_path / "file" / "b")
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: a folder. Name a file"), whole_file(tmp_path):
+        pass

@@ -94,6 +94,23 @@ def test_partial_fit_goes_on_and_keeps_the_scale():
     assert torch.equal(model.vae_.likelihood.loc, first)
 
 
+def test_partial_fit_goes_on_with_adams_moments():
+    model = VAETransformer(random_state=0, batch_size=1000)
+    for _ in range(4):
+        model.partial_fit(TABLE)
+    again = pickle.loads(pickle.dumps(model))
+    for each in (model, again):
+        each.partial_fit(TABLE)
+    state = model._moments["state"]
+    assert {int(moments["step"]) for moments in state.values()} == {5}
+    for one, other in zip(model.vae_.parameters(), again.vae_.parameters(), strict=True):
+        assert torch.equal(one, other)
+    model.set_params(lr=1e-30).partial_fit(TABLE)  # the learning rate is that of the call
+    for one, other in zip(model.vae_.parameters(), again.vae_.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert model.fit(TABLE)._moments["state"][0]["step"] == 100  # anew
+
+
 def test_binary_tables_get_a_bernoulli():
     model = VAETransformer(epochs=2, random_state=0).fit((TABLE > 3).astype(float))
     assert model.likelihood_ == "bernoulli"
@@ -128,8 +145,13 @@ def test_latents_of_another_size_are_refused(fitted):
 def test_a_hopeless_proposal_is_said():
     model = VAETransformer(epochs=1, random_state=0, num_samples=30).fit(TABLE)
     far = np.full((1, 5), 1e3)
-    with pytest.warns(UnreliableEstimateWarning, match="1 of 1 rows"):
+    with pytest.warns(UnreliableEstimateWarning, match="score_samples: 1 of 1 observations have") as record:
         model.score_samples(far)
+    with pytest.warns(UnreliableEstimateWarning, match="log_marginal: 1 of 1 observations have") as other:
+        model.log_marginal(far)
+    said = [str(warnings[0].message).partition(":")[2] for warnings in (record, other)]
+    assert said[0] == said[1]  # as pyro_vae.log_marginal says it
+    assert record[0].filename == other[0].filename == __file__
 
 
 def test_in_a_pipeline_and_a_grid_search():

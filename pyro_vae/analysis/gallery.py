@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["run_figures"]
 
+SHOWN = 3000  # test observations in the picture of latents
 _MOST_LABELS = 20  # more cannot be told apart in one picture
 
 
@@ -30,6 +31,7 @@ def run_figures(
     history: Sequence[TrainingRecord],
     *,
     title: str,
+    test_means: Tensor | None = None,
     tsne_of_training: bool = False,
     left_out: Callable[[str], None] = lambda reason: None,
 ) -> "Pictures":
@@ -43,6 +45,7 @@ def run_figures(
         test: test data.
         history: what ``fit`` returned.
         title: of model and data, above each picture.
+        test_means: posterior means of the first test observations, 3,000 at most, if they are known.
         tsne_of_training: t-SNE of random training observations, not of the first test observations.
         left_out: called with the reason why pictures are left out that the model does not allow.
     """
@@ -56,7 +59,7 @@ def run_figures(
         parts += [_from_the_prior(coder, train, test, title)] if coder.pair is not None else []
         parts += [_on_the_way(model, train, test, title), _denoised(model, train, test, title)]
         parts += [_by_label(model, train, title)] if coder.pair is not None else []
-    parts += [_of_latents(model, train, test, title, tsne_of_training)]
+    parts += [_of_latents(model, train, test, title, tsne_of_training, test_means)]
     reasons = []
     for part in parts:
         try:
@@ -116,7 +119,9 @@ def _by_label(model: Any, train: Data, title: str) -> "Pictures":
         yield "samples_by_label", plots.image_rows(_scaled_by(train)(rows), title=caption)
 
 
-def _of_latents(model: Any, train: Data, test: Data, title: str, tsne_of_training: bool) -> "Pictures":
+def _of_latents(
+    model: Any, train: Data, test: Data, title: str, tsne_of_training: bool, test_means: Tensor | None
+) -> "Pictures":
     labels = None if train.labels is None else train.labels.cpu()
     if labels is not None and len(labels.unique()) > _MOST_LABELS:
         labels = None
@@ -133,8 +138,8 @@ def _of_latents(model: Any, train: Data, test: Data, title: str, tsne_of_trainin
         index, what = torch.randperm(len(train))[:1000], f"{min(1000, len(train)):,} random training {train.kind}"
         means, labels = means[index], labels if labels is None else labels[index]
     else:
-        means = latent.latent_means(model, test)[:3000]
-        labels = None if labels is None or test.labels is None else test.labels[:3000].cpu()
+        means = latent.latent_means(model, test.subset(slice(SHOWN))) if test_means is None else test_means
+        labels = None if labels is None or test.labels is None else test.labels[:SHOWN].cpu()
         what = f"the {'first ' if len(means) < len(test) else ''}{len(means):,} test {test.kind}"
     if len(means) >= 10:
         points = latent.tsne(means, perplexity=min(30, (len(means) - 1) / 3))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae._checks import whole_number
+from pyro_vae._checks import number, whole_number
 from pyro_vae.analysis.coder import Coder, UndefinedError
 from pyro_vae.data.dataset import Data
 from pyro_vae.data.own import DataLike, as_data
@@ -66,6 +66,7 @@ def latent_means(model: Any, data: DataLike, *, batch_size: int = 1000) -> Tenso
     Raises:
         UndefinedError: a latent site whose distribution has no mean in closed form.
     """
+    batch_size = whole_number("batch_size", batch_size)
     coder = Coder(model)
     held = _as_taken(coder, data)
     batches = torch.arange(len(held), device=held.x.device).split(batch_size)
@@ -142,8 +143,11 @@ def interpolate(model: Any, start: Tensor, end: Tensor, *, steps: int = 10, path
     Raises:
         ValueError: fewer than 2 steps, or no such path.
     """
-    if steps < 2:
-        raise ValueError(f"interpolate: steps must be at least 2 to hold both ends, found {steps}.")
+    steps = whole_number("steps", steps, minimum=2)  # both ends
+    if start.shape != end.shape:
+        raise ValueError(
+            f"interpolate: expected two observations, found shapes {tuple(start.shape)} and {tuple(end.shape)}."
+        )
     if path not in ("linear", "spherical"):
         raise ValueError(f"interpolate: path must be 'linear' or 'spherical', found {path!r}.")
     t = torch.linspace(0, 1, steps, device=start.device, dtype=start.dtype).unsqueeze(-1)  # (steps, 1)
@@ -265,8 +269,14 @@ def sample_like(model: Any, data: Data, label: int, *, num_samples: int) -> Tens
         return coder.decode(coder.draws(*batch), *batch).mean
 
 
-def latent_record(model: Any, data: DataLike, *, limit: int = 500) -> dict[str, Any]:
+def latent_record(model: Any, data: DataLike, *, means: Tensor | None = None, limit: int = 500) -> dict[str, Any]:
     """Where the first observations lie in latent space, as plain numbers: ``latents.json`` of a run folder.
+
+    Args:
+        model: see :func:`latent_means`.
+        data: observations.
+        means: those of :func:`latent_means`, of the first observations, if they are known.
+        limit: number of observations.
 
     Returns:
         ``means``: posterior means, a list of ``limit`` lists of latent_dim numbers; ``labels`` and ``classes`` of these
@@ -278,12 +288,13 @@ def latent_record(model: Any, data: DataLike, *, limit: int = 500) -> dict[str, 
     """
     data = as_data(data)
     some = data.subset(slice(limit))
+    means = latent_means(model, some) if means is None else means
     try:
         kl = None if isinstance(model, Autoencoder) else kl_per_dimension(model, data).tolist()
     except UndefinedError:
         kl = None
     return {
-        "means": [[round(value, 4) for value in row] for row in latent_means(model, some).tolist()],
+        "means": [[round(value, 4) for value in row] for row in means[:limit].tolist()],
         "labels": None if some.labels is None else some.labels.tolist(),
         "classes": list(data.classes) or None,
         "kl_per_dimension": kl,
@@ -294,11 +305,33 @@ def tsne(latents: Tensor, *, perplexity: float = 30.0, seed: int = 0) -> "np.nda
     """Two-dimensional t-SNE of latent means (van der Maaten and Hinton 2008), PCA init: ``(N, 2)``.
 
     Distances between far clusters and sizes of clusters mean nothing in such a picture; neighbourhoods do.
+
+    Raises:
+        ValueError: no more observations than the perplexity.
+        UndefinedError: latents that are not finite, or all the same.
     """
     from sklearn.manifold import TSNE  # heavy, and only needed here
 
+    latents = torch.as_tensor(latents)
+    if latents.dim() != 2 or latents.numel() == 0:
+        raise ValueError(f"tsne: expected latents of shape (N, latent_dim), found {tuple(latents.shape)}.")
+    latents = latents if latents.is_floating_point() else latents.double()
+    perplexity = number("perplexity", perplexity)
     if len(latents) <= perplexity:
         raise ValueError(f"tsne: needs more observations than the perplexity {perplexity:g}, found {len(latents)}.")
-    init = "pca" if latents.shape[1] > 1 else "random"  # PCA to two dimensions needs two
-    embedding = TSNE(perplexity=perplexity, init=init, random_state=seed).fit_transform(latents.cpu().numpy())
+    z = latents.detach().cpu().double()
+    if not z.isfinite().all():
+        raise UndefinedError(
+            "tsne: expected finite latents, found NaN or infinity. Look at the encoder: training has failed."
+        )
+    size = z.abs().amax()
+    z = z / size if size > 0 else z  # t-SNE does not depend on it, and no square overflows
+    z = z - z.mean(0)
+    spread = z.std(0, correction=0).amax()
+    if spread <= 4 * torch.finfo(latents.dtype).eps:  # scikit-learn would divide by it, and crash
+        raise UndefinedError(
+            f"tsne: expected latents that differ, found {len(z):,} all the same: the posterior does not depend on x."
+        )
+    init = "pca" if z.shape[1] > 1 else "random"  # PCA to two dimensions needs two
+    embedding = TSNE(perplexity=perplexity, init=init, random_state=seed).fit_transform((z / spread).float().numpy())
     return np.asarray(embedding)

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from pyro_vae.data.columns import column_names
 from pyro_vae.data.dataset import Data, DataError
+from pyro_vae.data.held_out import held_out
 from pyro_vae.data.images import as_seen, channels_first, read_folder
 from pyro_vae.data.tables import is_frame, of_frame, read_csv
 
@@ -24,6 +25,7 @@ Array = Tensor | np.ndarray[Any, Any]
 DataLike = Data | Array | Sequence[Array] | Mapping[str, Array] | Dataset[Any] | str | Path
 """What ``fit``, ``evaluate`` and ``log_marginal`` take as data; of sequences, tuples and lists."""
 
+_FILES = (".npy", ".npz", ".csv")
 _X, _Y = ("x", "X", "images", "data", "arr_0"), ("y", "labels", "label", "targets", "target")
 
 
@@ -231,6 +233,8 @@ def _read(path: Path, image_size: int | None, pixels: bool | None, like: Sequenc
     """``like``: height and width of images where they do not have to be of image_size."""
     if path.is_dir():
         return read_folder(path, like if image_size is None else (image_size, image_size), pixels)
+    if path.suffix in _FILES and path.exists() and not path.is_file():  # a named pipe would be waited for without end
+        raise DataError(f"{path}: expected a file, found a pipe or device. Save the data as a file first.")
     if path.suffix == ".csv" and path.is_file():
         return _read_table(path, pixels)
     arrays = _read_arrays(path)
@@ -263,8 +267,8 @@ def read_splits(
             ``x_train`` and ``x_test``.
         test: test data apart, as for :func:`read_data`.
         image_size: as for :func:`read_data`; the test images are made as large as the training images.
-        fraction: of the observations that is held out for the test, at random (always the same ones), where there is no
-            test set.
+        fraction: of the observations that is held out for the test, at random (always the same ones; of labelled data the
+            same share of each label, to within one), where there is no test set.
         pixels: as for :func:`read_data`.
 
     Raises:
@@ -279,7 +283,7 @@ def read_splits(
         parted = test is None and {"train", "test"} <= folders.keys()
         first = _read(folders["train"] if parted else path, image_size, pixels)
         if test is None and not parted:
-            return _held_out(path, first, fraction)
+            return held_out(path, first, fraction)
         place = folders["test"] if test is None else Path(test).expanduser()
         held = _read(place, image_size, pixels, first.event_shape[-2:])
     first, held = (replace(data, name=path.stem or str(path)) for data in (first, held))
@@ -302,23 +306,6 @@ def read_splits(
     return first, held
 
 
-def _held_out(path: Path, data: Data, fraction: float) -> tuple[Data, Data]:
-    if len(data) < 2:
-        raise DataError(f"{path}: expected at least two observations, one of them to test on, found one.")
-    count = min(max(1, round(fraction * len(data))), 10_000)
-    _warn_of_size(
-        data.x.nbytes,
-        f"copies of the rows of {path} that train and test",
-        "With test data in a file of their own (--test-data) a .npy file is used as it lies on the disk",
-    )
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))  # the same for every seed of training
-
-    def part(index: Tensor, note: str) -> Data:
-        return replace(data.subset(index.sort().values), note=f"{data.note}; {note}")
-
-    return part(order[count:], f"{count:,} held out as test set"), part(order[:count], "held out at random")
-
-
 def _called(names: Sequence[str], arrays: dict[str, Any]) -> str | None:
     return next((name for name in names if name in arrays), None)
 
@@ -336,7 +323,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         with content:
             size = sum(info.file_size for info in content.zip.infolist())
             _warn_of_size(size, f"the arrays of {path}", "A .npy file is used as it lies on the disk")
-            return dict(content)
+            return {name: value for name, value in content.items() if isinstance(value, np.ndarray)}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         raise DataError(f"{path}: cannot be read ({reason}). Save a plain array of numbers by numpy.save.") from error

@@ -3,7 +3,6 @@
 The driver, :func:`log_marginal`, weighs draws in chunks of bounded memory.
 """
 
-import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from pyro_vae.engine.calls import Calls
 from pyro_vae.engine.program import Graph, Program
 from pyro_vae.estimates.log_weights import log_weights, weigh, wrong_weights
 from pyro_vae.estimates.psis import Accumulator
-from pyro_vae.estimates.records import LogMarginal, UnreliableEstimateWarning
+from pyro_vae.estimates.records import LogMarginal
 from pyro_vae.models.programs import ProgramPair, evaluating, programs_and_data
 
 __all__ = ["ChunkWeights", "log_marginal"]
@@ -118,13 +117,7 @@ def log_marginal(
             parts.append(accumulator.figures())
     value, error, ess, tail = (processes.gather(torch.cat(columns)) for columns in zip(*parts, strict=True))
     result = LogMarginal(value, error, ess, tail, num_samples)
-    if bad := int(result.unreliable.sum()):
-        warnings.warn(
-            f"log_marginal: {bad:,} of {len(first):,} observations have importance weights of too heavy a tail (Pareto k): "
-            f"there the value reads low and its error too small. Draw more than {num_samples:,}, or fit a better guide.",
-            UnreliableEstimateWarning,
-            stacklevel=2,
-        )
+    result.warn("log_marginal")
     return result
 
 

@@ -1,6 +1,7 @@
 """Records of Monte-Carlo figures: value, standard error, draws made, and the health of the estimate."""
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,22 @@ class LogMarginal:
         if self.num_samples < 25:
             return torch.zeros_like(self.pareto_k, dtype=torch.bool)
         return (self.pareto_k > min(1 - 1 / math.log10(self.num_samples), 0.7)) & (self.ess < 0.9 * self.num_samples)
+
+    def warn(self, name: str, *, stacklevel: int = 2) -> None:
+        """Warn, as ``name``, of observations whose error cannot be trusted, if there are any.
+
+        Args:
+            name: of the function that made the estimate.
+            stacklevel: 2: the line that called that function.
+        """
+        if bad := int(self.unreliable.sum()):
+            warnings.warn(
+                f"{name}: {bad:,} of {len(self.value):,} observations have importance weights of too heavy a tail (Pareto "
+                f"k): there the value reads low and its error too small. Draw more than {self.num_samples:,}, or fit a "
+                "better guide.",
+                UnreliableEstimateWarning,
+                stacklevel=stacklevel + 1,
+            )
 
     @property
     def mean(self) -> ImportanceEstimate:

@@ -10,10 +10,20 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-__all__ = ["ProgramPair", "evaluating", "example_of", "is_held", "is_program_pair", "owner_of", "programs_and_data"]
+__all__ = [
+    "ProgramPair",
+    "evaluating",
+    "example_of",
+    "is_held",
+    "is_program_pair",
+    "owner_of",
+    "programs_and_data",
+    "store_parameter",
+]
 
 Program = Callable[..., Any]
 
@@ -196,6 +206,25 @@ _running: list[ProgramPair] = []  # pairs whose programs are running, as Pyro's 
 def is_held(module: nn.Module) -> bool:
     """Whether a pair that is running holds the parameters of its module itself, which then need no registration."""
     return any(pair.module is module for pair in _running)
+
+
+def store_parameter(name: str, parameter: nn.Parameter) -> None:
+    """As ``pyro.param``, but that the parameter can still be pickled.
+
+    Pyro leaves a weak reference in what a param statement returns, which does not pickle: in a view of the parameter here.
+    """
+    _statement(name, parameter, constraint=constraints.real, event_dim=None, name=name)
+
+
+def _in_store(name: str, parameter: nn.Parameter, **options: Any) -> Tensor:
+    value: Any = pyro.get_param_store().get_param(name, parameter, **options)
+    view = value.view_as(value)
+    view.unconstrained = value.unconstrained
+    del value.unconstrained
+    return view
+
+
+_statement = effectful(_in_store, type="param")  # as pyro.param is made
 
 
 def _own_tensor(site: Any) -> Tensor | None:

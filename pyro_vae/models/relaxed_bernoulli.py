@@ -4,16 +4,27 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import constraints
+from torch.distributions.utils import broadcast_all
 
 __all__ = ["RelaxedBernoulli", "RelaxedBernoulliEvent"]
 
 
 class RelaxedBernoulli(dist.Bernoulli):
-    """Bernoulli whose log_prob accepts grey values: x log p + (1 - x) log(1 - p) for x in [0, 1]; samples are 0 or 1."""
+    """Bernoulli whose log_prob accepts grey values: x log p + (1 - x) log(1 - p) for x in [0, 1]; samples are 0 or 1.
+
+    An infinite logit is scored as the largest finite one of its type.
+    """
 
     support = constraints.unit_interval
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        logits, x = broadcast_all(_finite(self.logits), value)
+        return -F.binary_cross_entropy_with_logits(logits, x, reduction="none")
 
     def to_event(self, reinterpreted_batch_ndims: int | None = None) -> dist.TorchDistribution:
         ndims = len(self.batch_shape) if reinterpreted_batch_ndims is None else reinterpreted_batch_ndims
@@ -50,6 +61,7 @@ class _BernoulliLogProb(torch.autograd.Function):
     def forward(logits: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         s = logits.sigmoid()
         largest = torch.maximum(s, 1 - s).unflatten(-1, (-1, _block(logits.shape[-1])))
+        logits = _finite(logits)
         return (x * logits - logits.relu()).sum(-1) + largest.prod(-1).log().sum(-1), s
 
     @staticmethod
@@ -79,6 +91,12 @@ class _BernoulliLogProb(torch.autograd.Function):
         return change.sum(-1), None
 
 
+def _finite(logits: Tensor) -> Tensor:
+    """The largest finite numbers in place of infinite ones: 0 times them, where x is 0 or 1, is 0 and not nan."""
+    largest = torch.finfo(logits.dtype).max
+    return logits.clamp(-largest, largest)
+
+
 def _block(pixels: int) -> int:
     """How many of these a product is taken of: the largest divisor up to 126, whose powers of 2 float32 can hold."""
     return next(n for n in range(126, 0, -1) if pixels % n == 0)  # 112 for 784 pixels
@@ -101,6 +119,7 @@ def _bernoulli_rows(logits: Tensor, signs: Tensor) -> Tensor:
         if (rows := _CACHE // logits[0].numel()) <= 1:
             return torch.stack([_bernoulli_rows(a, b) for a, b in zip(logits, signs, strict=True)])
         return torch.cat([_bernoulli_rows(a, b) for a, b in zip(logits.split(rows), signs.split(rows), strict=True)])
+    logits = _finite(logits)
     size = torch.copysign(logits, logits.new_tensor(-1.0))  # -|l| in one pass
     # Pixel by pixel: apart, these two sums would cancel, and lose the digits of a log p that is small beside them.
     linear = torch.addcmul(size, signs, logits).sum(-1)

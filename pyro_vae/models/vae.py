@@ -17,7 +17,7 @@ from pyro_vae._checks import shape, whole_number
 from pyro_vae.models.likelihoods import BernoulliLikelihood, Likelihood, check_support
 from pyro_vae.models.posteriors import DiagonalNormal, check_heads
 from pyro_vae.models.priors import StandardNormal
-from pyro_vae.models.programs import evaluating, example_of, is_held
+from pyro_vae.models.programs import evaluating, example_of, is_held, store_parameter
 
 __all__ = ["VAE"]
 
@@ -307,7 +307,7 @@ class VAE(nn.Module):
             return
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                pyro.param(f"{_param_prefix(self)}$$${name}", parameter)
+                store_parameter(f"{_param_prefix(self)}$$${name}", parameter)
 
     def _size(self, context: Sequence[Tensor], size: int) -> int:
         """The number of observations to draw."""

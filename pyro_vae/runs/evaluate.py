@@ -21,7 +21,7 @@ from pyro_vae.runs.settings import MeasureOptions, RunSettings
 from pyro_vae.runs.splits import PIXELS, load_splits, set_threads
 from pyro_vae.training.state import identity
 
-__all__ = ["EvaluateOptions", "evaluate_run"]
+__all__ = ["EvaluateOptions", "evaluate_run", "keep_figures"]
 
 
 @described
@@ -48,21 +48,15 @@ class EvaluateOptions(MeasureOptions):
             whole_number("seed", self.seed, minimum=0)
 
 
-def evaluate_run(folder: Path, options: EvaluateOptions) -> tuple[str, dict[str, Estimate], bool]:
-    """Evaluate a run, and add the figures to its ``metrics.json``.
-
-    Figures of the whole test set go to ``"test"``, in place of those of the same name; others to ``"evaluations"``, by what
-    they are of. All else stays. A run that has not ended has no ``metrics.json``, and gets none.
+def evaluate_run(folder: Path, options: EvaluateOptions) -> tuple[str, dict[str, Estimate]]:
+    """Evaluate a run; :func:`keep_figures` writes what it returns. The run's folder is locked.
 
     Returns:
-        What the figures are of, the figures by name, and whether they were written.
+        What the figures are of, ``"test"`` for those of the whole test set; and the figures by name.
 
     Raises:
         CheckpointError: no run there, a damaged one, or one that another process writes to.
         DataError: data that are missing, do not suit the model, or are no longer those of the run.
-
-    Warns:
-        UserWarning: the run has not ended.
     """
     again = f"Measure it from Python: evaluate(load_run({str(folder)!r}, model=...), data)."
     settings, _, config = read_settings(folder, remedy=again)
@@ -73,7 +67,9 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> tuple[str, dict[str,
         _, data, _ = load_splits(run, settings, options.data_dir)
         what, expected = "test", config.get("test_identity")
         if expected is not None and identity(data) != expected:
-            raise DataError(f"{run.data}: the test data are no longer those of {folder}. Name what to measure by --data.")
+            raise DataError(
+                f"{run.data or data.name}: the test data are no longer those of {folder}. Name what to measure by --data."
+            )
     else:
         data, what = _other_data(options.data, run, settings, config), str(Path(options.data).expanduser().resolve())
     if options.images is not None and options.images < len(data):
@@ -87,7 +83,7 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> tuple[str, dict[str,
         )
     except ValueError as error:
         raise DataError(f"{options.data or data.name}: {error}") from error
-    return what, figures, _write(folder, what, figures)
+    return what, figures
 
 
 def _other_data(path: str, run: RunSettings, settings: Settings, config: Mapping[str, Any]) -> Data:
@@ -103,10 +99,21 @@ def _other_data(path: str, run: RunSettings, settings: Settings, config: Mapping
     return replace(data, binarization=settings.binarization)
 
 
-def _write(folder: Path, what: str, figures: dict[str, Estimate]) -> bool:
+def keep_figures(folder: Path, what: str, figures: dict[str, Estimate]) -> bool:
+    """Add figures of :func:`evaluate_run` to the run's ``metrics.json``; whether it is there.
+
+    Those of the whole test set go to ``"test"``, in place of those of the same name; others to ``"evaluations"``, by what
+    they are of. All else stays. A run that has not ended has no ``metrics.json``, and gets none.
+
+    Raises:
+        CheckpointError: the file is damaged, or cannot be written.
+
+    Warns:
+        UserWarning: the run has not ended.
+    """
     path = folder / "metrics.json"
     if not path.exists():
-        warnings.warn(f"{folder}: this run has not ended, so the figures are not kept. Go on with --resume.", stacklevel=3)
+        warnings.warn(f"{folder}: this run has not ended, so the figures are not kept. Go on with --resume.", stacklevel=2)
         return False
     try:
         metrics: dict[str, Any] = json.loads(path.read_text())

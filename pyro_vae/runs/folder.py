@@ -3,13 +3,14 @@
 JSON files and weights are written whole or not at all. One process at a time writes to a folder.
 """
 
+import io
 import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from torch import nn
@@ -19,6 +20,9 @@ from pyro_vae._files import CheckpointError, check_writable, whole_file, write_t
 from pyro_vae.runs.presets import Settings
 from pyro_vae.training.records import TrainingRecord
 from pyro_vae.training.state import processor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = [
     "append_jsonl",
@@ -31,6 +35,7 @@ __all__ = [
     "read_records",
     "read_settings",
     "reopen_run",
+    "save_figure",
     "save_weights",
     "withdraw_run",
     "write_config",
@@ -238,6 +243,14 @@ def save_weights(run: Path, model: nn.Module, name: str = "weights", *, durable:
         durable: wait until they are on the disk, safe from a loss of power.
     """
     write_tensors(run / WEIGHTS.with_stem(name), model.state_dict(), durable=durable)
+
+
+def save_figure(run: Path, name: str, figure: "Figure") -> None:
+    """Write a picture to ``figures/``, whole or not at all."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    with whole_file(run / "figures" / f"{name}.png", durable=False) as stream:
+        stream.write(picture.getbuffer())
 
 
 def read_settings(folder: Path, *, remedy: str) -> tuple[Settings, tuple[int, ...], dict[str, Any]]:

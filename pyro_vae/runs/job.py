@@ -9,10 +9,11 @@ import torch
 
 from pyro_vae import _processes as processes
 from pyro_vae._checks import SettingError
+from pyro_vae._files import CheckpointError
 from pyro_vae.data.columns import caution_of_columns
 from pyro_vae.data.dataset import Data, DataError
 from pyro_vae.models.vae import VAE
-from pyro_vae.runs.folder import check_new_run, reopen_run
+from pyro_vae.runs.folder import check_new_run, read_config, reopen_run
 from pyro_vae.runs.presets import Settings, fitting_likelihood
 from pyro_vae.runs.settings import COMPILE, Job
 from pyro_vae.runs.signals import Signals
@@ -49,6 +50,7 @@ def train_job(job: Job, signals: Signals) -> Path:
         set_threads(train)
         settings, vae = _build(job, train, device)
         train, test = (_as_taken(job, part, vae) for part in (train, test))
+        _check_same(job, test)
         about = {
             **asdict(job.run),
             "dataset": train.name,
@@ -127,6 +129,18 @@ def _as_taken(job: Job, data: Data, vae: VAE) -> Data:
     except ValueError as error:
         raise DataError(f"{job.run.data or data.name}: {error}") from error
     return data
+
+
+def _check_same(job: Job, test: Data) -> None:
+    """Whether the test data are still those of a run that goes on: without a checkpoint nothing else tells."""
+    if job.options.resume is None or job.run.data is None:
+        return
+    _, _, config = read_config(job.options.resume)
+    if (expected := config.get("test_identity")) not in (None, found := identity(test)):
+        raise CheckpointError(
+            f"{job.run.data}: not the data of {job.options.resume}: expected test data of {expected}, found {found}. Name "
+            "where they are now by --data, or start a new run in another folder."
+        )
 
 
 def _fitted(job: Job, train: Data) -> tuple[Settings, str]:

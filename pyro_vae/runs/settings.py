@@ -82,9 +82,12 @@ class RunSettings:
             number("clip_grad_norm", self.clip_grad_norm)
         for name in ("data", "test_data"):  # absolute, for a run that goes on from another place
             if (path := getattr(self, name)) is not None:
-                if not isinstance(path, str | Path):
+                if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
                     raise SettingError(name, f"expected a path, found {path!r}.")
-                object.__setattr__(self, name, str(Path(path).expanduser().resolve()))
+                try:
+                    object.__setattr__(self, name, str(Path(path).expanduser().resolve()))
+                except RuntimeError as error:  # of "~someone"
+                    raise SettingError(name, f"expected a path, found {path!r} ({error})") from error
 
     @staticmethod
     def of_config(folder: Path, config: Mapping[str, Any]) -> "RunSettings":
@@ -156,7 +159,8 @@ class TrainOptions(FolderOptions, MeasureOptions):
 
     resume: Path | None = option(
         None,
-        help="go on with this run, with its settings, of which --epochs or --steps may grow",
+        help="go on with this run, with its settings, of which --epochs or --steps may grow, and --data may name where its "
+        "data are now",
         metavar="FOLDER",
         default_text="a new run",
     )
@@ -228,13 +232,14 @@ def make_job(given: Mapping[str, Any]) -> Job:
 
 
 def _resumed(folder: Path, asked_for: Mapping[str, Any], options: TrainOptions) -> Job:
-    """The run to go on with; only its length may have changed."""
+    """The run to go on with; only its length may have changed, and the place of its data, which are compared later."""
     again = f"Go on with it from Python: train_run({str(folder)!r}, objective, data, resume=True)."
     settings, _, config = read_settings(folder, remedy=again)
     differ, changes = [], {}
+    moved = {name: asked_for[name] for name in ("data", "test_data") if name in asked_for and config.get("data") is not None}
     for name, asked in asked_for.items():
         saved = getattr(settings, name) if hasattr(settings, name) else config.get(name)
-        if asked == saved or (name == "dataset" and asked == config.get("requested_dataset")):
+        if asked == saved or name in moved or (name == "dataset" and asked == config.get("requested_dataset")):
             continue
         if name in _MAY_GROW and saved is not None and asked > saved:
             changes[name] = asked
@@ -245,5 +250,5 @@ def _resumed(folder: Path, asked_for: Mapping[str, Any], options: TrainOptions) 
             f"{folder}: this run has other settings (saved -> asked): {'; '.join(differ)}. Leave these options away "
             "(--epochs or --steps may grow), or start a new run in another folder."
         )
-    run = RunSettings.of_config(folder, config)
+    run = replace(RunSettings.of_config(folder, config), **moved)
     return Job(replace(settings, **changes), run, options, frozenset(asked_for), config.get("requested_dataset"))

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_vae import _processes as processes
 from pyro_vae._checks import usable_device, whole_number
 from pyro_vae.analysis import latent
 from pyro_vae.analysis.coder import UndefinedError
-from pyro_vae.analysis.gallery import run_figures
+from pyro_vae.analysis.gallery import SHOWN, run_figures
 from pyro_vae.data.dataset import Data
 from pyro_vae.data.own import DataLike, as_data
 from pyro_vae.estimates.evaluate import evaluate
@@ -28,6 +28,7 @@ from pyro_vae.runs.folder import (
     is_run,
     new_run,
     reopen_run,
+    save_figure,
     save_weights,
     withdraw_run,
     write_config,
@@ -41,7 +42,7 @@ from pyro_vae.training.checkpoint import Checkpoints
 from pyro_vae.training.fit import NonFiniteError, fit
 from pyro_vae.training.objective import Objective
 from pyro_vae.training.records import TrainingRecord
-from pyro_vae.training.state import TrainingStoppedError
+from pyro_vae.training.state import TrainingStoppedError, progress_of
 
 __all__ = ["RunStoppedError", "train_run"]
 
@@ -69,6 +70,11 @@ class _Run:
     about: Mapping[str, Any]  # config.json, but for the settings
     name: str
     say: Callable[..., None]
+
+    @property
+    def held_out(self) -> Data:
+        """What is shown: the test data, or training data where there are none."""
+        return self.train if self.test is None else self.test
 
     @property
     def title(self) -> str:
@@ -153,8 +159,9 @@ def train_run(
     objective.eval()
     found = _evaluated(run, importance_samples)
     if is_first:
-        _write_figures(run, history, found)
-        _write_pictures(run, history, board, figures)
+        means = _test_means(run)
+        _write_figures(run, history, found, means)
+        _write_pictures(run, history, means, board, figures)
         say(f"trained in {_seconds(history):.0f} s; everything is in {path}")
     return path
 
@@ -204,8 +211,9 @@ def _open(folder: str | Path | None, name: str, resume: bool, overwrite: bool) -
 def _begin(run: _Run, checkpoint: dict[str, Any] | None, resume: bool) -> None:
     """Write what is known before training, and say it."""
     train, say = run.train, run.say
+    progress = None if checkpoint is None else progress_of(checkpoint)
     write_config(run.folder, run.settings, event_shape=tuple(train.event_shape), **run.about)
-    write_jsonl(run.folder / "metrics.jsonl", checkpoint["progress"]["history"] if checkpoint else [])
+    write_jsonl(run.folder / "metrics.jsonl", [record.to_json() for record in progress.history] if progress else [])
     size = sum(p.numel() for p in run.held.parameters())
     held_out = "" if run.test is None else f" and {len(run.test):,} test"
     say(f"{run.title}: {len(train):,} training{held_out} {train.kind}", end=" ")
@@ -219,7 +227,7 @@ def _begin(run: _Run, checkpoint: dict[str, Any] | None, resume: bool) -> None:
         say(f"rec and -ELBO include the normal density's constant {constant:.2f}; squared error + kl leaves it out")
     say(f"run folder: {run.folder}", end="")
     if resume:
-        step = f"going on after step {checkpoint['progress']['step']:,}" if checkpoint else "without a checkpoint yet"
+        step = f"going on after step {progress.step:,}" if progress else "without a checkpoint yet"
         say(f", {step}", end="")
     say(flush=True)
 
@@ -288,8 +296,20 @@ def _seconds(history: list[TrainingRecord]) -> float:
     return sum(record.timing["seconds"] + record.timing.get("compile_seconds", 0) for record in history)
 
 
-def _write_figures(run: _Run, history: list[TrainingRecord], figures: Mapping[str, Estimate]) -> None:
+def _test_means(run: _Run) -> Tensor | None:
+    """Posterior means of as many test observations as are shown, once for all that shows them; None if there are none."""
+    if run.model is None:
+        return None
+    try:
+        return latent.latent_means(run.model, run.held_out.subset(slice(SHOWN)))
+    except UndefinedError:
+        return None
+
+
+def _write_figures(run: _Run, history: list[TrainingRecord], figures: Mapping[str, Estimate], means: Tensor | None) -> None:
     """The final weights, metrics.json and latents.json."""
+    for name, estimate in figures.items():  # before anything is written, where the disk may be full
+        run.say(f"test {name:15s} {estimate.value:9.3f} ± {estimate.standard_error:.3f} nats", flush=True)
     save_weights(run.folder, run.held)
     metrics = {
         **({} if run.settings is None else {"preset": run.settings.preset}),
@@ -303,36 +323,36 @@ def _write_figures(run: _Run, history: list[TrainingRecord], figures: Mapping[st
     write_json(run.folder / "metrics.json", metrics)
     if run.model is not None:
         try:
-            record = latent.latent_record(run.model, run.train if run.test is None else run.test)
+            record = latent.latent_record(run.model, run.held_out, means=means)
             write_json(run.folder / "latents.json", record)
         except UndefinedError as error:
             run.say(f"no latents.json: {error}")
-    for name, estimate in figures.items():
-        run.say(f"test {name:15s} {estimate.value:9.3f} ± {estimate.standard_error:.3f} nats")
 
 
-def _write_pictures(run: _Run, history: list[TrainingRecord], board: TensorBoard | None, wanted: bool) -> None:
+def _write_pictures(
+    run: _Run, history: list[TrainingRecord], means: Tensor | None, board: TensorBoard | None, wanted: bool
+) -> None:
     """To figures/, and to TensorBoard if it is asked for."""
-    test = run.train if run.test is None else run.test
     if wanted:
         torch.manual_seed(run.options.get("seed", 0))
         pictures = run_figures(
             run.model,
             run.train,
-            test,
+            run.held_out,
             history,
             title=run.title,
+            test_means=means,
             tsne_of_training=run.name == "bernoulli-z10",  # as its reference has it
             left_out=lambda reason: run.say(f"some pictures are left out: {reason}"),
         )
         for name, figure in pictures:
-            figure.savefig(run.folder / "figures" / f"{name}.png")
+            save_figure(run.folder, name, figure)
             if board is not None:
                 board.figure(name, figure)
     if board is not None:
         if run.model is not None:
             try:
-                board.embedding(run.model, test)
+                board.embedding(run.model, run.held_out, means=means)
             except UndefinedError as error:
                 run.say(f"no embedding for TensorBoard: {error}")
         board.close()

@@ -130,7 +130,8 @@ def fit(
         TrainingStoppedError: ``stop`` answered True.
 
     Warns:
-        NotTheSameWarning: ``resume`` was made with another number of threads or processes, or version of torch.
+        NotTheSameWarning: ``resume`` was made with another number of threads or processes, another version of torch, or
+            on another processor.
     """
     _check_parts(objective, checkpoints, stop=stop, on_record=on_record, optimizer=optimizer, schedule=schedule)
     batch_size, lr, seed = whole_number("batch_size", batch_size), number("lr", lr), whole_number("seed", seed, minimum=0)
@@ -303,7 +304,8 @@ def _training(objective: Objective, device: torch.device, precision: str) -> Ite
     was_training, was_precision = objective.training, torch.get_float32_matmul_precision()
     try:
         # The data have been checked as a whole, so Pyro need not check them in every step.
-        with _apart(device), pyro.validation_enabled(False):
+        # Gradients are what it is about, even where the caller has no use for them.
+        with torch.inference_mode(False), torch.enable_grad(), _apart(device), pyro.validation_enabled(False):
             torch.set_float32_matmul_precision(precision)
             yield
     finally:

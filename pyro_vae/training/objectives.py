@@ -80,7 +80,9 @@ class NegativeELBO(Objective):
         beta: weight of kl in the loss (Higgins et al. 2017); or a schedule of it, such as
             :class:`~pyro_vae.training.schedules.LinearWarmup`. ``neg_elbo`` is always the unweighted bound.
         free_bits: nats of each latent dimension's kl, averaged over the batch, that cost nothing more when lowered: the
-            loss has max(kl of the dimension, free_bits) (Kingma et al. 2016, arXiv:1606.04934). 0: none.
+            loss has max(kl of the dimension, free_bits) (Kingma et al. 2016, arXiv:1606.04934). 0: none. Under ``torchrun``
+            each process averages over its own share of the batch, so that the loss depends on their number: the mean of
+            maxima is at least the maximum of the mean.
 
     A call on a batch returns the scalars ``loss``, ``neg_elbo``, ``reconstruction``, ``kl``, and
     what the likelihood adds (``squared_error`` for :class:`~pyro_vae.models.likelihoods.NormalLikelihood`).

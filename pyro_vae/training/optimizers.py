@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from pyro_vae.engine.cache import ensure_cache
 from pyro_vae.training.objective import Objective
 from pyro_vae.training.records import TrainingRecord
 
@@ -23,6 +24,7 @@ def make_optimizer(
     parameters = [p for p in objective.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("fit: the objective has no parameter that requires a gradient; nothing to train.")
+    ensure_cache()
     made = torch.optim.Adam(parameters, lr=lr, fused=True) if optimizer is None else optimizer(parameters, lr=lr)
     if not isinstance(made, torch.optim.Optimizer):
         raise ValueError(f"optimizer: expected what makes an optimiser of torch.optim, found {type(made).__name__}.")

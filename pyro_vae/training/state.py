@@ -6,7 +6,8 @@ import platform
 import time
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ __all__ = [
     "TrainingStoppedError",
     "identity",
     "processor",
+    "progress_of",
     "restore",
     "set_noise",
 ]
@@ -131,7 +133,7 @@ class Keeper:
     def _content(self) -> dict[str, Any]:
         return {
             "settings": self._settings,
-            "conditions": _conditions(),
+            "conditions": _conditions(self._step.data.x.device),
             "tensors": _tensors(self._step.objective),
             "optimizer": self._step.optimizer.state_dict(),
             "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
@@ -184,9 +186,10 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _conditions() -> dict[str, Any]:
+def _conditions(device: torch.device) -> dict[str, Any]:
     """What may differ from one part of a run to the next, at the price of the last digits."""
     return {
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "processes": processes.count(),
         "torch": str(torch.__version__),
@@ -202,15 +205,13 @@ def restore(
     scheduler: Any = None,
 ) -> Progress:
     """Parameters, buffers, optimiser and schedule from a checkpoint of the same settings; how far it had come."""
-    try:
+    with _parts_of_a_checkpoint():
+        progress = progress_of(resume)
         saved, conditions, tensors = resume["settings"], resume["conditions"], resume["tensors"]
-        progress = Progress(**resume["progress"])
-        progress.history = [TrainingRecord(**record) for record in resume["progress"]["history"]]
-        resume["noise"][0]["cpu"], resume["not_compiled"]
+        resume["noise"][0]["cpu"], resume["not_compiled"], resume["optimizer"], resume["scheduler"]
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         changed = [f"{name}: {saved.get(name)} -> {value}" for name, value in settings.items() if saved.get(name) != value]
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"resume: no checkpoint that fit has written ({type(error).__name__}: {error}).") from error
+        conditions = dict(conditions)
     expected = _tensors(objective)
     for name in {**found, **expected}:
         now = tuple(expected[name].shape) if name in expected else None
@@ -221,21 +222,50 @@ def restore(
             f"resume: the checkpoint is of a run with other settings (saved -> asked): {'; '.join(changed)}. Ask for "
             "the same, or start a new run in another folder."
         )
-    here = _conditions().items()
-    if others := [f"{name}: {conditions.get(name)} -> {value}" for name, value in here if conditions.get(name) != value]:
+    here = _conditions(next(iter(expected.values())).device)
+    known = [name for name in here if name in conditions]  # fewer of them in a checkpoint of an earlier version
+    if others := [f"{name}: {conditions[name]} -> {here[name]}" for name in known if conditions[name] != here[name]]:
         warnings.warn(
             f"resume: not under the same conditions ({'; '.join(others)}), so that the last digits will differ from those "
             "of an uninterrupted run.",
             NotTheSameWarning,
             stacklevel=3,
         )
+    with _parts_of_a_checkpoint():
+        optimizer.load_state_dict(resume["optimizer"])
+        if scheduler is not None:
+            scheduler.load_state_dict(resume["scheduler"])
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(tensors[name])
-    optimizer.load_state_dict(resume["optimizer"])
-    if scheduler is not None:
-        scheduler.load_state_dict(resume["scheduler"])
     return progress
+
+
+def progress_of(checkpoint: dict[str, Any]) -> Progress:
+    """How far the run had come.
+
+    Raises:
+        CheckpointError: the checkpoint does not say.
+    """
+    with _parts_of_a_checkpoint():
+        progress = Progress(**checkpoint["progress"])
+        progress.history = [TrainingRecord(**record) for record in checkpoint["progress"]["history"]]
+        if type(progress.step) is not int:
+            raise ValueError(f"step {progress.step!r}")
+    return progress
+
+
+@contextmanager
+def _parts_of_a_checkpoint() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"resume: no checkpoint that fit has written ({reason}). Remove it, to go on from the one before it."
+        ) from error
 
 
 def _noise(device: torch.device) -> dict[str, Tensor]:

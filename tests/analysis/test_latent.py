@@ -7,6 +7,7 @@ from conftest import make_vae
 from torch import nn
 
 from pyro_vae import VAE, Autoencoder, Data, MLPDecoder, MLPEncoder, NormalLikelihood, TrainingRecord, evaluate
+from pyro_vae.analysis import latent
 from pyro_vae.analysis.gallery import run_figures
 from pyro_vae.analysis.latent import (
     active_units,
@@ -36,8 +37,12 @@ def test_interpolation_starts_and_ends_at_its_ends(vae):
     torch.testing.assert_close(latent[[0, -1]], vae.decode(means).mean)
     torch.testing.assert_close(latent[2], vae.decode(means.mean(0)).mean)
     torch.testing.assert_close(pixel[[0, 2, -1]], torch.stack([X[0], (X[0] + X[1]) / 2, X[1]]))
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(ValueError, match="steps: expected a whole number >= 2"):
         interpolate(vae, X[0], X[1], steps=1)
+    with pytest.raises(ValueError, match="interpolate: expected two observations"):
+        interpolate(vae, X[0], X[1:3])
+    with pytest.raises(ValueError, match="batch_size: expected a whole number >= 1, found 0"):
+        latent_means(vae, X, batch_size=0)
 
 
 def test_denoise_flips_the_given_share(vae):
@@ -213,3 +218,41 @@ def test_pictures_of_a_conditional_run():
     names = [name for name, _ in run_figures(shifted, data, data, history, title="shifted")]
     assert {"reconstructions", "reconstructions_train", "prior_samples", "denoising", "samples_by_label"} <= set(names)
     assert "interpolation" not in names  # between two contexts there is no way
+
+
+def test_tsne_of_latents_that_are_all_the_same_is_refused():
+    """scikit-learn divides by their deviation, and ends the process."""
+    for z in (torch.zeros(50, 2), torch.ones(500, 5), 1 + 1e-8 * torch.rand(50, 2), torch.full((40, 1), -3.0)):
+        with pytest.raises(ValueError, match=f"tsne: expected latents that differ, found {len(z)} all the same"):
+            latent.tsne(z)
+    for value in (torch.nan, torch.inf):
+        z = torch.rand(50, 2)
+        z[7] = value
+        with pytest.raises(ValueError, match="tsne: expected finite latents"):
+            latent.tsne(z)
+
+
+def test_tsne_takes_arrays_and_refuses_other_shapes():
+    z = np.random.default_rng(0).normal(size=(50, 2))
+    assert latent.tsne(z).shape == latent.tsne(torch.arange(100).reshape(50, 2)).shape == (50, 2)
+    for other in (z[:, 0], z[None], z[:, :0]):
+        with pytest.raises(ValueError, match=r"tsne: expected latents of shape \(N, latent_dim\)"):
+            latent.tsne(other)
+    with pytest.raises(ValueError, match="perplexity: expected a positive number"):
+        latent.tsne(z, perplexity=float("nan"))
+
+
+@pytest.mark.parametrize("distinct", [2, 3])
+def test_tsne_of_few_distinct_latents(distinct):
+    points = latent.tsne(torch.randn(distinct, 2)[torch.arange(60) % distinct])
+    assert points.shape == (60, 2)
+    assert np.isfinite(points).all()
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e18, 1e37])
+def test_tsne_does_not_depend_on_the_scale(scale):
+    z = torch.randn(60, 3, dtype=torch.float64)
+    z = torch.cat([z, 5 + z])
+    for points in (latent.tsne((z * scale).float()), latent.tsne(z)):
+        apart = np.linalg.norm(points[:60].mean(0) - points[60:].mean(0))
+        assert apart > 2 * points[:60].std(0).max()  # two clusters

@@ -1,6 +1,8 @@
 """Arrays, data sets of torch, files and folders become the same data, and what cannot be read is named."""
 
+import os
 import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -422,3 +424,38 @@ def test_what_is_scaled_is_said(tmp_path):
     np.save(tmp_path / "x.npy", PIXELS[..., 0])
     assert read_data(tmp_path / "x.npy").note == "array x of shape (12, 8, 8), pixels of 0 to 255, scaled by 1/255"
     assert "scaled" not in read_data(tmp_path / "x.npy", pixels=False).note
+
+
+@pytest.mark.parametrize("counts", [(500, 300, 200), (997, 2, 1), (1,) * 40, (13, 29)])
+def test_each_label_has_its_share_of_the_held_out_tenth(tmp_path, counts):
+    y = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    x = np.arange(len(y), dtype=np.float32)[:, None]
+    np.savez(tmp_path / "x.npz", x=x, y=y)
+    train, test = read_splits(tmp_path / "x.npz")
+    assert len(test) == max(1, round(0.1 * len(y)))
+    held = torch.bincount(test.labels, minlength=len(counts))
+    assert (held - len(test) / len(y) * torch.tensor(counts)).abs().max() < 1
+    assert torch.equal(torch.cat([train.x, test.x]).sort(0).values, torch.from_numpy(x))
+    assert all(np.array_equal(part.labels, y[part.x[:, 0].long()]) for part in (train, test))
+    assert "the same share of each label" in test.note
+
+
+def test_unlabelled_data_are_parted_as_before(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(20.0)[:, None])
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    assert read_splits(tmp_path / "x.npy")[1].x[:, 0].tolist() == sorted(order[:2].tolist())
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz", "x.csv"])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    for read in (read_data, read_splits):
+        with pytest.raises(DataError, match=f"{name}: expected a file, found a pipe or device"):
+            read(tmp_path / name)
+
+
+def test_members_that_are_no_arrays_are_not_there(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("x.npy", "no array")
+    with pytest.raises(DataError, match="x.npz: expected an array called x, .* found none"):
+        read_data(tmp_path / "x.npz")

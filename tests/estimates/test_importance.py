@@ -9,10 +9,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conftest import LIKELIHOODS, compile_by, make_vae
+from pyro.infer import Trace_ELBO
 from torch import nn
 
 import pyro_vae.estimates.importance
-from pyro_vae import evaluate, log_marginal
+from pyro_vae import NegativeELBO, evaluate, fit, log_marginal
 from pyro_vae.engine.tracing import NotCompiledWarning
 from pyro_vae.estimates.psis import Accumulator, pareto_k
 from pyro_vae.estimates.records import UnreliableEstimateWarning
@@ -683,3 +684,16 @@ def test_compiling_is_by_default_for_many_chunks(vae, traced, monkeypatch):
             assert len(traced) == compiled
     with pytest.raises(ValueError, match="compile: expected True, False or None, found 'yes'"):
         log_marginal(vae.model, vae.guide, x, compile="yes")
+
+
+def test_a_third_partys_vae_is_trained_by_its_name_alone():
+    """NegativeELBO(v) is Pyro's own objective of v.model and v.guide for the same noise, and fit trains both nets."""
+    vae, x = TutorialVAE().double(), (torch.rand(6, 1, 4, 4) > 0.5).double()
+    torch.manual_seed(3)
+    ours = NegativeELBO(vae)(x)["loss"].item()
+    torch.manual_seed(3)
+    assert ours == pytest.approx(Trace_ELBO().loss(vae.model, vae.guide, x) / 6, rel=1e-9)
+    before = [p.detach().clone() for p in vae.parameters()]
+    history = fit(NegativeELBO(vae), x, epochs=30, verbose=False)
+    assert history[-1].train["loss"] < history[0].train["loss"]
+    assert not any(torch.equal(p, q) for p, q in zip(vae.parameters(), before, strict=True))

@@ -472,3 +472,21 @@ def test_counts_are_fitted_and_grey_values_refused():
     assert best - 0.5 < found.value < best + 0.5
     with pytest.raises(ValueError, match="expected whole numbers >= 0"):
         fit(NegativeELBO(vae), x / 255, epochs=1, verbose=False)
+
+
+@pytest.mark.parametrize("logit", [math.inf, -math.inf])
+@pytest.mark.parametrize("x", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("way", ["grad", "no grad", "elementwise"])
+def test_infinite_logits_are_scored_by_the_formula(logit, x, way):
+    """log p(x) is x log p + (1 - x) log(1 - p), 0 log 0 = 0: 0 where p is x, and of the largest number's order elsewhere."""
+    p = BernoulliLikelihood()
+    output, pixels = torch.tensor([[logit, 0.7, -2.0]]), torch.tensor([[x, 1.0, 0.25]])
+    rest = p(output[:, 1:]).to_event(1).log_prob(pixels[:, 1:])
+    if way == "elementwise":
+        found = p(output).log_prob(pixels).sum(-1)
+    else:
+        found = p(output.requires_grad_(way == "grad")).to_event(1).log_prob(pixels)
+    if x == (logit > 0):
+        assert torch.allclose(found, rest)
+    else:
+        assert found.item() < -1e37  # -inf, or x or 1 - x times the largest number

@@ -27,8 +27,10 @@ from pyro_vae import (
     direct_log_marginal,
     evaluate,
     fit,
+    log_marginal,
     prior_search,
 )
+from pyro_vae._checks import SettingError
 from pyro_vae.models.scales import bounded_scale
 
 
@@ -124,13 +126,34 @@ def test_svi_trains_under_other_elbos(digits, loss):
 def test_copies_share_no_parameter_under_svi(vae):
     """A shared name in Pyro's store would train the original in place of its copy, silently."""
     x = torch.rand(5, 1, 4, 4)
-    pickled = pickle.dumps(vae)  # before SVI: Pyro's store hangs weak references on the parameters, which do not pickle
     svi_epochs(vae, x, Trace_ELBO(), 1)
-    for clone in (copy.deepcopy(vae), pickle.loads(pickled)):
+    for clone in (copy.deepcopy(vae), pickle.loads(pickle.dumps(vae))):
         before_original, before_clone = parameters(vae), parameters(clone)
         svi_epochs(clone, x, Trace_ELBO(), 1)
         assert not any(changed(before_original, vae))
         assert all(changed(before_clone, clone))
+
+
+def test_a_vae_is_saved_after_whatever_pyro_did_with_it(vae, tmp_path):
+    """Pyro's store leaves weak references in what param statements return, and those do not pickle."""
+    x = torch.rand(5, 1, 4, 4)
+    Predictive(vae.model, num_samples=2)(size=3)
+    svi_epochs(vae, x, Trace_ELBO(), 1)
+    log_marginal(vae, x, num_samples=2)
+    fit(NegativeELBO(vae), x, steps=1, verbose=False)
+    for thing in (vae, vae.encoder, NegativeELBO(vae)):
+        torch.save(thing, tmp_path / "whole.pt")
+        again = torch.load(tmp_path / "whole.pt", weights_only=False)
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), thing.parameters(), strict=True))
+    before = parameters(vae)
+    svi_epochs(vae, x, Trace_ELBO(), 1)  # and is trained by Pyro afterwards
+    assert all(changed(before, vae))
+
+
+def test_an_error_of_a_setting_stays_one_under_pyros_handlers(vae):
+    """They raise it again, with one argument and what they have traced so far."""
+    with pytest.raises(SettingError, match="size: expected a whole number >= 1, found 0"):
+        Predictive(vae.model, num_samples=2)(size=0)
 
 
 def test_a_dead_vae_leaves_nothing_to_a_new_one():

@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import Malicious, equal, weights
+from conftest import Malicious, equal, make_vae, weights
 from torch import nn
 from torch.distributions import constraints
 
@@ -23,11 +23,14 @@ from pyro_vae import (
     ReconstructionError,
     TrainingStoppedError,
     evaluate,
+    load_data,
     load_preset,
     load_run,
     train_run,
 )
+from pyro_vae.analysis.latent import latent_means
 from pyro_vae.cli import main
+from pyro_vae.data.own import as_data
 from pyro_vae.models.programs import ProgramPair
 from pyro_vae.report.page import read_run, write_report
 from pyro_vae.runs.folder import read_records
@@ -335,3 +338,19 @@ def test_a_preset_makes_no_other_run_than_before(tmp_path):
     )
     assert config["preset"] == "bernoulli-z10"
     assert not {"model", "batch", "training"} & config.keys()
+
+
+def test_the_test_set_is_encoded_once_for_all_that_shows_it(tmp_path, monkeypatch):
+    data, encoded = load_data("digits"), []
+
+    def counted(model, some, **options):
+        encoded.append(len(as_data(some)))
+        return latent_means(model, some, **options)
+
+    for module in ("pyro_vae.analysis.latent", "pyro_vae.runs.loggers"):
+        monkeypatch.setattr(f"{module}.latent_means", counted)
+    vae = make_vae((1, 8, 8))
+    train_run(tmp_path / "run", NegativeELBO(vae), data[0], test=data[1], steps=2, tensorboard=True, importance_samples=0)
+    assert sorted(encoded) == [len(data[1]), len(data[0])]
+    found = torch.tensor(json.loads((tmp_path / "run" / "latents.json").read_text())["means"])
+    torch.testing.assert_close(found, latent_means(vae, data[1].subset(slice(len(found)))), atol=1e-4, rtol=0)

@@ -739,3 +739,13 @@ def test_free_bits_are_refused_where_they_have_no_meaning():
         scaled(X)
     with pytest.raises(ValueError, match="free_bits: expected a positive number, found -1"):
         NegativeELBO(vae, free_bits=-1)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_training_has_gradients_wherever_it_is_called(vae, mode):
+    x, other = torch.rand(20, 1, 4, 4), copy.deepcopy(vae)
+    fit(NegativeELBO(vae), x, epochs=2, batch_size=8, verbose=False)
+    objective = NegativeELBO(other)
+    with mode():
+        fit(objective, x, epochs=2, batch_size=8, verbose=False)
+    assert equal(weights(vae), weights(other))

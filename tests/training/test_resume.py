@@ -427,3 +427,32 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_first_step(tmp_path
     with pytest.raises(CheckpointError, match=r"file/checkpoints: cannot be written to \(Not a directory\)"):
         fit(objective, Data(images()), epochs=1, checkpoints=Checkpoints(tmp_path / "file" / "checkpoints"), verbose=False)
     assert equal(weights(objective), before)
+
+
+def test_another_processor_is_said(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    run(build("elbo"), epochs=1, checkpoints=checkpoints)
+    state = checkpoints.load()
+    monkeypatch.setattr("pyro_vae.training.state.processor", lambda: "Zuse Z3")
+    with pytest.warns(NotTheSameWarning, match=r"conditions \(processor: .* -> Zuse Z3\)"):
+        run(build("elbo"), resume=state)
+    del state["conditions"]["processor"]  # as in a checkpoint of an earlier version
+    run(build("elbo"), resume=state)
+
+
+@pytest.mark.parametrize("part", ["progress", "optimizer", "scheduler", "noise", "not_compiled", "conditions", "tensors"])
+def test_a_checkpoint_without_one_of_its_parts_is_refused_and_changes_nothing(tmp_path, part):
+    checkpoints, objective = Checkpoints(tmp_path), build("elbo")
+    run(build("elbo"), epochs=1, checkpoints=checkpoints)
+    before = weights(objective)
+    for content in ({}, None):
+        state = checkpoints.load()
+        if content is None:
+            del state[part]
+        elif part in ("scheduler", "not_compiled", "conditions"):
+            continue  # which may be empty
+        else:
+            state[part] = content
+        with pytest.raises(CheckpointError, match="resume: "):
+            run(objective, resume=state)
+        assert equal(weights(objective), before)
