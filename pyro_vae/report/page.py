@@ -252,7 +252,7 @@ def _settings(settings: Settings | None, config: Mapping[str, Any]) -> tuple[tup
     preset = None if settings is None else PRESETS.get(settings.preset)
     shown = []
     for name, value in config.items():
-        if name in ("format", "versions"):
+        if name in ("format", "versions", "parts"):  # parts: for comparison when weights are loaded
             continue
         of_preset = getattr(preset, name, None) if preset and name in {field.name for field in fields(Settings)} else value
         same = list(value) == list(of_preset) if isinstance(of_preset, tuple) else value == of_preset

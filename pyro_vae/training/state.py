@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_vae import _processes as processes
 from pyro_vae._files import CheckpointError
 from pyro_vae.data.dataset import Data
+from pyro_vae.models.description import differences
 from pyro_vae.training.checkpoint import Checkpoints
 from pyro_vae.training.objective import Objective
 from pyro_vae.training.records import TrainingRecord
@@ -208,7 +209,9 @@ def restore(
         progress.history = [TrainingRecord(**record) for record in resume["progress"]["history"]]
         resume["noise"][0]["cpu"], resume["not_compiled"]
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        changed = [f"{name}: {saved.get(name)} -> {value}" for name, value in settings.items() if saved.get(name) != value]
+        asked = {name: value for name, value in settings.items() if name != "parts"}
+        changed = [f"{name}: {saved.get(name)} -> {value}" for name, value in asked.items() if saved.get(name) != value]
+        changed += differences(saved.get("parts", {}), settings["parts"])  # earlier versions kept none
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"resume: no checkpoint that fit has written ({type(error).__name__}: {error}).") from error
     expected = _tensors(objective)

@@ -19,6 +19,7 @@ from pyro_vae import (
     MLPDecoder,
     MLPEncoder,
     NegativeELBO,
+    NormalLikelihood,
     Objective,
     ReconstructionError,
     TrainingStoppedError,
@@ -27,6 +28,7 @@ from pyro_vae import (
     load_run,
     train_run,
 )
+from pyro_vae._files import read_tensors, write_tensors
 from pyro_vae.cli import main
 from pyro_vae.models.programs import ProgramPair
 from pyro_vae.report.page import read_run, write_report
@@ -45,7 +47,28 @@ def laplace(output):
 
 
 def mine(**parts):
-    return VAE(MLPEncoder(**SHAPE), MLPDecoder(**SHAPE), latent_dim=2, event_shape=(1, 4, 4), likelihood=laplace, **parts)
+    parts = {"likelihood": laplace, **parts}
+    return VAE(MLPEncoder(**SHAPE), MLPDecoder(**SHAPE), latent_dim=2, event_shape=(1, 4, 4), **parts)
+
+
+def normal_prior(scale):
+    return lambda: dist.Normal(torch.zeros(2), scale).to_event(1)
+
+
+def diagonal(output):
+    loc, log_scale = output
+    return dist.Normal(loc, log_scale.exp()).to_event(1)
+
+
+class Weighted(Objective):
+    """An objective without a model, with a setting."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.net, self.weight = nn.Linear(16, 16), weight
+
+    def forward(self, x):
+        return {"loss": self.weight * (self.net(x.flatten(1)) - x.flatten(1)).square().mean()}
 
 
 def programs():
@@ -335,3 +358,50 @@ def test_a_preset_makes_no_other_run_than_before(tmp_path):
     )
     assert config["preset"] == "bernoulli-z10"
     assert not {"model", "batch", "training"} & config.keys()
+
+
+def resumed_and_loaded(folder, build, other):
+    """What is said of a run that goes on, or is loaded, as another."""
+    train_run(folder, NegativeELBO(build()), X, test=X[:9], **QUICK)
+    with pytest.raises(CheckpointError) as going_on:
+        train_run(folder, NegativeELBO(other()), X, test=X[:9], **{**QUICK, "epochs": 3}, resume=True)
+    with pytest.raises(CheckpointError) as loading:
+        load_run(folder, model=other())
+    return str(going_on.value), str(loading.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "one", "other", "named"),
+    [
+        ("likelihood", NormalLikelihood(0.5), NormalLikelihood(0.01), "module.likelihood.variance: 0.5 -> 0.01"),
+        ("likelihood", laplace, NormalLikelihood(), "module.likelihood: laplace -> NormalLikelihood"),
+        ("prior", normal_prior(1.0), normal_prior(9.0), "module.prior.scale: 1.0 -> 9.0"),
+        ("posterior", None, diagonal, "module.posterior: DiagonalNormal -> diagonal"),
+    ],
+)
+def test_a_run_of_another_model_is_neither_resumed_nor_loaded(tmp_path, part, one, other, named):
+    going_on, loading = resumed_and_loaded(tmp_path / "run", lambda: mine(**{part: one}), lambda: mine(**{part: other}))
+    assert f"pair.{named}" in going_on
+    assert f"(saved -> given): {named}" in loading
+
+
+def test_an_objective_of_ones_own_with_another_setting_is_not_resumed(tmp_path):
+    train_run(tmp_path / "run", Weighted(10.0), X, **QUICK)
+    with pytest.raises(CheckpointError, match="weight: 10.0 -> 1000.0"):
+        train_run(tmp_path / "run", Weighted(1000.0), X, **{**QUICK, "epochs": 3}, resume=True)
+
+
+def test_a_run_of_an_earlier_version_goes_on_and_is_loaded(tmp_path):
+    """Its checkpoints and config do not say what its parts are."""
+    folder = train_run(tmp_path / "run", NegativeELBO(mine()), X, test=X[:9], **QUICK)
+    config = json.loads((folder / "config.json").read_text())
+    del config["parts"]
+    (folder / "config.json").write_text(json.dumps(config))
+    for path in (folder / "checkpoints").glob("*.pt"):
+        content = read_tensors(path)
+        if "settings" in content:
+            del content["settings"]["parts"]
+            write_tensors(path, content)
+    load_run(folder, model=mine())
+    train_run(folder, NegativeELBO(mine()), X, test=X[:9], **{**QUICK, "epochs": 3}, resume=True)
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
