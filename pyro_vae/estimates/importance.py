@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae import _processes as processes
-from pyro_vae._checks import compile_choice, whole_number
+from pyro_vae._checks import compile_choice, level_of_user, whole_number
 from pyro_vae.data.own import as_batch
 from pyro_vae.engine.calls import Calls
 from pyro_vae.engine.program import Graph, Program
@@ -123,7 +123,7 @@ def log_marginal(
             f"log_marginal: {bad:,} of {len(first):,} observations have importance weights of too heavy a tail (Pareto k): "
             f"there the value reads low and its error too small. Draw more than {num_samples:,}, or fit a better guide.",
             UnreliableEstimateWarning,
-            stacklevel=2,
+            stacklevel=level_of_user(),
         )
     return result
 

@@ -22,9 +22,13 @@ from torch.distributions.utils import lazy_property as lazy
 from pyro_vae._checks import few_values
 from pyro_vae.models.programs import ProgramPair
 
-__all__ = ["Site", "Weights", "check_sites", "log_weights", "require_densities", "weigh"]
+__all__ = ["NoDensityError", "Site", "Weights", "check_sites", "log_weights", "require_densities", "weigh"]
 
 _DRAWS = "_draws"  # the plate of the draws
+
+
+class NoDensityError(ValueError):
+    """A site whose ratio p / q is no ratio of two densities, nor of two probabilities."""
 
 
 @dataclass(frozen=True)
@@ -320,7 +324,7 @@ def require_densities(sites: Sequence[Site]) -> None:
     """A weight p(z) / q(z) needs both to be densities, or both to be probabilities.
 
     Raises:
-        ValueError: a site of which that is not so.
+        NoDensityError: a site of which that is not so.
     """
     if any(site.p is None for site in sites):
         return  # auxiliary sites, of which the others are transforms, as in Pyro's autoguides
@@ -329,7 +333,7 @@ def require_densities(sites: Sequence[Site]) -> None:
             continue
         kinds = [_support(fn) for fn in (site.q, site.p)]
         if "" not in kinds and kinds[0] != kinds[1]:
-            raise ValueError(
+            raise NoDensityError(
                 f"site {site.name!r} is {kinds[0]} in the guide ({_kind(site.q)}) and {kinds[1]} in the model "
                 f"({_kind(site.p)}): their ratio is no importance weight. Draw it from a distribution of the same kind"
                 + ("; of a plain autoencoder there is ReconstructionError." if "a point mass" in kinds else ".")

@@ -187,7 +187,7 @@ class VAE(nn.Module):
                 raise ValueError(
                     f"VAE: expected a likelihood of batch shape {(*batch, *self.event_shape)} and no event dimensions, "
                     f"which the VAE adds, found batch shape {tuple(p.batch_shape)}, event shape {tuple(p.event_shape)}, for "
-                    f"decoder output of shape {(*batch, *found[1:])}. Return one distribution per element, without .to_event."
+                    f"decoder output of shape {(*batch, *found[1:])}. Return one distribution per element, no .to_event."
                 )
         raise ValueError(
             f"VAE: expected a decoder that maps ({n}, {self.latent_dim}) to what {self.likelihood} takes for "

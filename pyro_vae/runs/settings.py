@@ -97,8 +97,8 @@ class RunSettings:
         if not config.keys() & {"compile", "precision", "pixels"}:
             raise CheckpointError(
                 f"{folder}: this run was made from Python by train_run, on data that its config does not describe. Measure "
-                f"it there: evaluate(load_run({str(folder)!r}), data); or go on with it: train_run({str(folder)!r}, objective, "
-                "data, settings=settings, resume=True)."
+                f"it there: evaluate(load_run({str(folder)!r}), data); or go on with it: train_run({str(folder)!r}, "
+                "objective, data, settings=settings, resume=True)."
             )
         own = config.get("data") is not None  # then the dataset's name there is that of the data
         names = [each.name for each in fields(RunSettings) if not (own and each.name == "dataset")]

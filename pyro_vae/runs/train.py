@@ -19,6 +19,7 @@ from pyro_vae.analysis.gallery import run_figures
 from pyro_vae.data.dataset import Data
 from pyro_vae.data.own import DataLike, as_data
 from pyro_vae.estimates.evaluate import evaluate
+from pyro_vae.estimates.log_weights import NoDensityError
 from pyro_vae.estimates.records import Estimate
 from pyro_vae.models.likelihoods import NormalLikelihood
 from pyro_vae.runs.describe import described, further, model_of, name_of, parts_of, prepared, provenance
@@ -288,6 +289,9 @@ def _evaluated(run: _Run, importance_samples: int) -> dict[str, Estimate]:
         return {}
     try:
         return evaluate(run.model, run.test, importance_samples=importance_samples, seed=run.options.get("seed", 0))
+    except NoDensityError as error:
+        run.say(f"no figures of the test data: {error}")
+        return {}
     except ValueError as error:
         raise ValueError(
             f"{error} The run in {run.folder} is trained: call again with resume=True, and with importance_samples=0 where "

@@ -683,3 +683,15 @@ def test_compiling_is_by_default_for_many_chunks(vae, traced, monkeypatch):
             assert len(traced) == compiled
     with pytest.raises(ValueError, match="compile: expected True, False or None, found 'yes'"):
         log_marginal(vae.model, vae.guide, x, compile="yes")
+
+
+def test_the_warning_points_at_the_users_line():
+    model, guide = one_latent(lambda x: dist.Normal(x + 3.0, 0.1))
+    x = torch.tensor([0.5, 1.0])
+    for measure in (
+        lambda: log_marginal(model, guide, x, num_samples=100),
+        lambda: evaluate(model, guide, x, importance_samples=100),
+    ):
+        with pytest.warns(UnreliableEstimateWarning) as seen:
+            measure()
+        assert [warning.filename for warning in seen] == [__file__]

@@ -28,7 +28,6 @@ class Plain:
 @dataclass(frozen=True)
 class Frozen:
     scale: float
-    inner: NormalLikelihood = NormalLikelihood()
 
     def __call__(self, output):
         return dist.Laplace(output, self.scale)

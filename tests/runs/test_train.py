@@ -1,6 +1,8 @@
 """Runs of one's own: any objective on any data into a run folder, and back."""
 
+import functools
 import json
+import math
 import pickle
 
 import pyro
@@ -183,22 +185,84 @@ def test_a_run_that_is_refused_leaves_the_folder_as_it_was(tmp_path):
 
 
 def test_a_run_that_cannot_be_evaluated_keeps_its_training(tmp_path):
-    """A guide without a density has no importance weights."""
-    model, _ = programs()
     net = nn.Linear(16, 2)
 
-    def point(x):
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample(
+                "x", dist.Normal(z.sum(-1, keepdim=True).expand(*z.shape[:-1], 16), 1.0).to_event(1), obs=x.flatten(1)
+            )
+            if z.dim() == 3 and len(z) == 25:  # the draws of log p(x)
+                pyro.factor("broken", torch.full(z.shape[:-1], math.inf))
+
+    def guide(x):
         pyro.module("net", net)
         with pyro.plate("rows", len(x)):
-            pyro.sample("z", dist.Delta(net(x.flatten(1)), event_dim=1))
+            pyro.sample("z", dist.Normal(net(x.flatten(1)), 0.5).to_event(1))
 
-    arguments = (tmp_path / "run", NegativeELBO(model, point), X)
-    with pytest.raises(ValueError, match=r"a point mass in the guide.*is trained: call again with resume=True.*samples=0"):
+    arguments = (tmp_path / "run", NegativeELBO(model, guide), X)
+    with pytest.raises(ValueError, match=r"site 'broken'.*is trained: call again with resume=True.*samples=0"):
         train_run(*arguments, test=X[:9], **QUICK)
     trained = net.weight.clone()
     folder = train_run(*arguments, test=X[:9], resume=True, **{**QUICK, "importance_samples": 0})
     assert torch.equal(net.weight, trained)
     assert "neg_elbo" in json.loads((folder / "metrics.json").read_text())["test"]
+
+
+class Deterministic(Objective):
+    """An objective without a density of z: the code is a point."""
+
+    def __init__(self):
+        super().__init__()
+        self.vae = mine(posterior=lambda output: dist.Delta(output[0], event_dim=1))
+
+    def forward(self, x):
+        return {"loss": -self.vae.decode(self.vae.encode(x).rsample()).log_prob(x).mean()}
+
+
+def test_a_posterior_without_a_density_is_trained_and_not_measured(tmp_path, capsys):
+    objective = Deterministic()
+    folder = train_run(tmp_path / "run", objective, X, test=X[:9], **{**QUICK, "verbose": True})
+    assert "no figures of the test data: site 'z' is a point mass in the guide" in capsys.readouterr().out
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["test"] == {}
+    assert metrics["train"]["loss"] > 0
+    with pytest.raises(ValueError, match="point mass in the guide"):
+        evaluate(objective.vae, X)
+    with pytest.raises(ValueError, match=r"point mass in the guide \(Delta\).*ReconstructionError"):
+        train_run(tmp_path / "other", NegativeELBO(objective.vae), X, **QUICK)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"importance_samples": 1}, "importance_samples: expected 0 or a whole number >= 2, found 1"),
+        ({"epochs": None}, "expected either epochs or steps"),
+        ({"steps": 3}, "expected either epochs or steps"),
+        ({"optimizer": functools.partial(torch.optim.SGD, lr=0.1), "lr": 0.2}, "lr: found 0.2, and 0.1 in optimizer"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_made(tmp_path, options, match):
+    with pytest.raises(ValueError, match=match):
+        train_run(tmp_path / "run", NegativeELBO(mine()), X, test=X[:9], **{**QUICK, **options})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_settings_made_in_python_tells_the_command_line_where_to_go(tmp_path, capsys):
+    settings = Settings("mine", "bernoulli", (6,), latent_dim=2, batch_size=10, lr=0.01, epochs=1)
+    vae = settings.build_vae((1, 4, 4))
+    quiet = {"verbose": False, "figures": False, "importance_samples": 0}
+    folder = train_run(tmp_path / "run", settings.build_objective(vae), X, test=X[:9], settings=settings, **quiet)
+    for command in (["evaluate", folder], ["train", "--resume", folder]):
+        with pytest.raises(SystemExit) as exit:
+            main([str(word) for word in command])
+        assert exit.value.code == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "this run was made from Python by train_run" in said
+        assert f"evaluate(load_run({str(folder)!r}), data)" in said
+    assert evaluate(load_run(folder), X[:9])["neg_elbo"].value == evaluate(vae, X[:9])["neg_elbo"].value
 
 
 def test_without_model_the_reader_is_told_how(tmp_path, capsys):
