@@ -686,11 +686,10 @@ def test_compiling_is_by_default_for_many_chunks(vae, traced, monkeypatch):
 
 
 def test_the_warning_points_at_the_users_line():
-    model, guide = one_latent(lambda x: dist.Normal(x + 3.0, 0.1))
-    x = torch.tensor([0.5, 1.0])
+    toy = LinearGaussian(stretch=0.2)
     for measure in (
-        lambda: log_marginal(model, guide, x, num_samples=100),
-        lambda: evaluate(model, guide, x, importance_samples=100),
+        lambda: log_marginal(toy.model, toy.guide, X, num_samples=500),
+        lambda: evaluate(toy.model, toy.guide, X, importance_samples=500),
     ):
         with pytest.warns(UnreliableEstimateWarning) as seen:
             measure()

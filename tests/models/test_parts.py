@@ -84,7 +84,7 @@ def negative_scale(output):
     [
         (
             {"prior": gamma},
-            r"site 'z': Normal in the guide draws values outside the support of Gamma in the model.*Transform.*another prior",
+            r"site 'z': Normal in the guide draws values outside the support of Gamma in the model.*another prior",
         ),
         ({"prior": categories}, r"'z' is continuous in the guide \(Normal\) and discrete in the model \(Poisson\)"),
         (

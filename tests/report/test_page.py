@@ -50,7 +50,7 @@ def run(tmp_path):
     test = {name: asdict(figure) for name, figure in figures.items()}
     write_json(folder / "metrics.json", {"seconds": 1.5, "train": {"neg_elbo": 45.0}, "test": test})
     parts = {"neg_elbo": 45.0, "reconstruction": 44.0, "kl": 1.0}
-    records = [TrainingRecord(n, 5 * n, {"loss": 45.0 / n, **parts}, parts) for n in (1, 2)]
+    records = [TrainingRecord(n, 5 * n, {"loss": 45.0, **parts}, parts) for n in (1, 2)]
     write_jsonl(folder / "metrics.jsonl", [record.to_json() for record in records])
     add_pictures(folder)
     return folder
