@@ -3,13 +3,24 @@
 import math
 import operator
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 
-__all__ = ["SettingError", "compile_choice", "few_values", "number", "one_of", "shape", "usable_device", "whole_number"]
+__all__ = [
+    "SettingError",
+    "compile_choice",
+    "few_values",
+    "level_of_user",
+    "number",
+    "one_of",
+    "shape",
+    "usable_device",
+    "whole_number",
+]
 
 
 class SettingError(ValueError):
@@ -105,3 +116,11 @@ def few_values(text: str) -> str:
         return match[0] if len(numbers) <= 4 else f"tensor({', '.join(numbers[:3])}, ...)"
 
     return re.sub(r"tensor\(([^()]*(?:\([^()]*\)[^()]*)*)\)", cut, text)
+
+
+def level_of_user() -> int:
+    """How many frames above the caller the first one stands that is not of this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pyro_vae."):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -5,6 +5,7 @@
 
 import contextlib
 import fcntl
+import functools
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import pytest
 import rooms  # noqa: F401, for the tests that it takes from
@@ -153,6 +155,34 @@ LIBRARY = {
     "lr 1e30, later a loss that is not finite": lambda: _explodes(),
     "patience without test data": lambda: train(patience=3),
     "an optimiser in place of its class": lambda: train(optimizer=torch.optim.SGD([torch.zeros(1)], lr=0.1)),
+    "an optimiser of Pyro's": lambda: train(optimizer=pyro.optim.Adam({"lr": 0.1})),
+    "a learning rate in the optimiser and beside it": lambda: train(
+        optimizer=functools.partial(torch.optim.SGD, lr=0.1), lr=0.2
+    ),
+    "a loss without a gradient": lambda: refused(fit, Constant(), FEW, steps=1, verbose=False),
+    "a prior that is a distribution": lambda: refused(make_vae, prior=dist.Normal(torch.zeros(3), 1.0).to_event(1)),
+    "a prior that returns a tensor": lambda: train(vae=make_vae(prior=lambda: torch.zeros(3))),
+    "a likelihood with event dimensions": lambda: train(
+        vae=make_vae(likelihood=lambda output: dist.Laplace(output, 0.1).to_event(3))
+    ),
+    "a prior of positive latents, a normal posterior": lambda: train(
+        vae=make_vae(prior=lambda: dist.HalfNormal(torch.ones(3)).to_event(1), posterior=far_below)
+    ),
+    "a posterior that is a point mass": lambda: train(
+        vae=make_vae(posterior=lambda output: dist.Delta(output[0], event_dim=1))
+    ),
+    "a posterior with a scale below 0": lambda: train(
+        vae=make_vae(posterior=lambda output: dist.Laplace(output[0], torch.full_like(output[0], -1.0)).to_event(1))
+    ),
+    "a net for one-hot labels, given whole numbers": lambda: train(
+        Data(FEW, torch.zeros(6).long(), inputs=("x", "labels")),
+        vae=pyro_vae.VAE(
+            MLPEncoder((1, 4, 4), hidden=(8,), latent_dim=3, context_dim=3),
+            MLPDecoder((1, 4, 4), hidden=(8,), latent_dim=3),
+            latent_dim=3,
+            event_shape=(1, 4, 4),
+        ),
+    ),
     "an optimiser that needs a closure": lambda: train(optimizer=torch.optim.LBFGS),
     "a schedule that is none": lambda: train(schedule=lambda optimizer: 0.1),
     "a schedule by the hour": lambda: train(schedule_by="hour"),
@@ -193,8 +223,34 @@ LIBRARY = {
     "load_run of a model of your own, given another": lambda: own_run(
         lambda folder: load_run(mine(folder), model=make_vae(latent_dim=2))
     ),
+    "load_run of a model of your own, given one of another likelihood": lambda: own_run(
+        lambda folder: load_run(mine(folder), model=make_vae(likelihood=NormalLikelihood()))
+    ),
+    "a run of your own that goes on with another likelihood": lambda: own_run(
+        lambda folder: train_run(
+            mine(folder), NegativeELBO(make_vae(likelihood=NormalLikelihood())), FEW, steps=2, verbose=False, resume=True
+        )
+    ),
+    "one draw for log p(x), train_run": lambda: own_run(lambda folder: mine(folder, importance_samples=1)),
+    "neither epochs nor steps, train_run": lambda: own_run(lambda folder: mine(folder, steps=None, epochs=None)),
     "load_run, given a number": lambda: own_run(lambda folder: load_run(mine(folder), model=3)),
 }
+
+
+class Constant(Objective):
+    """Its loss does not depend on what is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return {"loss": x.mean()}
+
+
+def far_below(output):
+    loc, _ = output
+    return dist.Normal(torch.full_like(loc, -9.0), 1e-6).to_event(1)  # the same draws in the message on every processor
 
 
 class Free(Objective):

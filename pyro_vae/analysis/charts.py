@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pyro_vae.analysis.plots import Array, new_figure
-from pyro_vae.training.records import TrainingRecord, horizontal_axis
+from pyro_vae.training.records import TrainingRecord, drawn_terms, horizontal_axis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,28 +16,28 @@ __all__ = ["curves", "density_panels", "training_curves"]
 
 
 def training_curves(history: Sequence[TrainingRecord], *, title: str = "") -> "Figure":
-    """-ELBO, reconstruction and KL of training (line) and test (dashed), or the loss alone where there are no others.
+    """-ELBO, reconstruction and KL of training (line) and test (dashed), in nats per observation.
 
-    Nats per observation, against the epoch or the step.
+    Beside them the loss, where it is another figure, and an objective's own terms; against the epoch or the step.
 
     Args:
         history: what :func:`pyro_vae.fit` returns.
         title: above the picture.
     """
-    names = {"neg_elbo": "-ELBO", "reconstruction": "reconstruction", "kl": "KL"}
-    names = {name: label for name, label in names.items() if name in history[0].train} or {"loss": "loss"}
-    figure = new_figure(10, 3.4)
+    labels = {"neg_elbo": "-ELBO", "kl": "KL"}
+    names = drawn_terms(history)
+    figure = new_figure(max(10, 3.4 * len(names)), 3.4)
     figure.suptitle(title, fontsize=13)
     when, places = horizontal_axis(history)
     axes = figure.subplots(1, len(names), squeeze=False)[0]
-    for ax, (key, label), color in zip(axes, names.items(), ("#832db6", "#3f90da", "#e76300"), strict=False):
+    for ax, key, color in zip(axes, names, itertools.cycle(("#832db6", "#3f90da", "#e76300")), strict=False):
         few = {"marker": "o"} if len(places) == 1 else {}  # a line through one point is invisible
-        ax.plot(places, [record.train[key] for record in history], color=color, label="train", **few)
-        test = [record.test[key] for record in history if record.test is not None]
+        ax.plot(places, [record.train.get(key, np.nan) for record in history], color=color, label="train", **few)
+        test = [record.test.get(key, np.nan) for record in history if record.test is not None]
         if len(test) == len(places):
             ax.plot(places, test, "--", color="black", label="test", **few)
-        unit = "loss" if key == "loss" else "nats per image"
-        ax.set(xlabel=when, ylabel=unit, title=label)
+        unit = "nats per image" if key in ("neg_elbo", "reconstruction", "kl") else ""
+        ax.set(xlabel=when, ylabel=unit, title=labels.get(key, key))
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
         ax.legend(frameon=False)

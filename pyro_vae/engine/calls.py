@@ -1,6 +1,5 @@
 """Calls that are compiled, one graph for each kind of input, and seen to equal the eager ones."""
 
-import sys
 import threading
 import time
 import warnings
@@ -12,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from pyro_vae._checks import level_of_user
 from pyro_vae.engine import compiling
 from pyro_vae.engine.modes import UntraceableError
 from pyro_vae.engine.program import Graph, NotYetError, Program
@@ -360,7 +360,7 @@ class Calls(Generic[C, R]):
 
     def _give_up(self, reason: str) -> None:
         self.reason = reason
-        warnings.warn(f"{self.what}, not compiled: {reason}", NotCompiledWarning, stacklevel=_level_of_user())
+        warnings.warn(f"{self.what}, not compiled: {reason}", NotCompiledWarning, stacklevel=level_of_user())
 
 
 _GRADIENT = "its gradient is not that of the eager step"
@@ -382,11 +382,3 @@ def _close(found: Tensor, expected: Tensor) -> bool:
     if not found.is_floating_point():
         return torch.equal(found, expected)
     return torch.allclose(found, expected, rtol=1e-3, atol=1e-5, equal_nan=True)
-
-
-def _level_of_user() -> int:
-    """How many frames above the caller the first one stands that is not of this package."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pyro_vae."):
-        frame, level = frame.f_back, level + 1
-    return level

@@ -9,7 +9,7 @@ from pyro_vae import _processes as processes
 from pyro_vae._checks import whole_number
 from pyro_vae.data.own import DataLike, as_data
 from pyro_vae.estimates.importance import log_marginal
-from pyro_vae.estimates.log_weights import weigh
+from pyro_vae.estimates.log_weights import require_densities, weigh
 from pyro_vae.estimates.records import Estimate
 from pyro_vae.models.autoencoder import Autoencoder
 from pyro_vae.models.programs import ProgramPair, evaluating, programs_and_data
@@ -55,7 +55,8 @@ def evaluate(
         ``squared_error``, summed over elements, and ``mean_squared_error`` per element.
 
     Raises:
-        ValueError: fewer than 2 samples, programs that are no pair with one data plate, or data that do not suit them.
+        ValueError: fewer than 2 samples, programs that are no pair with one data plate, a guide without a density where the
+            model has one (a point mass, say), or data that do not suit them.
     """
     if isinstance(model, Autoencoder):
         return _squared_error(model, guide, whole_number("batch_size", batch_size), seed)
@@ -106,6 +107,7 @@ _TERMS = ("neg_elbo", "reconstruction", "kl")
 def _terms(pair: ProgramPair, batch: tuple[Tensor, ...], num_samples: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and variance over the draws of each term, ``(B,)``."""
     weights = weigh(pair, batch, num_samples)
+    require_densities(weights.sites)
     closed = all(site.closed_kl is not None for site in weights.latents)
     reconstruction, kl = weights.reconstruction(), weights.kl(analytic=closed)
     terms = (reconstruction + kl, reconstruction, kl)

@@ -16,14 +16,19 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import constraints, kl_divergence
+from torch.distributions.utils import lazy_property as lazy
 
 from pyro_vae._checks import few_values
 from pyro_vae.models.programs import ProgramPair
 
-__all__ = ["Site", "Weights", "log_weights", "weigh"]
+__all__ = ["NoDensityError", "Site", "Weights", "check_sites", "log_weights", "require_densities", "weigh"]
 
 _DRAWS = "_draws"  # the plate of the draws
+
+
+class NoDensityError(ValueError):
+    """A site whose ratio p / q is no ratio of two densities, nor of two probabilities."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +220,7 @@ def log_weights(pair: ProgramPair, batch: Sequence[Tensor], num_samples: int) ->
             with its site.
     """
     weights = weigh(pair, batch, num_samples)
-    _require_densities(weights.sites)
+    require_densities(weights.sites)
     total = weights.log_weights
     if (wrong := wrong_weights(total)).any():
         bad = [site.name for site in weights.sites if any(bool(wrong_weights(term).any()) for term in site.terms)]
@@ -315,8 +320,12 @@ def _kind(fn: Any) -> str:
     return type(base_distribution(fn)).__name__
 
 
-def _require_densities(sites: Sequence[Site]) -> None:
-    """A weight p(z) / q(z) needs both to be densities, or both to be probabilities."""
+def require_densities(sites: Sequence[Site]) -> None:
+    """A weight p(z) / q(z) needs both to be densities, or both to be probabilities.
+
+    Raises:
+        NoDensityError: a site of which that is not so.
+    """
     if any(site.p is None for site in sites):
         return  # auxiliary sites, of which the others are transforms, as in Pyro's autoguides
     for site in sites:
@@ -324,11 +333,53 @@ def _require_densities(sites: Sequence[Site]) -> None:
             continue
         kinds = [_support(fn) for fn in (site.q, site.p)]
         if "" not in kinds and kinds[0] != kinds[1]:
-            raise ValueError(
-                f"site {site.name!r} is {kinds[0]} in the guide ({type(site.q).__name__}) and {kinds[1]} in the model "
-                f"({type(site.p).__name__}): their ratio is no importance weight. Draw it from a distribution of the same "
-                "kind."
+            raise NoDensityError(
+                f"site {site.name!r} is {kinds[0]} in the guide ({_kind(site.q)}) and {kinds[1]} in the model "
+                f"({_kind(site.p)}): their ratio is no importance weight. Draw it from a distribution of the same kind"
+                + ("; of a plain autoencoder there is ReconstructionError." if "a point mass" in kinds else ".")
             )
+
+
+def check_sites(sites: Sequence[Site]) -> None:
+    """Look at the sites of one batch, as validation by Pyro would at each call: once is enough, before training.
+
+    Raises:
+        ValueError: as by :func:`require_densities`; a parameter that its distribution does not take; or draws of the guide
+            to which the model's distribution gives no density, since its support is another.
+    """
+    require_densities(sites)
+    for site in sites:
+        for program, fn in (("guide", site.q), ("model", site.p)):
+            if fn is not None:
+                _check_parameters(f"site {site.name!r}: {_kind(fn)} in the {program}", base_distribution(fn))
+        if site.q is None or site.p is None or site.mask is not None:
+            continue
+        try:
+            support = site.p.support
+        except NotImplementedError:  # a distribution that does not say
+            continue
+        while isinstance(support, constraints.independent):
+            support = support.base_constraint
+        inside = support.check(site.value)
+        if not inside.all():
+            some = ", ".join(f"{value:.3g}" for value in site.value[~inside].flatten()[:3].tolist())
+            raise ValueError(
+                f"site {site.name!r}: {_kind(site.q)} in the guide draws values outside the support of {_kind(site.p)} in "
+                f"the model, {support}: {some}, ... Transform the guide's draws, by a TransformedDistribution, say, or "
+                "take another prior."
+            )
+
+
+def _check_parameters(what: str, fn: Any) -> None:
+    """As the distribution does it where it validates its arguments. NaN is left to what finds it in the loss."""
+    for name, constraint in getattr(fn, "arg_constraints", {}).items():
+        if constraints.is_dependent(constraint) or (name not in vars(fn) and isinstance(getattr(type(fn), name), lazy)):
+            continue
+        value = getattr(fn, name)
+        good = constraint.check(value)
+        if not good.all() and not value.isnan().any():
+            some = ", ".join(f"{number:.3g}" for number in value[~good].flatten()[:3].tolist())
+            raise ValueError(f"{what} has {name} of {some}, ..., expected {constraint}. Use exp or softplus, say.")
 
 
 def _support(fn: Any) -> str:

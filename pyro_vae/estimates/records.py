@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_vae._checks import level_of_user
+
 __all__ = ["Estimate", "ImportanceEstimate", "LogMarginal", "UnreliableEstimateWarning"]
 
 
@@ -72,20 +74,15 @@ class LogMarginal:
             return torch.zeros_like(self.pareto_k, dtype=torch.bool)
         return (self.pareto_k > min(1 - 1 / math.log10(self.num_samples), 0.7)) & (self.ess < 0.9 * self.num_samples)
 
-    def warn(self, name: str, *, stacklevel: int = 2) -> None:
-        """Warn, as ``name``, of observations whose error cannot be trusted, if there are any.
-
-        Args:
-            name: of the function that made the estimate.
-            stacklevel: 2: the line that called that function.
-        """
+    def warn(self, name: str) -> None:
+        """Warn, as the function ``name``, at the user's line, of observations whose error cannot be trusted."""
         if bad := int(self.unreliable.sum()):
             warnings.warn(
                 f"{name}: {bad:,} of {len(self.value):,} observations have importance weights of too heavy a tail (Pareto "
                 f"k): there the value reads low and its error too small. Draw more than {self.num_samples:,}, or fit a "
                 "better guide.",
                 UnreliableEstimateWarning,
-                stacklevel=stacklevel + 1,
+                stacklevel=level_of_user(),
             )
 
     @property

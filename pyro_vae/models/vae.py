@@ -1,7 +1,5 @@
 """The variational autoencoder: ``encode`` and ``decode`` return distributions, ``model`` and ``guide`` are Pyro programs."""
 
-import functools
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from pyro_vae._checks import shape, whole_number
 from pyro_vae.models.likelihoods import BernoulliLikelihood, Likelihood, check_support
+from pyro_vae.models.parts import checked_part, context_sizes, distribution_of
 from pyro_vae.models.posteriors import DiagonalNormal, check_heads
 from pyro_vae.models.priors import StandardNormal
 from pyro_vae.models.programs import evaluating, example_of, is_held, store_parameter
@@ -85,9 +84,9 @@ class VAE(nn.Module):
         self.decoder = decoder
         self.latent_dim = latent_dim = whole_number("latent_dim", latent_dim)
         self.event_shape = torch.Size(shape("event_shape", event_shape))
-        self.likelihood = _part("likelihood", likelihood, BernoulliLikelihood())
-        self.prior = _part("prior", prior, StandardNormal(latent_dim))
-        self.posterior = _part("posterior", posterior, DiagonalNormal())
+        self.likelihood = checked_part("likelihood", likelihood, BernoulliLikelihood())
+        self.prior = checked_part("prior", prior, StandardNormal(latent_dim))
+        self.posterior = checked_part("posterior", posterior, DiagonalNormal())
 
     @property
     def like(self) -> Tensor:
@@ -127,11 +126,12 @@ class VAE(nn.Module):
                 f"VAE: expected the encoder to return a tensor or a tuple of tensors, each of length {n}, found {found}."
             )
         parts = tuple(part.reshape(*batch, *part.shape[1:]) for part in tensors)
-        q = self.posterior(parts if isinstance(output, tuple | list) else parts[0])
+        q = distribution_of("posterior", self.posterior(parts if isinstance(output, tuple | list) else parts[0]))
         if (q.batch_shape, q.event_shape) != (batch, (self.latent_dim,)):
             raise ValueError(
                 f"VAE: expected a posterior of batch shape {tuple(batch)} and event shape ({self.latent_dim},), found "
-                f"{tuple(q.batch_shape)} and {tuple(q.event_shape)}. Make posterior, encoder and latent_dim agree."
+                f"{tuple(q.batch_shape)} and {tuple(q.event_shape)}. Make posterior, encoder and latent_dim agree; "
+                "independent dimensions need .to_event(1)."
             )
         return q
 
@@ -155,7 +155,7 @@ class VAE(nn.Module):
         """
         n = _length(context[0]) if context else 1
         self._check_context(context, torch.Size([n]))
-        p = self._call("prior", context=context)
+        p = distribution_of("prior", self._call("prior", context=context))
         if p.event_shape != (self.latent_dim,) or p.batch_shape not in ((), (1,), (n,)):
             raise ValueError(
                 f"VAE: expected a prior of event shape ({self.latent_dim},), and of batch shape () or one per observation, "
@@ -180,9 +180,15 @@ class VAE(nn.Module):
         n, found = batch.numel(), tuple(output.shape)
         if found[:1] == (n,):
             rows = [c.expand(*batch, *c.shape[1:]) for c in context]
-            p = self._call("likelihood", output.reshape(*batch, *found[1:]), context=rows)
-            if p.batch_shape == (*batch, *self.event_shape):
+            p = distribution_of("likelihood", self._call("likelihood", output.reshape(*batch, *found[1:]), context=rows))
+            if p.batch_shape == (*batch, *self.event_shape) and not p.event_shape:
                 return p
+            if found[1:] == self.event_shape or p.event_shape:
+                raise ValueError(
+                    f"VAE: expected a likelihood of batch shape {(*batch, *self.event_shape)} and no event dimensions, "
+                    f"which the VAE adds, found batch shape {tuple(p.batch_shape)}, event shape {tuple(p.event_shape)}, for "
+                    f"decoder output of shape {(*batch, *found[1:])}. Return one distribution per element, no .to_event."
+                )
         raise ValueError(
             f"VAE: expected a decoder that maps ({n}, {self.latent_dim}) to what {self.likelihood} takes for "
             f"({n}, {_join(self.event_shape)}) elements, found {found}. Make decoder and event_shape agree."
@@ -209,7 +215,7 @@ class VAE(nn.Module):
                 p = self.decode(self.like.new_zeros(len(x), self.latent_dim), *context)
             check_support(p, x)
         else:
-            takes = context and _context_sizes(self.likelihood, 1)[1] and _context_sizes(check, 1)[1] >= len(context)
+            takes = context and context_sizes(self.likelihood, 1)[1] and context_sizes(check, 1)[1] >= len(context)
             check(x, *(context if takes else ()))
 
     def terms(self, reconstruction: Tensor) -> dict[str, Tensor]:
@@ -240,7 +246,7 @@ class VAE(nn.Module):
                 f"VAE: expected, with context, {expected}, found context of shapes {found}. Context has one row per "
                 "observation; a single observation needs a leading dimension, x[None]."
             )
-        if not any(_context_sizes(getattr(self, name), own)[1] for name, own in _TAKERS.items()):
+        if not any(context_sizes(getattr(self, name), own)[1] for name, own in _TAKERS.items()):
             raise ValueError(
                 f"VAE: found context, and none of {', '.join(_TAKERS)} takes any. Leave it out, or "
                 "give the model a part that takes it, such as MLPDecoder(..., context_dim=...)."
@@ -249,7 +255,7 @@ class VAE(nn.Module):
     def _call(self, name: str, *own: Tensor, context: Sequence[Tensor] = ()) -> Any:
         """A part, given all of the context if it takes it."""
         part = getattr(self, name)
-        least, most = _context_sizes(part, _TAKERS[name])
+        least, most = context_sizes(part, _TAKERS[name])
         if (least, most) == (0, 0):
             return part(*own)
         if not least <= len(context) <= most:
@@ -259,7 +265,16 @@ class VAE(nn.Module):
                 "them after x or z, as model(x, *context) or decode(z, *context); where it takes none, set its "
                 "takes_context to False."
             )
-        return part(*own, *context)
+        try:
+            return part(*own, *context)
+        except (RuntimeError, ValueError) as error:
+            if all(c.is_floating_point() for c in context):
+                raise
+            found = ", ".join(f"{c.dtype} of shape {tuple(c.shape)}" for c in context)
+            raise ValueError(
+                f"VAE: the {name} cannot use its context, {found}: {error} Labels are whole numbers: pass them one-hot, "
+                "torch.nn.functional.one_hot(labels).float(), or let the net embed them by torch.nn.Embedding."
+            ) from error
 
     # --- Pyro programs ---
 
@@ -323,43 +338,6 @@ class VAE(nn.Module):
 
 # Parts that may take context, and how many inputs of their own they have.
 _TAKERS = {"encoder": 1, "prior": 0, "decoder": 1, "likelihood": 1}
-
-
-def _part(name: str, value: Any, default: Any) -> Any:
-    value = default if value is None else value
-    if isinstance(value, type):
-        raise ValueError(f"VAE: expected an instance, {value.__name__}(), found the class itself.")
-    if not callable(value):
-        raise ValueError(f"VAE: expected a {name} such as {type(default).__name__}(), found {value!r}.")
-    return value
-
-
-def _context_sizes(part: Any, own: int) -> tuple[int, float]:
-    """How many context tensors a part takes after its own inputs, at least and at most; (0, 0): it takes none."""
-    takes = getattr(part, "takes_context", None)
-    if takes is not None and not takes:
-        return 0, 0
-    call = part.forward if isinstance(part, nn.Module) else part
-    function = getattr(call, "__func__", None)  # of a method, whose first parameter is self
-    if function is None and not inspect.isroutine(call) and not isinstance(call, functools.partial):
-        function = type(call).__call__  # an object may have no hash
-    if function is None:
-        return _sizes_of(call, own, bool(takes))
-    return _sizes_of(function, own, bool(takes), skip=1)
-
-
-@functools.lru_cache(maxsize=1024)  # a signature takes 10 microseconds, and each step asks for four
-def _sizes_of(function: Any, own: int, takes: bool, skip: int = 0) -> tuple[int, float]:
-    try:
-        parameters = list(inspect.signature(function).parameters.values())[skip:]
-    except ValueError:  # a function of C without a signature
-        return (1, math.inf) if takes else (0, 0)
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    needed = sum(p.default is p.empty for p in positional)
-    # y=None is a tensor that may be left out; scale=0.3 is an option, in whose place no label must come by accident.
-    rest = list(itertools.takewhile(lambda p: p.default is p.empty or p.default is None or takes, positional[own:]))
-    open_ended = any(p.kind is p.VAR_POSITIONAL for p in parameters) and len(rest) == len(positional[own:])
-    return max(needed - own, 1 if takes else 0), math.inf if open_ended else len(rest)
 
 
 def _length(context: Any) -> int:

@@ -24,7 +24,8 @@ def cautions_of(
     """Headlines, each with an explanation and what to do.
 
     Args:
-        config: of the run; its ``dataset``, ``requested_dataset`` and ``discrete_columns`` are looked at.
+        config: of the run; its ``dataset``, ``requested_dataset`` and ``discrete_columns`` are looked at, and whether
+            ``train_run`` has made it.
         figures: of the test set.
         finished: whether the run was evaluated at its end.
         train: the training's last figures.
@@ -36,8 +37,10 @@ def cautions_of(
         'Collapsed latents'
     """
     found = []
+    of_ones_own = "model" in config or ("parts" in config and "compile" not in config)  # made by train_run
     if not finished:
-        text = "It has no metrics.json: it was stopped before its evaluation. Go on with --resume to get its final figures."
+        again = "Call train_run again, with resume=True," if of_ones_own else "Go on with --resume"
+        text = f"It has no metrics.json: it was stopped before its evaluation. {again} to get its final figures."
         found.append(("This run is not finished", text))
     dataset, requested = config.get("dataset"), config.get("requested_dataset")
     if dataset == "digits" and requested in ("auto", "mnist"):
@@ -54,7 +57,8 @@ def cautions_of(
         text = "no finite standard error is recorded, so nothing tells a difference from noise."
         found.append(("Error bars are missing", f"{', '.join(bare)}: {text}"))
     if (marginal := figures.get("log_marginal")) is not None:
-        found += _importance_weights(marginal)
+        more = "train_run(..., resume=True, importance_samples=...)" if of_ones_own else "--importance-samples"
+        found += _importance_weights(marginal, more)
     if kl is not None and (dead := [f"z{i + 1}" for i, nats in enumerate(kl) if nats < _COLLAPSED]):
         text = (
             f"{', '.join(dead)}: KL below {_COLLAPSED} nats. There the posterior is the prior whatever the data, and the "
@@ -76,7 +80,7 @@ def cautions_of(
     return found
 
 
-def _importance_weights(marginal: FigureOfRun) -> list[tuple[str, str]]:
+def _importance_weights(marginal: FigureOfRun, more: str) -> list[tuple[str, str]]:
     if marginal.unreliable is None:
         text = "log p(x) was made without a check of its importance weights, which takes 25 draws or more."
         return [("Importance weights were not checked", text)]
@@ -85,7 +89,7 @@ def _importance_weights(marginal: FigureOfRun) -> list[tuple[str, str]]:
     ess = "" if marginal.median_ess is None else f" (median effective sample size: {marginal.median_ess:,.1f})"
     text = (
         f"For {marginal.unreliable:,} test observations a few of the {marginal.num_samples or 0:,} draws carry nearly all "
-        f"the weight{ess}. log p(x) reads too low there, and its error bar is too small. More draws (--importance-samples) "
+        f"the weight{ess}. log p(x) reads too low there, and its error bar is too small. More draws ({more}) "
         "mend it slowly. -ELBO is not affected."
     )
     return [("Importance weights are unreliable", text)]

@@ -22,7 +22,7 @@ from pyro_vae.report.cautions import cautions_of
 from pyro_vae.report.comparison import FigureOfRun, compare, conditions
 from pyro_vae.report.explorer import LIMIT, NoExplorerError, decoder_record
 from pyro_vae.report.svg import Panel, panels
-from pyro_vae.report.texts import FIGURES, MEASURES, UNKNOWN_FIGURE
+from pyro_vae.report.texts import FIGURES, MEASURES, title_and_reading
 from pyro_vae.runs.folder import read_config, read_records
 from pyro_vae.runs.load import load_run
 from pyro_vae.runs.presets import PRESETS, Settings
@@ -111,7 +111,7 @@ def read_run(folder: str | Path, *, name: str | None = None, limit: int = _LIMIT
     train = (metrics or {}).get("train", {})
     train = {key: float(value) for key, value in train.items() if _is_number(value)} if isinstance(train, dict) else {}
     explorer, no_explorer = _explorer(folder, settings, latents, limit)
-    pictures, left_out = _pictures(folder / "figures", limit - _size(explorer))
+    pictures, left_out = _pictures(folder / "figures", config, limit - _size(explorer))
     images = (metrics or {}).get("images")
     common = conditions(config, event_shape, images=images if isinstance(images, int) else None)
     if isinstance(identity := config.get("test_identity"), str):
@@ -252,7 +252,7 @@ def _settings(settings: Settings | None, config: Mapping[str, Any]) -> tuple[tup
     preset = None if settings is None else PRESETS.get(settings.preset)
     shown = []
     for name, value in config.items():
-        if name in ("format", "versions"):
+        if name in ("format", "versions", "parts"):  # parts: for comparison when weights are loaded
             continue
         of_preset = getattr(preset, name, None) if preset and name in {field.name for field in fields(Settings)} else value
         same = list(value) == list(of_preset) if isinstance(of_preset, tuple) else value == of_preset
@@ -287,7 +287,7 @@ def _explorer(
     return {**record, "axes": axes, **{key: (latents or {}).get(key) for key in ("points", "labels", "classes")}}, ""
 
 
-def _pictures(folder: Path, room: int) -> tuple[tuple[Picture, ...], tuple[str, ...]]:
+def _pictures(folder: Path, config: Mapping[str, Any], room: int) -> tuple[tuple[Picture, ...], tuple[str, ...]]:
     """The pictures that there is room for, the most telling first, and the names of the others."""
     order = list(FIGURES)
     paths = sorted(folder.glob("*.png"), key=lambda p: (order.index(p.stem) if p.stem in order else len(order), p.stem))
@@ -306,7 +306,7 @@ def _pictures(folder: Path, room: int) -> tuple[tuple[Picture, ...], tuple[str, 
             left_out.append(path.stem)
             continue
         room -= len(encoded)
-        title, reading = FIGURES.get(path.stem, (path.stem.replace("_", " ").replace("-", " "), UNKNOWN_FIGURE))
+        title, reading = title_and_reading(path.stem, config)
         width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))  # of the PNG's header
         shown.append(Picture(path.stem, title, reading, width, height, encoded))
     return tuple(shown), tuple(left_out)

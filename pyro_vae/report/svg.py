@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pyro_vae.training.records import TrainingRecord, horizontal_axis
+from pyro_vae.training.records import TrainingRecord, drawn_terms, horizontal_axis
 
 __all__ = ["Panel", "panels"]
 
@@ -38,7 +38,7 @@ class Panel:
 
 
 def panels(history: Sequence[TrainingRecord]) -> list[Panel]:
-    """A panel each of -ELBO, reconstruction and KL, or of the loss alone where that is all there is.
+    """A panel each of -ELBO, reconstruction and KL, of the loss where it is another figure, and of an objective's own terms.
 
     Args:
         history: records of the training.
@@ -49,9 +49,8 @@ def panels(history: Sequence[TrainingRecord]) -> list[Panel]:
         '44.0,10.0 292.0,140.0'
     """
     unit, places = horizontal_axis(history)
-    names = [name for name in ("neg_elbo", "reconstruction", "kl") if any(name in record.train for record in history)]
     found = []
-    for name in names or ["loss"]:
+    for name in drawn_terms(history):
         train = _points(places, [record.train for record in history], name)
         test = _points(places, [record.test or {} for record in history], name)
         if train or test:

@@ -1,6 +1,9 @@
 """What a report says of each picture and figure: how to read it, in a sentence or two."""
 
-__all__ = ["FIGURES", "MEASURES", "UNKNOWN_FIGURE"]
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["FIGURES", "MEASURES", "UNKNOWN_FIGURE", "title_and_reading"]
 
 # Name of the file -> title, how to read it; in the order in which a page shows them.
 FIGURES = {
@@ -49,6 +52,30 @@ FIGURES = {
     ),
     "training_curves": ("Training curves", "Drawn anew in the page from metrics.jsonl."),
 }
+
+# Of a model that is given more than x in training.
+_CONDITIONAL = {
+    "tsne": "Each point is an observation, coloured by its label if it has one. The model is conditional: latents need not "
+    "carry what it is given beside x, the label, say, so colours may mix. Neighbourhoods can be trusted; distances between "
+    "islands, and their sizes, cannot.",
+}
+# Of a model whose prior is not the standard normal, or that has none.
+_OTHER_PRIOR = {
+    "latent_pairs": "Each point is an observation, seen along the axes that vary most. An axis whose points all lie close "
+    "together says little about the data.",
+}
+
+
+def title_and_reading(name: str, config: Mapping[str, Any]) -> tuple[str, str]:
+    """The title of a picture of this name, and how to read it for the model of this config."""
+    title, reading = FIGURES.get(name, (name.replace("_", " ").replace("-", " "), UNKNOWN_FIGURE))
+    batch, parts = config.get("batch"), config.get("parts")
+    if isinstance(batch, dict) and len(batch) > 1:
+        reading = _CONDITIONAL.get(name, reading)
+    # A run that settings describe has a standard normal; those of earlier versions do not name it.
+    prior = parts.get("module.prior") if isinstance(parts, dict) else None if "model" in config else "StandardNormal"
+    return title, reading if prior == "StandardNormal" else _OTHER_PRIOR.get(name, reading)
+
 
 UNKNOWN_FIGURE = "A picture that the run left behind; the script that made it says what it shows."
 

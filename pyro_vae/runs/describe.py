@@ -16,13 +16,14 @@ from pyro_vae import _processes as processes
 from pyro_vae.data.dataset import Data
 from pyro_vae.estimates.log_weights import base_distribution, weigh
 from pyro_vae.models.autoencoder import Autoencoder
+from pyro_vae.models.description import description
 from pyro_vae.models.programs import ProgramPair, evaluating, is_program_pair
 from pyro_vae.models.vae import VAE
 from pyro_vae.runs.presets import Settings
 from pyro_vae.training.objective import Objective
 from pyro_vae.training.state import identity, processor
 
-__all__ = ["described", "further", "model_of", "name_of", "prepared", "provenance"]
+__all__ = ["described", "further", "model_of", "name_of", "parts_of", "prepared", "provenance"]
 
 
 def model_of(objective: Objective) -> Any:
@@ -108,7 +109,7 @@ def _likelihood(model: Any, batch: Sequence[Tensor]) -> str:
 
 def further(about: Mapping[str, Any]) -> dict[str, Any]:
     """Entries of config.json that say nothing else than it does."""
-    own = {"format", "event_shape", "model", "objective", "likelihood", "batch", "training"}
+    own = {"format", "event_shape", "model", "objective", "likelihood", "batch", "training", "parts"}
     if clash := sorted(about.keys() & (own | {each.name for each in fields(Settings)})):
         raise ValueError(f"about: {', '.join(clash)}: entries that config.json has itself. Give others these names.")
     try:
@@ -116,6 +117,11 @@ def further(about: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"about: expected plain values, as JSON has them: {error}.") from error
     return dict(about)
+
+
+def parts_of(model: Any) -> dict[str, str]:
+    """What a model is, by the path of each part, however its programs were passed."""
+    return description(ProgramPair(model) if is_program_pair(model) else model)
 
 
 def _model_name(model: Any) -> str:

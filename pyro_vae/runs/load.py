@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from pyro_vae._checks import usable_device
 from pyro_vae._files import CheckpointError, read_tensors
 from pyro_vae.models.autoencoder import Autoencoder
+from pyro_vae.models.description import description, differences
 from pyro_vae.models.programs import ProgramPair, is_program_pair
 from pyro_vae.models.vae import VAE
 from pyro_vae.runs.folder import CONFIG, WEIGHTS, read_config, read_settings
@@ -62,9 +63,22 @@ def load_run(folder: str | Path, *, model: Any = None, device: torch.device | st
     weights = _weights(folder)
     held = _prepared(given, weights, config) if isinstance(given, ProgramPair) else given
     _fill(held, weights, folder / WEIGHTS, f"the given model (the run's is {its})")
+    _check_parts(given, config, folder / CONFIG)
     if place is not None:
         given.to(place)
     return (model if isinstance(model, nn.Module) else given).eval()
+
+
+def _check_parts(model: nn.Module, config: Mapping[str, Any], path: Path) -> None:
+    """Refuse a model of other parts than the run's: weights that fit it too would give other figures without a word."""
+    saved = config.get("parts", {})  # of an earlier version's run none are known
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{path}: parts: expected texts by name, found {saved!r:.80}. Train again.")
+    if changed := differences(saved, description(model)):
+        raise CheckpointError(
+            f"{path}: the given model is not built like that of the run (saved -> given): {'; '.join(changed)}. Build the "
+            "same."
+        )
 
 
 def _built(folder: Path) -> VAE | Autoencoder:

@@ -94,8 +94,15 @@ class RunSettings:
         """As ``config.json`` has them.
 
         Raises:
-            CheckpointError: one is missing, or has a value that it cannot have.
+            CheckpointError: one is missing, or has a value that it cannot have; or train_run has written them, for data that
+                only the program has that called it.
         """
+        if not config.keys() & {"compile", "precision", "pixels"}:
+            raise CheckpointError(
+                f"{folder}: this run was made from Python by train_run, on data that its config does not describe. Measure "
+                f"it there: evaluate(load_run({str(folder)!r}), data); or go on with it: train_run({str(folder)!r}, "
+                "objective, data, settings=settings, resume=True)."
+            )
         own = config.get("data") is not None  # then the dataset's name there is that of the data
         names = [each.name for each in fields(RunSettings) if not (own and each.name == "dataset")]
         values: dict[str, Any] = {name: config.get(name) for name in names}

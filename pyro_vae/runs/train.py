@@ -19,9 +19,10 @@ from pyro_vae.analysis.gallery import SHOWN, run_figures
 from pyro_vae.data.dataset import Data
 from pyro_vae.data.own import DataLike, as_data
 from pyro_vae.estimates.evaluate import evaluate
+from pyro_vae.estimates.log_weights import NoDensityError
 from pyro_vae.estimates.records import Estimate
 from pyro_vae.models.likelihoods import NormalLikelihood
-from pyro_vae.runs.describe import described, further, model_of, name_of, prepared, provenance
+from pyro_vae.runs.describe import described, further, model_of, name_of, parts_of, prepared, provenance
 from pyro_vae.runs.folder import (
     CONFIG,
     append_jsonl,
@@ -41,6 +42,7 @@ from pyro_vae.runs.signals import Signals
 from pyro_vae.training.checkpoint import Checkpoints
 from pyro_vae.training.fit import NonFiniteError, fit
 from pyro_vae.training.objective import Objective
+from pyro_vae.training.optimizers import learning_rate
 from pyro_vae.training.records import TrainingRecord
 from pyro_vae.training.state import TrainingStoppedError, progress_of
 
@@ -138,14 +140,18 @@ def train_run(
         >>> vae = load_run("runs/mine", model=my_vae())  # doctest: +SKIP
     """
     options = _checked(objective, settings, options)
-    importance_samples = whole_number("importance_samples", importance_samples, minimum=0)
+    if whole_number("importance_samples", importance_samples, minimum=0) == 1:
+        raise ValueError("importance_samples: expected 0 or a whole number >= 2, found 1.")
     model = model_of(objective) if model is None else model
     train, held_out = _on_device(objective, data, test, options.get("device"))
     held, batch = prepared(objective, model, train, whole_number("batch_size", options.get("batch_size", 128)))
     about = provenance(train, held_out, options) | further(about or {})
     if settings is None:
-        defaults = {name: inspect.signature(fit).parameters[name].default for name in ("batch_size", "lr")}
-        about = described(objective, model, train, batch, defaults | options) | about
+        defaults = {
+            "batch_size": inspect.signature(fit).parameters["batch_size"].default,
+            "lr": learning_rate(options.get("lr"), options.get("optimizer")),
+        }
+        about = described(objective, model, train, batch, defaults | {**options, "lr": defaults["lr"]}) | about
     name = settings.preset if settings is not None else name_of(objective if model is None else model)
     path, checkpoint = _open(folder, f"{name}-{train.name}", resume, overwrite)
     is_first = processes.rank() == 0
@@ -181,7 +187,12 @@ def _checked(objective: Any, settings: Settings | None, options: dict[str, Any])
     if differ := [name for name, value in training.items() if name in options and options[name] != value]:
         text = ", ".join(f"{name} {training[name]} in settings, {options[name]} beside them" for name in differ)
         raise ValueError(f"train_run: found {text}. Change the settings: dataclasses.replace(settings, ...).")
-    return {**training, **options}
+    options = {**training, **options}
+    epochs, steps = options.get("epochs"), options.get("steps")
+    if (epochs is None) == (steps is None):
+        raise ValueError(f"train_run: expected either epochs or steps, found epochs={epochs}, steps={steps}.")
+    learning_rate(options.get("lr"), options.get("optimizer"))
+    return options
 
 
 def _on_device(objective: Objective, data: DataLike, test: DataLike | None, device: Any) -> tuple[Data, Data | None]:
@@ -212,7 +223,8 @@ def _begin(run: _Run, checkpoint: dict[str, Any] | None, resume: bool) -> None:
     """Write what is known before training, and say it."""
     train, say = run.train, run.say
     progress = None if checkpoint is None else progress_of(checkpoint)
-    write_config(run.folder, run.settings, event_shape=tuple(train.event_shape), **run.about)
+    parts = parts_of(run.objective if run.model is None else run.model)
+    write_config(run.folder, run.settings, event_shape=tuple(train.event_shape), parts=parts, **run.about)
     write_jsonl(run.folder / "metrics.jsonl", [record.to_json() for record in progress.history] if progress else [])
     size = sum(p.numel() for p in run.held.parameters())
     held_out = "" if run.test is None else f" and {len(run.test):,} test"
@@ -285,6 +297,9 @@ def _evaluated(run: _Run, importance_samples: int) -> dict[str, Estimate]:
         return {}
     try:
         return evaluate(run.model, run.test, importance_samples=importance_samples, seed=run.options.get("seed", 0))
+    except NoDensityError as error:
+        run.say(f"no figures of the test data: {error}")
+        return {}
     except ValueError as error:
         raise ValueError(
             f"{error} The run in {run.folder} is trained: call again with resume=True, and with importance_samples=0 where "

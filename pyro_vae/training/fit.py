@@ -19,12 +19,13 @@ from pyro_vae._checks import compile_choice, number, one_of, usable_device, whol
 from pyro_vae._files import CheckpointError, check_writable
 from pyro_vae.data.dataset import Data
 from pyro_vae.data.own import DataLike, as_data
+from pyro_vae.models.description import description
 from pyro_vae.training.batches import batches_of, streams
 from pyro_vae.training.checkpoint import Checkpoints
 from pyro_vae.training.compiled_step import CompiledStep
 from pyro_vae.training.distributed import DistributedStep
 from pyro_vae.training.objective import Objective
-from pyro_vae.training.optimizers import Scheduler, describe, make_optimizer
+from pyro_vae.training.optimizers import Scheduler, describe, learning_rate, make_optimizer
 from pyro_vae.training.records import TrainingRecord, format_record
 from pyro_vae.training.state import Keeper, Progress, identity, restore
 from pyro_vae.training.step import EagerStep, NonFiniteStepError
@@ -47,7 +48,7 @@ def fit(
     steps: int | None = None,
     record_every: int | None = None,
     batch_size: int = 128,
-    lr: float = 1e-3,
+    lr: float | None = None,
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
     schedule_by: str = "epoch",
@@ -88,7 +89,7 @@ def fit(
         record_every: steps from record to record; default: a record at the end of each epoch. The last record, at the end,
             may hold fewer.
         batch_size: observations per step; the last batch of an epoch holds what is left.
-        lr: learning rate.
+        lr: learning rate. None: that of ``functools.partial(optimizer, lr=...)``, or else 1e-3.
         optimizer: called as ``optimizer(parameters, lr=lr)``: a class of :mod:`torch.optim`, or one with arguments,
             ``functools.partial(torch.optim.SGD, momentum=0.9)``. None: Adam, which is the fastest when compiled.
         schedule: called with the optimiser: a class of :mod:`torch.optim.lr_scheduler` with its arguments,
@@ -133,8 +134,9 @@ def fit(
         NotTheSameWarning: ``resume`` was made with another number of threads or processes, another version of torch, or
             on another processor.
     """
+    lr = learning_rate(lr, optimizer)
     _check_parts(objective, checkpoints, stop=stop, on_record=on_record, optimizer=optimizer, schedule=schedule)
-    batch_size, lr, seed = whole_number("batch_size", batch_size), number("lr", lr), whole_number("seed", seed, minimum=0)
+    batch_size, seed = whole_number("batch_size", batch_size), whole_number("seed", seed, minimum=0)
     clip_grad_norm = None if clip_grad_norm is None else number("clip_grad_norm", clip_grad_norm)
     checkpoint_every = None if checkpoint_every is None else whole_number("checkpoint_every", checkpoint_every)
     patience = None if patience is None else whole_number("patience", patience)
@@ -149,6 +151,7 @@ def fit(
     schedules = Scheduler(scheduler, schedule_by)
     settings = {
         "objective": objective.identity(),
+        "parts": description(objective),
         "data": identity(data) if checkpoints or resume else "",
         "test": identity(held_out) if held_out is not None and (checkpoints or resume) else "",
         "batch_size": batch_size,

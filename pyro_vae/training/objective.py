@@ -29,11 +29,18 @@ class Objective(nn.Module):
         """Raise a ``ValueError`` if the objective is not defined for these observations; called before training."""
 
     def identity(self) -> str:
-        """What tells one objective from another: a run that is resumed must have the same."""
+        """What tells one objective from another: a run that is resumed must have the same.
+
+        Beside it, a resumed run must have the same :func:`~pyro_vae.models.description.description`: the plain attributes of
+        the objective and of its modules as they are before the first step.
+        """
         return type(self).__name__
 
     def at_step(self, step: int, steps: int) -> None:
-        """Set what changes in the course of training; called before each step, of which ``step`` of ``steps`` were made."""
+        """Set what changes in the course of training; called before each step, of which ``step`` of ``steps`` were made.
+
+        Keep it in a buffer: checkpoints hold buffers, and a compiled step takes their values as they are.
+        """
 
     def diagnose(self, *batch: Tensor) -> str:
         """What to tell of a batch whose loss or gradient is not finite.

@@ -16,10 +16,10 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 
 from pyro_vae._checks import number, whole_number
-from pyro_vae.estimates.log_weights import Weights, weigh
+from pyro_vae.estimates.log_weights import Weights, check_sites, weigh
 from pyro_vae.estimates.prior_sampling import direct_log_prob, pairwise_log_prob
 from pyro_vae.models.autoencoder import Autoencoder
-from pyro_vae.models.programs import ProgramPair, example_of
+from pyro_vae.models.programs import ProgramPair, evaluating, example_of
 from pyro_vae.models.vae import VAE
 from pyro_vae.training.objective import Objective
 from pyro_vae.training.schedules import Schedule
@@ -88,7 +88,9 @@ class NegativeELBO(Objective):
     what the likelihood adds (``squared_error`` for :class:`~pyro_vae.models.likelihoods.NormalLikelihood`).
 
     Raises:
-        ValueError: no model and guide, unknown estimator, fewer than one particle, beta not positive.
+        ValueError: no model and guide, unknown estimator, fewer than one particle, beta not positive. Before training: a
+            guide that is a point mass at a site of the model, since log q is then no log density and the loss no ELBO; or
+            that draws outside the support of the model's distribution.
     """
 
     beta: Tensor
@@ -154,6 +156,9 @@ class NegativeELBO(Objective):
 
     def prepare(self, *batch: Tensor) -> None:
         self.pair.prepare(*batch)
+        devices = [t.device for t in batch if t.is_cuda][:1]
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), evaluating(*self.pair.programs):
+            check_sites(self._weigh(batch).sites)
 
     def check(self, *batch: Tensor) -> None:
         self.pair.check(*batch)

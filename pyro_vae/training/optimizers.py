@@ -1,5 +1,6 @@
 """Optimisers and schedules of the learning rate, as they are asked for."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,11 +9,35 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from pyro_vae._checks import number
 from pyro_vae.engine.cache import ensure_cache
 from pyro_vae.training.objective import Objective
 from pyro_vae.training.records import TrainingRecord
 
-__all__ = ["Scheduler", "describe", "make_optimizer"]
+__all__ = ["Scheduler", "describe", "learning_rate", "make_optimizer"]
+
+_LR = 1e-3  # where none is given
+
+
+def learning_rate(lr: float | None, optimizer: Callable[..., Any] | None) -> float:
+    """That which is given; or else that of ``functools.partial(optimizer, lr=...)``, or else 1e-3.
+
+    Raises:
+        ValueError: both are given, or it is no number > 0; or the optimiser is one of its own, or one of Pyro's.
+    """
+    is_class = isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)
+    is_of_pyro = not is_class and str(getattr(optimizer, "__module__", "")).startswith("pyro.optim")
+    if isinstance(optimizer, torch.optim.Optimizer) or is_of_pyro:
+        kind = getattr(optimizer, "__name__", type(optimizer).__name__)
+        found = f"{kind} of pyro.optim, an optimiser for Pyro's SVI" if is_of_pyro else f"one that is made, of {kind}"
+        raise ValueError(
+            f"optimizer: expected what makes an optimiser of torch.optim, found {found}. Pass the class, torch.optim.SGD, "
+            "or functools.partial(torch.optim.SGD, momentum=0.9)."
+        )
+    own = optimizer.keywords.get("lr") if isinstance(optimizer, functools.partial) else None
+    if lr is not None and own is not None:
+        raise ValueError(f"lr: found {lr!r}, and {own!r} in optimizer. Give one of the two.")
+    return number("lr", _LR if lr is None and own is None else own if lr is None else lr)
 
 
 def make_optimizer(

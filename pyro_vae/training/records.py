@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["TrainingRecord", "horizontal_axis"]
+__all__ = ["TrainingRecord", "drawn_terms", "horizontal_axis"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,27 @@ def horizontal_axis(history: Sequence[TrainingRecord]) -> tuple[str, list[int]]:
     return "step", [record.step for record in history]
 
 
+def drawn_terms(history: Sequence[TrainingRecord]) -> list[str]:
+    """The terms whose curves tell of a training: the bound and its parts, the loss where it is another, terms of one's own.
+
+    Example:
+        >>> drawn_terms([TrainingRecord(1, 5, {"loss": 3.0, "neg_elbo": 2.0, "mmd": 1.0})])
+        ['neg_elbo', 'loss', 'mmd']
+    """
+    found = {name: None for record in history for name in record.train}
+    names: list[str] = [name for name in ("neg_elbo", "reconstruction", "kl") if name in found]
+    if "loss" in found and any(_is_another(record.train.get("loss"), record.train.get("neg_elbo")) for record in history):
+        names.append("loss")
+    return [*names, *(name for name in found if name not in (*names, "loss", "squared_error"))]  # the last: affine in others
+
+
+def _is_another(loss: Any, other: Any) -> bool:
+    """Whether they differ by more than roundings; a file may hold anything."""
+    if not (isinstance(loss, int | float) and isinstance(other, int | float)):
+        return True
+    return not abs(loss - other) <= 1e-6 * abs(loss)
+
+
 _LABELS = {"reconstruction": "rec", "kl": "kl", "neg_elbo": "-ELBO", "squared_error": "squared error"}
 
 
@@ -92,7 +113,7 @@ def format_record(record: TrainingRecord, *, by_steps: bool = False) -> str:
     """
     train = record.train
     names: list[str] = [name for name in ("reconstruction", "squared_error", "kl", "neg_elbo") if name in train]
-    if "neg_elbo" not in train or abs(train["loss"] - train["neg_elbo"]) > 1e-6 * abs(train["loss"]):
+    if _is_another(train["loss"], train.get("neg_elbo")):
         names.append("loss")
     when = f"step {record.step:5d}" if by_steps else f"epoch {record.epoch:2d}"
     parts = [when, *(f"{_LABELS.get(name, name)}={_figure(name, train[name])}" for name in names)]

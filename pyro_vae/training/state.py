@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_vae import _processes as processes
 from pyro_vae._files import CheckpointError
 from pyro_vae.data.dataset import Data
+from pyro_vae.models.description import differences
 from pyro_vae.training.checkpoint import Checkpoints
 from pyro_vae.training.objective import Objective
 from pyro_vae.training.records import TrainingRecord
@@ -210,7 +211,9 @@ def restore(
         saved, conditions, tensors = resume["settings"], resume["conditions"], resume["tensors"]
         resume["noise"][0]["cpu"], resume["not_compiled"], resume["optimizer"], resume["scheduler"]
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        changed = [f"{name}: {saved.get(name)} -> {value}" for name, value in settings.items() if saved.get(name) != value]
+        asked = {name: value for name, value in settings.items() if name != "parts"}
+        changed = [f"{name}: {saved.get(name)} -> {value}" for name, value in asked.items() if saved.get(name) != value]
+        changed += differences(saved.get("parts", {}), settings["parts"])  # earlier versions kept none
         conditions = dict(conditions)
     expected = _tensors(objective)
     for name in {**found, **expected}:

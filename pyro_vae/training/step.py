@@ -117,3 +117,8 @@ def _check_terms(objective: Objective, terms: Any) -> None:
         raise ValueError(
             f"fit: expected {type(objective).__name__} to return a dict of scalar tensors with 'loss', found {found}."
         )
+    if not terms["loss"].requires_grad:
+        raise ValueError(
+            f"fit: expected the loss of {type(objective).__name__} to depend on parameters that are trained, found one "
+            "without a gradient. Look for detach(), no_grad() or item() on its way."
+        )

@@ -98,6 +98,14 @@ def test_training_curves(epochs, test):
         assert ax.get_xlabel() == "epoch"
 
 
+def test_training_curves_of_an_objective_of_ones_own():
+    history = [TrainingRecord(e, 5 * e, {"loss": 7.0 / e, "reconstruction": 5.0, "mmd": 0.2, "gap": 0.1}) for e in (1, 2)]
+    axes = charts.training_curves(history).axes
+    assert [ax.get_title() for ax in axes] == ["reconstruction", "loss", "mmd", "gap"]
+    assert list(axes[1].lines[0].get_ydata()) == [7.0, 3.5]
+    assert [ax.get_ylabel() for ax in axes] == ["nats per image", "", "", ""]
+
+
 def test_training_curves_by_steps_where_records_do_not_end_epochs():
     history = [
         TrainingRecord(math.ceil(step / 6), step, {"neg_elbo": 3.0, "reconstruction": 2.0, "kl": 1.0}) for step in (4, 8, 9)

@@ -697,3 +697,14 @@ def test_a_third_partys_vae_is_trained_by_its_name_alone():
     history = fit(NegativeELBO(vae), x, epochs=30, verbose=False)
     assert history[-1].train["loss"] < history[0].train["loss"]
     assert not any(torch.equal(p, q) for p, q in zip(vae.parameters(), before, strict=True))
+
+
+def test_the_warning_points_at_the_users_line():
+    toy = LinearGaussian(stretch=0.2)
+    for measure in (
+        lambda: log_marginal(toy.model, toy.guide, X, num_samples=500),
+        lambda: evaluate(toy.model, toy.guide, X, importance_samples=500),
+    ):
+        with pytest.warns(UnreliableEstimateWarning) as seen:
+            measure()
+        assert [warning.filename for warning in seen] == [__file__]

@@ -50,7 +50,7 @@ def run(tmp_path):
     test = {name: asdict(figure) for name, figure in figures.items()}
     write_json(folder / "metrics.json", {"seconds": 1.5, "train": {"neg_elbo": 45.0}, "test": test})
     parts = {"neg_elbo": 45.0, "reconstruction": 44.0, "kl": 1.0}
-    records = [TrainingRecord(n, 5 * n, {"loss": 45.0 / n, **parts}, parts) for n in (1, 2)]
+    records = [TrainingRecord(n, 5 * n, {"loss": 45.0, **parts}, parts) for n in (1, 2)]
     write_jsonl(folder / "metrics.jsonl", [record.to_json() for record in records])
     add_pictures(folder)
     return folder
@@ -185,7 +185,8 @@ def test_several_runs_share_the_room_only_where_it_is_short(run, tmp_path, monke
 
 def test_panels():
     history = [TrainingRecord(n, 5 * n, {"loss": 1.0, "neg_elbo": 100.0 / n}, {"neg_elbo": 110.0 / n}) for n in (1, 2, 4)]
-    (panel,) = panels(history)
+    panel, loss = panels(history)
+    assert loss.name == "loss"  # which is another figure
     assert (panel.name, panel.unit) == ("neg_elbo", "epoch")
     assert panel.summary == "training from 100.00 to 25.00; test from 110.00 to 27.50"
     xs, ys = zip(*(map(float, pair.split(",")) for pair in panel.train.split()), strict=True)
@@ -194,6 +195,39 @@ def test_panels():
     assert panels([]) == panels([TrainingRecord(1, 5, {"loss": float("nan")})]) == []
     (one,) = panels([TrainingRecord(1, 3, {"loss": 2.0}), TrainingRecord(1, 5, {"loss": 2.0})])
     assert (one.unit, one.test) == ("step", "")
+
+
+def test_the_loss_and_the_terms_of_an_objective_of_ones_own_have_panels():
+    terms = {"loss": 7.0, "reconstruction": 5.0, "mmd": 0.2, "squared_error": 9.0}
+    assert [panel.name for panel in panels([TrainingRecord(1, 5, terms, terms)])] == ["reconstruction", "loss", "mmd"]
+    same = {"loss": 100.00000001, "neg_elbo": 100.0}  # compiled, a rounding apart
+    assert [panel.name for panel in panels([TrainingRecord(1, 5, same)])] == ["neg_elbo"]
+
+
+def test_pictures_are_read_as_the_model_is():
+    standard = {"model": "VAE", "parts": {"module.prior": "StandardNormal"}, "batch": {"x": []}}
+    own, conditional = standard | {"parts": {"module.prior": "NormalMixture"}}, standard | {"batch": {"x": [], "y": []}}
+
+    def reading(name, config):
+        return report_texts.title_and_reading(name, config)[1]
+
+    for config in ({}, standard):  # {}: of an earlier version, described by settings
+        assert "standard deviation 1" in reading("latent_pairs", config)
+        assert "which the training never saw" in reading("tsne", config)
+    assert "standard deviation 1" not in reading("latent_pairs", own)
+    assert "never saw" not in reading("tsne", conditional)
+    assert "standard deviation 1" in reading("latent_pairs", conditional)
+
+
+def test_cautions_of_a_run_from_python_name_what_works_there():
+    weights = [FigureOfRun("log_marginal", -97.0, 0.01, 100, median_ess=1.5, unreliable=12)]
+    for config, more in (
+        ({"compile": "auto", "parts": {}}, "(--importance-samples)"),
+        ({"model": "VAE"}, "(train_run(..., resume=True, importance_samples=...))"),
+        ({"preset": "mine", "parts": {}}, "(train_run(..., resume=True, importance_samples=...))"),
+    ):
+        assert more in told(config, weights)["Importance weights are unreliable"]
+    assert "with resume=True" in told({"model": "VAE"}, finished=False)["This run is not finished"]
 
 
 def test_a_run_of_an_earlier_version(run):

@@ -1,6 +1,8 @@
 """Runs of one's own: any objective on any data into a run folder, and back."""
 
+import functools
 import json
+import math
 import pickle
 
 import pyro
@@ -19,6 +21,7 @@ from pyro_vae import (
     MLPDecoder,
     MLPEncoder,
     NegativeELBO,
+    NormalLikelihood,
     Objective,
     ReconstructionError,
     TrainingStoppedError,
@@ -28,6 +31,7 @@ from pyro_vae import (
     load_run,
     train_run,
 )
+from pyro_vae._files import read_tensors, write_tensors
 from pyro_vae.analysis.latent import latent_means
 from pyro_vae.cli import main
 from pyro_vae.data.own import as_data
@@ -48,7 +52,28 @@ def laplace(output):
 
 
 def mine(**parts):
-    return VAE(MLPEncoder(**SHAPE), MLPDecoder(**SHAPE), latent_dim=2, event_shape=(1, 4, 4), likelihood=laplace, **parts)
+    parts = {"likelihood": laplace, **parts}
+    return VAE(MLPEncoder(**SHAPE), MLPDecoder(**SHAPE), latent_dim=2, event_shape=(1, 4, 4), **parts)
+
+
+def normal_prior(scale):
+    return lambda: dist.Normal(torch.zeros(2), scale).to_event(1)
+
+
+def diagonal(output):
+    loc, log_scale = output
+    return dist.Normal(loc, log_scale.exp()).to_event(1)
+
+
+class Weighted(Objective):
+    """An objective without a model, with a setting."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.net, self.weight = nn.Linear(16, 16), weight
+
+    def forward(self, x):
+        return {"loss": self.weight * (self.net(x.flatten(1)) - x.flatten(1)).square().mean()}
 
 
 def programs():
@@ -163,22 +188,84 @@ def test_a_run_that_is_refused_leaves_the_folder_as_it_was(tmp_path):
 
 
 def test_a_run_that_cannot_be_evaluated_keeps_its_training(tmp_path):
-    """A guide without a density has no importance weights."""
-    model, _ = programs()
     net = nn.Linear(16, 2)
 
-    def point(x):
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample(
+                "x", dist.Normal(z.sum(-1, keepdim=True).expand(*z.shape[:-1], 16), 1.0).to_event(1), obs=x.flatten(1)
+            )
+            if z.dim() == 3 and len(z) == 25:  # the draws of log p(x)
+                pyro.factor("broken", torch.full(z.shape[:-1], math.inf))
+
+    def guide(x):
         pyro.module("net", net)
         with pyro.plate("rows", len(x)):
-            pyro.sample("z", dist.Delta(net(x.flatten(1)), event_dim=1))
+            pyro.sample("z", dist.Normal(net(x.flatten(1)), 0.5).to_event(1))
 
-    arguments = (tmp_path / "run", NegativeELBO(model, point), X)
-    with pytest.raises(ValueError, match=r"a point mass in the guide.*is trained: call again with resume=True.*samples=0"):
+    arguments = (tmp_path / "run", NegativeELBO(model, guide), X)
+    with pytest.raises(ValueError, match=r"site 'broken'.*is trained: call again with resume=True.*samples=0"):
         train_run(*arguments, test=X[:9], **QUICK)
     trained = net.weight.clone()
     folder = train_run(*arguments, test=X[:9], resume=True, **{**QUICK, "importance_samples": 0})
     assert torch.equal(net.weight, trained)
     assert "neg_elbo" in json.loads((folder / "metrics.json").read_text())["test"]
+
+
+class Deterministic(Objective):
+    """An objective without a density of z: the code is a point."""
+
+    def __init__(self):
+        super().__init__()
+        self.vae = mine(posterior=lambda output: dist.Delta(output[0], event_dim=1))
+
+    def forward(self, x):
+        return {"loss": -self.vae.decode(self.vae.encode(x).rsample()).log_prob(x).mean()}
+
+
+def test_a_posterior_without_a_density_is_trained_and_not_measured(tmp_path, capsys):
+    objective = Deterministic()
+    folder = train_run(tmp_path / "run", objective, X, test=X[:9], **{**QUICK, "verbose": True})
+    assert "no figures of the test data: site 'z' is a point mass in the guide" in capsys.readouterr().out
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["test"] == {}
+    assert metrics["train"]["loss"] > 0
+    with pytest.raises(ValueError, match="point mass in the guide"):
+        evaluate(objective.vae, X)
+    with pytest.raises(ValueError, match=r"point mass in the guide \(Delta\).*ReconstructionError"):
+        train_run(tmp_path / "other", NegativeELBO(objective.vae), X, **QUICK)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"importance_samples": 1}, "importance_samples: expected 0 or a whole number >= 2, found 1"),
+        ({"epochs": None}, "expected either epochs or steps"),
+        ({"steps": 3}, "expected either epochs or steps"),
+        ({"optimizer": functools.partial(torch.optim.SGD, lr=0.1), "lr": 0.2}, "lr: found 0.2, and 0.1 in optimizer"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_made(tmp_path, options, match):
+    with pytest.raises(ValueError, match=match):
+        train_run(tmp_path / "run", NegativeELBO(mine()), X, test=X[:9], **{**QUICK, **options})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_settings_made_in_python_tells_the_command_line_where_to_go(tmp_path, capsys):
+    settings = Settings("mine", "bernoulli", (6,), latent_dim=2, batch_size=10, lr=0.01, epochs=1)
+    vae = settings.build_vae((1, 4, 4))
+    quiet = {"verbose": False, "figures": False, "importance_samples": 0}
+    folder = train_run(tmp_path / "run", settings.build_objective(vae), X, test=X[:9], settings=settings, **quiet)
+    for command in (["evaluate", folder], ["train", "--resume", folder]):
+        with pytest.raises(SystemExit) as exit:
+            main([str(word) for word in command])
+        assert exit.value.code == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "this run was made from Python by train_run" in said
+        assert f"evaluate(load_run({str(folder)!r}), data)" in said
+    assert evaluate(load_run(folder), X[:9])["neg_elbo"].value == evaluate(vae, X[:9])["neg_elbo"].value
 
 
 def test_without_model_the_reader_is_told_how(tmp_path, capsys):
@@ -354,3 +441,50 @@ def test_the_test_set_is_encoded_once_for_all_that_shows_it(tmp_path, monkeypatc
     assert sorted(encoded) == [len(data[1]), len(data[0])]
     found = torch.tensor(json.loads((tmp_path / "run" / "latents.json").read_text())["means"])
     torch.testing.assert_close(found, latent_means(vae, data[1].subset(slice(len(found)))), atol=1e-4, rtol=0)
+
+
+def resumed_and_loaded(folder, build, other):
+    """What is said of a run that goes on, or is loaded, as another."""
+    train_run(folder, NegativeELBO(build()), X, test=X[:9], **QUICK)
+    with pytest.raises(CheckpointError) as going_on:
+        train_run(folder, NegativeELBO(other()), X, test=X[:9], **{**QUICK, "epochs": 3}, resume=True)
+    with pytest.raises(CheckpointError) as loading:
+        load_run(folder, model=other())
+    return str(going_on.value), str(loading.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "one", "other", "named"),
+    [
+        ("likelihood", NormalLikelihood(0.5), NormalLikelihood(0.01), "module.likelihood.variance: 0.5 -> 0.01"),
+        ("likelihood", laplace, NormalLikelihood(), "module.likelihood: laplace -> NormalLikelihood"),
+        ("prior", normal_prior(1.0), normal_prior(9.0), "module.prior.scale: 1.0 -> 9.0"),
+        ("posterior", None, diagonal, "module.posterior: DiagonalNormal -> diagonal"),
+    ],
+)
+def test_a_run_of_another_model_is_neither_resumed_nor_loaded(tmp_path, part, one, other, named):
+    going_on, loading = resumed_and_loaded(tmp_path / "run", lambda: mine(**{part: one}), lambda: mine(**{part: other}))
+    assert f"pair.{named}" in going_on
+    assert f"(saved -> given): {named}" in loading
+
+
+def test_an_objective_of_ones_own_with_another_setting_is_not_resumed(tmp_path):
+    train_run(tmp_path / "run", Weighted(10.0), X, **QUICK)
+    with pytest.raises(CheckpointError, match="weight: 10.0 -> 1000.0"):
+        train_run(tmp_path / "run", Weighted(1000.0), X, **{**QUICK, "epochs": 3}, resume=True)
+
+
+def test_a_run_of_an_earlier_version_goes_on_and_is_loaded(tmp_path):
+    """Its checkpoints and config do not say what its parts are."""
+    folder = train_run(tmp_path / "run", NegativeELBO(mine()), X, test=X[:9], **QUICK)
+    config = json.loads((folder / "config.json").read_text())
+    del config["parts"]
+    (folder / "config.json").write_text(json.dumps(config))
+    for path in (folder / "checkpoints").glob("*.pt"):
+        content = read_tensors(path)
+        if "settings" in content:
+            del content["settings"]["parts"]
+            write_tensors(path, content)
+    load_run(folder, model=mine())
+    train_run(folder, NegativeELBO(mine()), X, test=X[:9], **{**QUICK, "epochs": 3}, resume=True)
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3

@@ -555,6 +555,13 @@ def test_an_optimizer_of_ones_own_is_a_loop_by_hand():
             "optimizer: expected what makes an optimiser of torch.optim, found str",
         ),
         ({"optimizer": "adam"}, "optimizer: expected a function, found 'adam'"),
+        ({"optimizer": torch.optim.SGD([torch.zeros(1)], lr=0.1)}, r"found one that is made, of SGD\. Pass the class"),
+        (
+            {"optimizer": pyro.optim.Adam({"lr": 0.1})},
+            r"found .* of pyro.optim, an optimiser for Pyro's SVI\. Pass the class",
+        ),
+        ({"optimizer": pyro.optim.Adam}, r"found Adam of pyro.optim, an optimiser for Pyro's SVI\. Pass the class"),
+        ({"optimizer": functools.partial(torch.optim.SGD, lr=0.1), "lr": 0.2}, "lr: found 0.2, and 0.1 in optimizer"),
         ({"schedule": lambda optimizer: 0.1}, "schedule: expected what makes a schedule of .*lr_scheduler, found float"),
         ({"schedule_by": "hour"}, "schedule_by: expected one of epoch, step, found 'hour'"),
         ({"patience": 0}, "patience: expected a whole number >= 1, found 0"),
@@ -566,6 +573,23 @@ def test_bad_optimizers_and_schedules(vae, arguments, match):
     with pytest.raises(ValueError, match=match):
         fit(NegativeELBO(vae), X, epochs=1, verbose=False, **arguments)
     assert equal(weights(vae), before)
+
+
+def test_the_learning_rate_of_a_partial_holds(vae):
+    other = copy.deepcopy(vae)
+    fit(NegativeELBO(vae), X, steps=3, optimizer=functools.partial(torch.optim.SGD, lr=0.1), verbose=False)
+    fit(NegativeELBO(other), X, steps=3, optimizer=torch.optim.SGD, lr=0.1, verbose=False)
+    assert equal(weights(vae), weights(other))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_loss_without_a_gradient_is_refused(vae, compile):
+    class Detached(NegativeELBO):
+        def forward(self, *batch):
+            return {"loss": super().forward(*batch)["loss"].detach()}
+
+    with pytest.raises(ValueError, match="expected the loss of Detached to depend on parameters .* without a gradient"):
+        fit(Detached(vae), X, steps=2, compile=compile, verbose=False)
 
 
 def test_plateau_without_test_data_goes_by_the_training_loss(vae):
