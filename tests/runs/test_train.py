@@ -231,7 +231,7 @@ def test_no_file_of_a_run_can_run_code(tmp_path, monkeypatch):
             load_run(folder, model=programs())
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "checkpoints" / "weights.pt").write_bytes(pickle.dumps(Malicious()))
-    with pytest.raises(CheckpointError, match="no file of torch.save"):
+    with pytest.raises(CheckpointError, match="not a file of torch.save"):
         load_run(folder, model=programs())
     assert not (tmp_path / "pwned").exists()
 

@@ -358,7 +358,7 @@ def test_training_and_test_data_have_the_same_inputs():
 
     data = Data(images(), torch.arange(70) % 2, inputs=("x", "labels"))
     alone = replace(data, inputs=("x",), name="alone")
-    with pytest.raises(ValueError, match=r"alone: a batch has x, which does not suit Conditional.forward\(x, y\): missing"):
+    with pytest.raises(ValueError, match=r"alone: a batch has x, which does not match Conditional.forward\(x, y\): missing"):
         run(Conditional(), data=alone)
     with pytest.raises(ValueError, match=r"test: expected batches of x, labels .*found x\. Give both the same inputs"):
         run(Either(), data=data, test=alone)
