@@ -106,7 +106,7 @@ def _tensor(x: Any) -> Tensor:
         native = x.astype(x.dtype.newbyteorder("="), copy=not x.flags.writeable)  # torch warns of read-only memory
         result = np.ascontiguousarray(_signed(native))
         if isinstance(x, np.memmap) and not np.may_share_memory(x, result):
-            _warn_of_size(result.nbytes, f"a C-ordered copy of {x.filename} as {result.dtype}", "Save it in that form")
+            _warn_of_size(result.nbytes, f"a copy of {x.filename} as {result.dtype} in C order", "Save it in that form")
         x = torch.from_numpy(result)
     if not isinstance(x, Tensor):
         raise DataError(f"expected Data, a tensor or a NumPy array, found {type(x).__name__}. Stack it: torch.stack(...).")

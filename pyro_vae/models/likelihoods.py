@@ -302,9 +302,7 @@ class PoissonLikelihood:
         return log_rate @ x.T - log_rate.exp().sum(-1, keepdim=True) - (x + 1).lgamma().sum(-1)
 
     def check(self, x: Tensor, *context: Tensor) -> None:
-        _check_all(
-            "x", x, x.isfinite() & (x >= 0) & (x == x.round()), "whole numbers >= 0. Pass unscaled counts"
-        )
+        _check_all("x", x, x.isfinite() & (x >= 0) & (x == x.round()), "whole numbers >= 0. Pass unscaled counts")
         if self.exposure is not None and context:
             e = self._exposure(context)
             _check_all("exposure", e, e.isfinite() & (e > 0), "finite numbers above 0. Drop observations without exposure")

@@ -242,7 +242,7 @@ def _resumed(folder: Path, asked_for: Mapping[str, Any], options: TrainOptions) 
             differ.append(f"{name}: {saved} -> {asked}")
     if differ:
         raise CheckpointError(
-            f"{folder}: this run has other settings (saved -> asked): {'; '.join(differ)}. Leave these options away "
+            f"{folder}: this run has other settings (saved -> requested): {'; '.join(differ)}. Leave these options away "
             "(--epochs or --steps may grow), or start a new run in another folder."
         )
     run = RunSettings.of_config(folder, config)

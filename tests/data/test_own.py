@@ -393,7 +393,7 @@ def test_what_is_held_in_memory_is_said_beforehand(tmp_path, monkeypatch):
     read_splits(tmp_path / "x.npy", tmp_path / "small.npy")  # both as they lie on the disk
     with pytest.warns(LargeDataWarning, match=r"0.0 GB of memory are used for copies of the training .*x.npy.*--test-data"):
         read_splits(tmp_path / "x.npy")
-    with pytest.warns(LargeDataWarning, match="the array in .*other.npy as float32"):
+    with pytest.warns(LargeDataWarning, match="a copy of .*other.npy as float32 in C order"):
         read_data(tmp_path / "other.npy")
     np.savez(tmp_path / "x.npz", x=x.repeat(2, 0))
     with pytest.warns(LargeDataWarning, match=r"the arrays of .*x.npz. A .npy file is memory-mapped"):
