@@ -322,7 +322,7 @@ def test_pictures_and_latents_that_the_model_does_not_allow_are_told(tmp_path, c
     assert "some pictures are left out: site 'z'" in said
     assert not (folder / "latents.json").exists()
     assert {path.stem for path in (folder / "figures").iterdir()} == {"training_curves", "prior_samples"}
-    assert "Drawn from the prior" in write_report([folder]).read_text()
+    assert "Samples from the prior" in write_report([folder]).read_text()
 
 
 def test_a_preset_makes_no_other_run_than_before(tmp_path):
