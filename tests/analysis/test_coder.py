@@ -279,7 +279,7 @@ def test_what_is_not_defined_is_refused():
         decoder_mean(with_guide(normal), torch.zeros(3, 2))
     with pytest.raises(ValueError, match="expected two of the 1 latent dimensions"):
         manifold_grid(make_vae(latent_dim=1), size=3)
-    with pytest.raises(UndefinedError, match="the guide draws nothing"):
+    with pytest.raises(UndefinedError, match="the guide has no latent site"):
         latent_means((with_guide(normal)[0], lambda x: None), X)
 
 

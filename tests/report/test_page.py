@@ -141,7 +141,7 @@ def test_a_run_that_was_stopped(run, report):
     page = (run / "report.html").read_text()
     assert "This run is not finished" in page
     assert "the run was not evaluated" in page
-    assert "(--no-figures)" in page
+    assert "--no-figures" in page
     assert "<polyline" in page
     shutil.rmtree(run / "checkpoints")
     (run / "metrics.jsonl").write_text("")
