@@ -1,4 +1,4 @@
-"""Figures of a run that is there: of its own test set, or of other data."""
+"""Evaluation of an existing run, on its own test set or on other data."""
 
 import json
 import warnings
@@ -49,20 +49,20 @@ class EvaluateOptions(MeasureOptions):
 
 
 def evaluate_run(folder: Path, options: EvaluateOptions) -> tuple[str, dict[str, Estimate], bool]:
-    """Evaluate a run, and add the figures to its ``metrics.json``.
+    """Evaluate a run, and add the metrics to its ``metrics.json``.
 
-    Figures of the whole test set go to ``"test"``, in place of those of the same name; others to ``"evaluations"``, by what
-    they are of. All else stays. A run that has not ended has no ``metrics.json``, and gets none.
+    Metrics of the whole test set replace those of the same name in ``"test"``; those of other data are added to
+    ``"evaluations"``, by the name of the data. For an unfinished run, which has no ``metrics.json``, they are not saved.
 
     Returns:
-        What the figures are of, the figures by name, and whether they were written.
+        The name of the data, the metrics by name, and whether they were saved.
 
     Raises:
-        CheckpointError: no run there, a damaged one, or one that another process writes to.
-        DataError: data that are missing, do not suit the model, or are no longer those of the run.
+        CheckpointError: the folder is not that of a run, the run is damaged, or another process is writing to it.
+        DataError: the data are missing, invalid for the model, or have changed since the run.
 
     Warns:
-        UserWarning: the run has not ended.
+        UserWarning: the run is unfinished.
     """
     again = f"Measure it from Python: evaluate(load_run({str(folder)!r}, model=...), data)."
     settings, _, config = read_settings(folder, remedy=again)
@@ -91,7 +91,7 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> tuple[str, dict[str,
 
 
 def _other_data(path: str, run: RunSettings, settings: Settings, config: Mapping[str, Any]) -> Data:
-    """All observations of a file or folder, read as those of the run were."""
+    """All observations of a file or folder, read in the same way as the data of the run."""
     size, event_shape = settings.image_size, config["event_shape"]
     if size is None and Path(path).expanduser().is_dir() and event_shape[-1] == event_shape[-2:][0]:
         size = event_shape[-1]

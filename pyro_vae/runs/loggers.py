@@ -1,4 +1,4 @@
-"""What a run shows in TensorBoard; any other tracker is a function given to ``fit(on_record=...)``."""
+"""Logging to TensorBoard; any other tracker is a function passed to ``fit(on_record=...)``."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,10 +17,10 @@ __all__ = ["TensorBoard"]
 
 
 class TensorBoard:
-    """Writes event files; look at them with ``tensorboard --logdir FOLDER``.
+    """Writes event files, to be viewed with ``tensorboard --logdir FOLDER``.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
 
     Raises:
         DataError: the package tensorboard cannot be imported.
@@ -38,18 +38,18 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder))
 
     def record(self, record: TrainingRecord) -> None:
-        """The numbers of a record of :func:`~pyro_vae.fit`, as ``train/...``, ``test/...`` and ``timing/...``, by step."""
+        """Log a record of :func:`~pyro_vae.fit`, as ``train/...``, ``test/...`` and ``timing/...``, by step."""
         for part, numbers in (("train", record.train), ("test", record.test or {}), ("timing", record.timing)):
             for name, value in numbers.items():
                 self._writer.add_scalar(f"{part}/{name}", value, record.step)
         self._writer.flush()
 
     def figure(self, name: str, figure: "Figure") -> None:
-        """A picture."""
+        """Log a figure."""
         self._writer.add_figure(name, figure)
 
     def embedding(self, vae: VAE, data: Data, *, limit: int = 1000) -> None:
-        """Posterior means of the first observations, with their labels and pictures, for TensorBoard's projector."""
+        """Log posterior means of the first observations, with labels and thumbnails, for TensorBoard's projector."""
         batch = data.batch(torch.arange(min(limit, len(data)), device=data.x.device))
         x = batch[0]
         labels = None if data.labels is None else [data.label_name(label) for label in data.labels[: len(x)].tolist()]
@@ -57,5 +57,5 @@ class TensorBoard:
         self._writer.add_embedding(latent_means(vae, batch).cpu(), metadata=labels, label_img=images)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the event file."""
         self._writer.close()
