@@ -223,7 +223,7 @@ class Breaks(Objective):
 def test_not_finite_stops_before_the_step(how):
     objective = Breaks(how)
     what, value = ("gradient", r"loss \d\.\d+, ") if how == "gradient" else ("loss", "")
-    message = rf"the {what} is not finite in epoch 1, step 3: {value}largest \|x\| \S+\. The weights"
+    message = rf"the {what} is not finite in epoch 1, step 3: {value}largest \|x\| \S+\. The parameters"
     with pytest.raises(NonFiniteError, match=message):
         fit(objective, X, epochs=1, batch_size=10, verbose=False)
     assert torch.equal(objective.weight, objective.good)
@@ -668,7 +668,7 @@ def test_a_warm_up_longer_than_the_run_is_said(vae, beta, steps, warns):
     said = [str(warning.message) for warning in caught if "the schedule of beta is at" in str(warning.message)]
     assert len(said) == warns
     if warns:
-        assert f"of {steps} steps at {(steps - 1) / 12:g}, below 1" in said[0]
+        assert f"at {(steps - 1) / 12:g}, below 1, at the end of this run of {steps} steps" in said[0]
 
 
 @pytest.mark.parametrize("estimator", ["trace", "mean-field"])
