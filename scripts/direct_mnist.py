@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""One decoder, fitted in two ways: by the ELBO, and by direct Monte-Carlo maximum likelihood without an encoder.
+"""A decoder fitted in two ways: by the ELBO, and by direct Monte-Carlo maximum likelihood without an encoder.
 
 Then both are measured alike: log p(test) by importance sampling under an encoder (for the direct decoder, one that is
 fitted to the frozen decoder), with standard errors, effective sample sizes and Pareto k; and the pictures that tell why the
