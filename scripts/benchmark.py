@@ -6,14 +6,14 @@
   NumPyro's jitted loop (pip install '.[bench]'), and the step's five large matrix products alone; batches of 128 and 1024,
   1 and 16 latent draws, float32 matrix products at the precisions highest and medium.
 - direct: steps of the direct fit (batch 256, 64 draws) written with a (batch, draws, pixels) tensor, and by fit's objective.
-- importance: log p of 500 images with K = 500, against the decoder's matrix products for as many draws alone.
+- importance: log p of 500 images with K = 500, compared with the decoder's matrix products for as many draws alone.
 - start: seconds and peak memory of a process from its start to the end of the first epoch.
-- profile: where the microseconds of a step go, in the stock idiom, the eager and the compiled step.
+- profile: the microseconds of a step by kind, in the stock idiom, the eager and the compiled step.
 - scaling: time per image against batch size, hidden width, latent draws and number of images.
 
-Machines drift, so read the ratios: each repeat runs all ways in turn, and ratios are taken within the repeat. Writes
-benchmark-cpu.md, benchmark-cpu.json and benchmark-cpu.png; parts that --out holds from an earlier run with the same settings
-are kept.
+The speed of a machine drifts, so compare ratios: each repeat runs all methods in turn, and ratios are computed within a
+repeat. Writes benchmark-cpu.md, benchmark-cpu.json and benchmark-cpu.png; parts in --out from an earlier run with the same
+settings are not measured again.
 """
 
 import itertools

@@ -22,7 +22,7 @@ def show(rows: list[Row]) -> list[Row]:
 
 def table(rows: list[Row]) -> list[str]:
     lines = [
-        "| way | images per second | from ... to | of stock Pyro | of NumPyro | of the products |",
+        "| method | images per second | from ... to | relative to stock Pyro | to NumPyro | to the products |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for row in rows:

@@ -1,6 +1,6 @@
 """The methods that benchmark.py measures: functions without arguments, each of which does the same work.
 
-Each way to train makes so many steps on random batches, and goes on where it was when it is called again.
+Each training method runs a number of steps on random batches; another call continues the training.
 """
 
 import itertools

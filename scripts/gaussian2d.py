@@ -108,7 +108,7 @@ def figures_of(options: Options, train: Tensor, vae: VAE, direct: VAE, panels: d
     noise = {"samples of the VAE": rows["VAE"], "its decoder's means, without noise": draw(vae, 10_000, noise=False)}
     return {
         "densities": beside_truth(rows, 3, "Samples (blue) under the true density's contours (red)"),
-        "training": beside_truth(panels, 4, "Samples of the VAE as training goes on"),
+        "training": beside_truth(panels, 4, "Samples of the VAE during training"),
         "noise": beside_truth(noise, 2, "What the decoder's noise adds"),
     }
 

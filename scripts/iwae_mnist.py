@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""The one-layer setting of the IWAE paper (Burda, Grosse, Salakhutdinov 2016, arXiv:1509.00519), beside its table 1.
+"""The one-layer setting of the IWAE paper (Burda, Grosse, Salakhutdinov 2016, arXiv:1509.00519), compared with its table 1.
 
-Nets 784-200-200-(50, 50) and 50-200-200-784, tanh, Glorot uniform weights, output bias logit(train mean); pixels drawn anew
-as Bernoulli(grey) each time an image is seen; batch 20; 8 stages of 3^(i-1) epochs, 3,280 in all, at learning rate
+Nets 784-200-200-(50, 50) and 50-200-200-784, tanh, Glorot uniform weights, output bias logit(train mean); dynamic
+binarisation, Bernoulli(grey) in each batch; batch 20; 8 stages of 3^(i-1) epochs, 3,280 in total, at learning rate
 1e-3 * 10^(-(i-1)/7); Adam with eps 1e-4. VAE and IWAE with k draws per image; then log p(test) by importance sampling with
 5,000 draws and the number of active latent units.
 
-All stages are one training, whose moments and counts of Adam go on from stage to stage. --stages cuts the schedule short; a
-later call with more goes on. So does a run that was stopped or killed: give the same command again.
+All stages are one run, in which Adam's moments and step counts persist. --stages limits the schedule; a later call with
+more stages resumes the run. A run that was stopped or killed is resumed by the same command.
 """
 
 import sys
