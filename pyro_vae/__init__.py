@@ -1,4 +1,4 @@
-"""Variational autoencoders as Pyro model and guide functions, measured honestly. All figures are nats per observation."""
+"""Variational autoencoders as Pyro model and guide functions, measured honestly. Estimates are in nats per observation."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The public names are imported at the first use of any, so that the command line can answer before torch is there."""
+    """Imports all public names at the first use of one, so that ``pyro-vae --help`` need not import torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     public = vars(import_module("pyro_vae._public"))

@@ -1,4 +1,4 @@
-"""Checks of plain arguments; each returns the value it accepts and says what it expected where it does not."""
+"""Validation of plain arguments: each function returns a valid value, and raises a :class:`SettingError` for any other."""
 
 import math
 import operator
@@ -24,10 +24,10 @@ __all__ = [
 
 
 class SettingError(ValueError):
-    """A setting with a value that it cannot have; its text is ``name: message``.
+    """An invalid value of a setting; the text of the error is ``name: message``.
 
     Attributes:
-        name: of the setting, as in Python; a command line has an option of its own for it.
+        name: of the setting, as in Python; the command line translates it to its own option.
         message: what was expected and what was found.
     """
 
@@ -41,7 +41,7 @@ class SettingError(ValueError):
 
 
 def whole_number(name: str, value: Any, *, minimum: int = 1) -> int:
-    """An int of at least ``minimum``; integers of NumPy too, no bool and no float."""
+    """An int >= ``minimum``. NumPy's integers are accepted; bool and float are not."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -54,10 +54,10 @@ def whole_number(name: str, value: Any, *, minimum: int = 1) -> int:
 
 
 def number(name: str, value: Any, *, least: float = 0.0) -> float:
-    """A positive, finite number, those of NumPy too, no smaller than ``least``."""
+    """A positive, finite float >= ``least``. NumPy's numbers are accepted; bool is not."""
     try:
         result = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    except OverflowError:  # an int that no float holds
+    except OverflowError:  # an int too large for a float
         raise SettingError(name, f"expected a number below 1e308, found one of {len(str(value))} digits.") from None
     if not (0 < result < math.inf and result >= least):
         expected = f"finite number from {least:g} on" if least else "positive number"
@@ -66,7 +66,7 @@ def number(name: str, value: Any, *, least: float = 0.0) -> float:
 
 
 def shape(name: str, value: Any, *, empty: bool = False) -> tuple[int, ...]:
-    """A tuple of whole numbers >= 1, from any iterable of them."""
+    """A tuple of whole numbers >= 1, from any iterable; an empty one only if ``empty``."""
     try:
         if not isinstance(value, Iterable) or isinstance(value, str):
             raise ValueError
@@ -79,13 +79,13 @@ def shape(name: str, value: Any, *, empty: bool = False) -> tuple[int, ...]:
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
-    """One of these words."""
+    """Raises unless the value is one of the choices."""
     if value not in choices:
         raise SettingError(name, f"expected one of {', '.join(choices)}, found {value!r}.")
 
 
 def compile_choice(value: Any, device: torch.device, processes: int = 1) -> bool | None:
-    """True, False, or None for the default; True only on a CPU, in a process of its own."""
+    """True, False, or None for the default; True only on a CPU and in a single process."""
     if not isinstance(value, bool | None):
         raise SettingError("compile", f"expected True, False or None, found {value!r}.")
     if value and device.type != "cpu":
@@ -96,7 +96,7 @@ def compile_choice(value: Any, device: torch.device, processes: int = 1) -> bool
 
 
 def usable_device(device: torch.device | str) -> torch.device:
-    """A device that torch can use here."""
+    """The device, after a tensor was allocated on it."""
     try:
         result = torch.device(device)
         torch.empty(0, device=result)
@@ -109,7 +109,7 @@ def usable_device(device: torch.device | str) -> torch.device:
 
 
 def few_values(text: str) -> str:
-    """A message without whole tensors, as torch's own checks of values show them: three numbers of each are left."""
+    """An error message with each tensor in it, which torch prints in full, shortened to its first three numbers."""
 
     def cut(match: re.Match[str]) -> str:
         numbers = re.findall(r"[-+.\w]+", match[1])

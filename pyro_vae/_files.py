@@ -1,8 +1,8 @@
-"""Files that are whole or not there.
+"""Atomic writes: a file is either complete or absent.
 
-A file is written under another name in the same folder, flushed to the disk, renamed, and the folder flushed. A file of
-tensors is a zip as ``torch.save`` writes it, of tensors and plain values alone. When it is read, the CRC-32 of every member
-is verified, which torch does not do, and no code in it is run (``weights_only=True``).
+A file is written under a temporary name in the same folder, flushed to the disk (fsync) and renamed; then the folder is
+flushed. A file of tensors is the zip archive that ``torch.save`` writes, with tensors and plain values alone. On reading,
+the CRC-32 of every member is verified, which torch does not do, and no code in it is run (``weights_only=True``).
 """
 
 import json
@@ -21,19 +21,19 @@ __all__ = ["CheckpointError", "check_writable", "read_json", "read_tensors", "wh
 
 
 class CheckpointError(ValueError):
-    """A file or folder of a run that cannot be written or read; the message names it and what to do."""
+    """A file or folder of a run that cannot be written or read; the message names it and the remedy."""
 
 
 @contextmanager
 def whole_file(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes the place of ``path`` when all of it is written, and is gone where that fails.
+    """Write a file atomically: a temporary file replaces ``path`` at the end, or is deleted if an error occurs.
 
     Args:
         path: of the file.
-        durable: wait until it is on the disk, safe from a loss of power: some 20 ms.
+        durable: wait until the file is on the disk, so that it survives a power failure; takes about 20 ms.
 
     Raises:
-        CheckpointError: it cannot be written; what stood at ``path`` still does.
+        CheckpointError: the file cannot be written. A previous file at ``path`` is unchanged.
     """
     if path.is_dir():
         raise CheckpointError(f"{path}: a folder. Name a file.")
@@ -45,13 +45,13 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
             if durable:
                 os.fsync(stream.fileno())
         os.replace(temporary, path)
-        if durable and os.name == "posix":  # elsewhere a folder cannot be opened
+        if durable and os.name == "posix":  # Windows cannot open a folder
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch's words for an error of the stream it writes to
+    except (OSError, RuntimeError) as error:  # RuntimeError: raised by torch when the stream that it writes to fails
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
         raise CheckpointError(
@@ -64,7 +64,7 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
 
 
 def check_writable(folder: Path) -> None:
-    """Try whether files can be written to a folder, or where it is to be made; nothing stays behind.
+    """Check that files can be written to a folder, or to its nearest existing parent, by a temporary file.
 
     Raises:
         CheckpointError: they cannot.
@@ -77,21 +77,23 @@ def check_writable(folder: Path) -> None:
             stream.write(b"0" * 4096)
             stream.flush()
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written to ({error.strerror}). Make room, or name another.") from error
+        raise CheckpointError(
+            f"{folder}: cannot be written to ({error.strerror}). Free some disk space, or name another folder."
+        ) from error
 
 
 def read_json(path: Path) -> Any:
-    """What a file of JSON holds.
+    """The content of a JSON file.
 
     Raises:
-        CheckpointError: missing, or damaged.
+        CheckpointError: the file is missing or damaged.
     """
     try:
         return json.loads(path.read_text())
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Put it back, or train again.") from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Restore it, or train again.") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged, no JSON ({error}). Put it back, or train again.") from error
+        raise CheckpointError(f"{path}: damaged, not JSON ({error}). Restore it, or train again.") from error
 
 
 def write_tensors(path: Path, content: dict[str, Any], *, durable: bool = True) -> None:
@@ -101,10 +103,10 @@ def write_tensors(path: Path, content: dict[str, Any], *, durable: bool = True) 
 
 
 def read_tensors(path: Path, *, remedy: str = "") -> Any:
-    """What :func:`write_tensors` has written, on the CPU.
+    """Load a file of :func:`write_tensors`, its tensors on the CPU.
 
     Raises:
-        CheckpointError: missing, or damaged in whatever way; the message ends with the remedy.
+        CheckpointError: the file is missing or damaged; the message ends with the remedy.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -114,11 +116,11 @@ def read_tensors(path: Path, *, remedy: str = "") -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    except Exception as error:  # zipfile and torch.load answer damage with a dozen types of error
+    except Exception as error:  # zipfile and torch.load raise a dozen types of error for damaged files
         if isinstance(error, OSError) and error.strerror:
             reason = f"cannot be read ({error.strerror})"
         elif isinstance(error, pickle.UnpicklingError):
-            reason = "holds more than tensors and plain values, and code in a file is not run"
+            reason = "contains objects other than tensors and plain values, and code in a file is not run"
         else:
-            reason = f"damaged, or no file of torch.save ({type(error).__name__})"
+            reason = f"damaged, or not a file of torch.save ({type(error).__name__})"
         raise CheckpointError(f"{path}: {reason}. {remedy}".strip()) from error

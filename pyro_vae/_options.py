@@ -1,13 +1,13 @@
-"""Options: fields of dataclasses that carry all that a command line and a page of the documentation say of them.
+"""Options: dataclass fields with the metadata of which their command-line option and documentation are generated.
 
-An option is declared once, where its setting lives::
+An option is declared once, in the dataclass of its setting::
 
     @described
     @dataclass(frozen=True)
     class Settings:
         lr: float = option(1e-3, help="learning rate")
 
-Then ``add_options(parser, Settings)`` adds ``--lr``, and ``flag_of(Settings, "lr")`` says how it is called there.
+Then ``add_options(parser, Settings)`` adds ``--lr``, and ``flag_of(Settings, "lr")`` returns ``"--lr"``.
 """
 
 import argparse
@@ -26,14 +26,14 @@ Class = TypeVar("Class", bound=type)
 
 @dataclass(frozen=True)
 class Option:
-    """What is said of a field.
+    """Metadata of a field.
 
     Args:
-        help: what it is, in a line.
-        choices: the words that it may be; empty: any value of its type.
-        flag: on a command line; empty: made of the field's name; without dashes: given by its place.
-        metavar: what a command line shows for its value.
-        default_text: what happens without it, in words, where the default value does not say so itself.
+        help: description, in one line.
+        choices: the valid words; empty: any value of its type.
+        flag: of the command line; empty: derived from the field's name; without dashes: a positional argument.
+        metavar: name of the value in the command line's help.
+        default_text: description of the default, where the default value does not explain itself.
     """
 
     help: str
@@ -43,9 +43,9 @@ class Option:
     default_text: str = ""
 
 
-def option(default: Any = MISSING, **said: Any) -> Any:
-    """A field of a dataclass, with what :class:`Option` says of it."""
-    return field(default=default, metadata={"option": Option(**said)})
+def option(default: Any = MISSING, **metadata: Any) -> Any:
+    """A field of a dataclass with the metadata of an :class:`Option`."""
+    return field(default=default, metadata={"option": Option(**metadata)})
 
 
 def _options(cls: type) -> list[tuple[Field[Any], Option]]:
@@ -53,7 +53,7 @@ def _options(cls: type) -> list[tuple[Field[Any], Option]]:
 
 
 def described(cls: Class) -> Class:
-    """The dataclass, its docstring completed by its options."""
+    """Class decorator: appends the options to the docstring of a dataclass."""
     lines = []
     for each, said in _options(cls):
         words = f" One of {', '.join(said.choices)}." if said.choices else ""
@@ -63,10 +63,10 @@ def described(cls: Class) -> Class:
 
 
 def check_choices(settings: Any) -> None:
-    """Whether each option of a dataclass that has choices is one, or some, of them; or None, where that is its default.
+    """Check each option that has choices: one of them, a tuple of them, or None where None is the default.
 
     Raises:
-        SettingError: one is not.
+        SettingError: an option has another value.
     """
     for each, said in _options(type(settings)):
         value = getattr(settings, each.name)
@@ -78,7 +78,7 @@ def check_choices(settings: Any) -> None:
 
 
 def flag_of(cls: type, name: str) -> str:
-    """What the option of that name is called on a command line; empty where there is none."""
+    """The command-line flag of a field; empty if the field is no option."""
     for each, said in _options(cls):
         if each.name == name:
             return said.flag or f"--{'no-' if each.default is True else ''}{name.replace('_', '-')}"
@@ -92,13 +92,13 @@ def add_options(
     choices: Mapping[str, Sequence[str]] | None = None,
     defaults: Mapping[str, str] | None = None,
 ) -> None:
-    """Add the options of a dataclass. What the parser returns holds those that were given, and no others.
+    """Add the options of a dataclass to a parser. The parsed namespace has only those that were given.
 
     Args:
-        parser: to add them to.
+        parser: the parser.
         cls: the dataclass. An option without a default is required; one that is true by default becomes ``--no-...``.
-        choices: by name of the field, in place of those of the dataclass.
-        defaults: by name of the field, what to tell of its default, for options whose defaults the dataclass does not know.
+        choices: by name of the field; they replace those of the dataclass.
+        defaults: by name of the field, the description of a default that the dataclass does not know.
     """
     types = get_type_hints(cls)
     for each, said in _options(cls):
@@ -110,7 +110,7 @@ def add_options(
         arguments["help"] = f"{said.help} ({default})".replace("%", "%%")  # argparse fills in by %
         if types[each.name] is bool:
             arguments["action"] = "store_false" if each.default else "store_true"
-        elif not flag.startswith("-"):  # its choices are left to the dataclass: argparse looks for a missing one among them
+        elif not flag.startswith("-"):  # no choices: argparse would check the default of an absent argument against them
             del arguments["dest"]
             arguments |= _value(types[each.name]) | {"metavar": flag}
         else:
@@ -120,7 +120,7 @@ def add_options(
 
 
 def _value(annotation: Any) -> dict[str, Any]:
-    """How argparse reads a value of that type: ``int``, ``int | None``, ``tuple[int, ...]``."""
+    """The arguments of ``add_argument`` for a value of type ``int``, ``int | None``, ``tuple[int, ...]``, ..."""
     if get_origin(annotation) is UnionType:
         (annotation,) = (part for part in get_args(annotation) if part is not NoneType)
     convert: Callable[[str], Any] = annotation

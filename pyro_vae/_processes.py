@@ -1,8 +1,8 @@
-"""Work shared by several processes: each takes its share of every batch and of every data set.
+"""Data parallelism over processes: each rank takes its shard of every batch and of every data set.
 
-``torchrun`` starts the processes, and :func:`group` connects them; within it ``fit``, ``evaluate`` and
-``log_marginal`` share their work, and must be called on every process alike. Without a process group, or in
-one of a single process, everything here is the identity.
+``torchrun`` starts the processes and :func:`group` connects them. Within it ``fit``, ``evaluate`` and ``log_marginal``
+divide their work among the ranks, and must be called by every rank with the same arguments. Without a process group, or
+with a world size of 1, every function here is the identity.
 """
 
 import gc
@@ -26,10 +26,10 @@ Value = TypeVar("Value")
 
 @contextmanager
 def group(device: str = "cpu") -> Iterator[str]:
-    """Connects the processes that ``torchrun`` has started; nothing where it has started none.
+    """Initialises the process group of the processes that ``torchrun`` has started; does nothing for a single process.
 
     Args:
-        device: cpu (gloo) or cuda (nccl), for all.
+        device: cpu (gloo) or cuda (nccl), of all processes.
 
     Yields:
         The device of this process: ``cuda:N`` with N its local rank.
@@ -49,15 +49,15 @@ def group(device: str = "cpu") -> Iterator[str]:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     store, rank, size = next(rendezvous("env://"))
-    # torchrun keeps its store when it restarts killed processes, and they would find the addresses of the dead ones.
+    # torchrun keeps its store when it restarts workers, which would find the addresses of the dead ones there.
     store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield device
-        dist.barrier()  # the first may still be writing, and others would take its connections along
+        dist.barrier()  # rank 0 may still be writing: another rank that left now would close its connections
     finally:
-        gc.collect()  # a DistributedDataParallel that outlives its group may abort the process
+        gc.collect()  # a DistributedDataParallel that outlives its process group may abort the process
         dist.destroy_process_group()
 
 
@@ -74,17 +74,17 @@ def environment_number(name: str, default: int) -> int:
 
 
 def count() -> int:
-    """The number of processes that share the work."""
+    """The world size: the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this process among them, from 0."""
+    """The rank of this process, from 0."""
     return dist.get_rank() if count() > 1 else 0
 
 
 def share(rows: Tensor) -> Tensor:
-    """This process's part of a tensor, ``(n, ...)``: contiguous rows, n / count of them, one more for the first if uneven.
+    """This rank's shard of a tensor ``(n, ...)``: n / world size contiguous rows, one more on the first ranks if uneven.
 
     Raises:
         ValueError: fewer rows than processes.
@@ -104,7 +104,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def first(function: Callable[[], Value]) -> Value:
-    """What the function returns, or raises, on the first process, which alone calls it: to write files, say."""
+    """Call the function on rank 0 alone, to write files, say; every rank returns its result or raises its exception."""
     if count() == 1:
         return function()
     outcome: tuple[Any, Exception | None] = (None, None)
@@ -120,12 +120,12 @@ def first(function: Callable[[], Value]) -> Value:
 
 
 def gather(rows: Tensor) -> Tensor:
-    """What the processes hold of a tensor, ``(n_rank, ...)``, put together: ``(n, ...)``, on each of them."""
+    """The shards ``(n_rank, ...)`` of all ranks, concatenated: ``(n, ...)``, on every rank."""
     return rows if count() == 1 else torch.cat([part.to(rows.device) for part in gather_objects(rows.cpu())])
 
 
 def agree(flags: Sequence[bool], device: torch.device) -> list[bool]:
-    """Which flags any process has raised: the same answer on all of them."""
+    """The logical or of each flag over all ranks."""
     if count() == 1:
         return list(flags)
     raised = torch.tensor(flags, dtype=torch.float32, device=device)

@@ -1,4 +1,4 @@
-"""What ``import pyro_vae`` offers, from the modules that it stands in."""
+"""The public names of ``pyro_vae``, imported from the modules that define them."""
 
 # ruff: noqa: F401
 from pyro_vae._files import CheckpointError

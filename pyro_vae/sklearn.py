@@ -30,10 +30,10 @@ _AT_ONCE = 2**22  # numbers of the decoder's layers held at once by score_sample
 class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     r"""A VAE with the methods of scikit-learn: features, reconstructions, log-likelihoods and samples of a table.
 
-    Encoder and decoder are fully connected, and trained by the ELBO. By default the likelihood is the one that fits the
-    table: Bernoulli where all values are 0 or 1, else a normal with learned mean and variance per feature, see
-    :class:`~pyro_vae.models.likelihoods.StandardizedNormalLikelihood`: features are standardised inside, and densities are
-    those of the features in their own units. Computes in the type of X, float32 or float64.
+    Encoder and decoder are fully connected, and trained on the ELBO. By default the likelihood is chosen by the data:
+    Bernoulli if all values are 0 or 1, else a normal with learned mean and variance per feature,
+    :class:`~pyro_vae.models.likelihoods.StandardizedNormalLikelihood`, which standardises the features internally; densities
+    are those of the features in their original units. Computes in the dtype of X, float32 or float64.
 
     Args:
         n_components: number of latent dimensions.
@@ -44,8 +44,8 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         lr: Adam's learning rate.
         beta: weight of the KL in the loss.
         num_samples: draws per row in :meth:`score_samples`.
-        random_state: of weights, order of the rows and noise: a seed, a ``numpy.random.RandomState``, or None.
-        device: where to compute.
+        random_state: of initialisation, shuffling and noise: a seed, a ``numpy.random.RandomState``, or None.
+        device: for training and inference.
         verbose: print a line per epoch.
 
     Attributes:
@@ -53,7 +53,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         likelihood_: name of the likelihood.
         history_: one :class:`~pyro_vae.training.records.TrainingRecord` per epoch.
         n_features_in_: number of features.
-        feature_names_in_: their names, where X had any.
+        feature_names_in_: names of the features, if X has any.
 
     Example:
         >>> X = np.random.default_rng(0).normal(size=(200, 5))
@@ -90,17 +90,17 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         self.verbose = verbose
 
     def fit(self, X: ArrayLike, y: Any = None) -> "VAETransformer":  # noqa: N803, the name in scikit-learn
-        """Train on X ``(n_samples, n_features)``, from new weights; y is ignored.
+        """Train on X ``(n_samples, n_features)``, from newly initialised parameters; y is ignored.
 
         Raises:
-            ValueError: unusable arguments, or values that the likelihood cannot score.
+            ValueError: an argument is invalid, or the likelihood is not defined for a value of X.
             NonFiniteError: loss or gradient became NaN or infinite.
         """
         self._start(self._table(X, reset=True))
         return self._train(self._table(X), self.epochs)
 
     def partial_fit(self, X: ArrayLike, y: Any = None) -> "VAETransformer":  # noqa: N803
-        """One more pass over X, from the weights there are; y is ignored.
+        """One more pass over X, from the current parameters; y is ignored.
 
         The first call decides what :meth:`fit` reads from its data: the likelihood, and the mean and scale of the features.
         Adam's moments go on from call to call, and from those of :meth:`fit`.
@@ -118,7 +118,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         return result
 
     def _start(self, x: NDArray[Any]) -> None:
-        """New weights for data like x."""
+        """Initialise the model for data like x."""
         data = Data(torch.tensor(x))
         if self.likelihood not in ("auto", *LIKELIHOODS):
             raise ValueError(f"likelihood: expected one of auto, {', '.join(LIKELIHOODS)}, found {self.likelihood!r}.")
@@ -192,7 +192,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         """log p(x) of each row, ``(n_samples,)``, nats, by importance sampling; see :meth:`log_marginal` for its error.
 
         Warns:
-            UnreliableEstimateWarning: the error of some rows cannot be trusted; their values read low.
+            UnreliableEstimateWarning: the estimates of some rows are not reliable; they are biased low.
         """
         result = self._log_marginal(X, self.num_samples)
         result.warn("score_samples")
@@ -204,9 +204,9 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         .. math:: \log \hat p(x_i) = \log \frac1K \sum_{k=1}^K \frac{p(x_i \mid z_{ik}) \, p(z_{ik})}{q(z_{ik} \mid x_i)},
             \qquad z_{ik} = \mu(x_i) + \sigma(x_i) \, \epsilon_k
 
-        All rows have the same :math:`\epsilon_k`, so that the value of a row does not depend on the rows beside it. The
-        errors of rows are therefore not independent, and the ``mean`` of the result says too little of its error.
-        :func:`pyro_vae.log_marginal` draws anew for every row.
+        All rows share the :math:`\epsilon_k`, so that the value of a row does not depend on the other rows. The errors of
+        the rows are therefore not independent, and the standard error of the result's ``mean`` is too small.
+        :func:`pyro_vae.log_marginal` has independent draws for every row.
 
         Args:
             X: rows, ``(n_samples, n_features)``.
@@ -249,7 +249,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
 
     @torch.no_grad()
     def sample(self, n_samples: int = 1, random_state: Any = None) -> NDArray[Any]:
-        """New rows from the model, ``(n_samples, n_features)``; the same ones for the same random_state, a seed, say."""
+        """Samples from the model, ``(n_samples, n_features)``, reproducible for a given seed as random_state."""
         check_is_fitted(self)
         seed = int(check_random_state(random_state).randint(2**31 - 1))
         prior = self.vae_.like
@@ -260,6 +260,6 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
 
 
 def _like(values: Any, result: Tensor) -> NDArray[Any]:
-    """An array, float32 where the given values are float32."""
+    """The result as an array, in float32 if the given values are float32."""
     array = result.cpu().numpy()
     return array.astype(np.float32, copy=False) if getattr(values, "dtype", None) == np.float32 else array

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Autoencoders and their variational twins side by side: what the KL term does to the latent space.
+"""Autoencoders and VAEs with the same nets compared: the effect of the KL term on the latent space.
 
 Trains, on MNIST at 32 x 32, a plain autoencoder and a VAE with two latent dimensions, that VAE again with a KL weight of
 100, and a convolutional pair with a latent of 4 x 4 x 4. Each leaves a run folder; the pictures that compare them lie beside
@@ -117,7 +117,7 @@ def published(settings: Settings, terms: dict[str, float] | None) -> float:
 
 @torch.no_grad()
 def figures_of(models: Models, test: Data, seed: int) -> Iterator[tuple[str, Any]]:
-    """Yields (name, figure) for the runs that are there."""
+    """Yields (name, figure) for the existing runs."""
     labels, titles = labels_of(test), {name: RUNS[name][2] for name in models}
     means = {name: latent.latent_means(model, test) for name, model in models.items()}
     if planes := {titles[name]: (means[name], labels) for name in PLANES if name in models}:

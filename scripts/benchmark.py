@@ -1,19 +1,19 @@
 #!/usr/bin/env python
-"""How fast a step of training is, against the other ways to write it, all interleaved in one run.
+"""The speed of a training step, compared with other implementations, all interleaved in one run.
 
 - training: system A's nets (784-400-20) on the same images by plain PyTorch (DataLoader; data in memory and fused Adam), the
   stock Pyro idiom (DataLoader, SVI, Trace_ELBO, pyro.optim.Adam), Pyro's JitTrace_ELBO, fit's eager and compiled step,
   NumPyro's jitted loop (pip install '.[bench]'), and the step's five large matrix products alone; batches of 128 and 1024,
   1 and 16 latent draws, float32 matrix products at the precisions highest and medium.
 - direct: steps of the direct fit (batch 256, 64 draws) written with a (batch, draws, pixels) tensor, and by fit's objective.
-- importance: log p of 500 images with K = 500, against the decoder's matrix products for as many draws alone.
+- importance: log p of 500 images with K = 500, compared with the decoder's matrix products for as many draws alone.
 - start: seconds and peak memory of a process from its start to the end of the first epoch.
-- profile: where the microseconds of a step go, in the stock idiom, the eager and the compiled step.
+- profile: the microseconds of a step by kind, in the stock idiom, the eager and the compiled step.
 - scaling: time per image against batch size, hidden width, latent draws and number of images.
 
-Machines drift, so read the ratios: each repeat runs all ways in turn, and ratios are taken within the repeat. Writes
-benchmark-cpu.md, benchmark-cpu.json and benchmark-cpu.png; parts that --out holds from an earlier run with the same settings
-are kept.
+The speed of a machine drifts, so compare ratios: each repeat runs all methods in turn, and ratios are computed within a
+repeat. Writes benchmark-cpu.md, benchmark-cpu.json and benchmark-cpu.png; parts in --out from an earlier run with the same
+settings are not measured again.
 """
 
 import itertools
@@ -76,7 +76,7 @@ class Options(DataOptions):
 
 
 def measure(ways: dict[str, Way], repeats: int, precision: str = "highest") -> dict[str, list[float]]:
-    """Seconds of each way in each repeat, after two to warm up; the ways take turns."""
+    """Seconds of each method in each repeat, after two warm-up repeats; the methods are interleaved."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     torch.set_float32_matmul_precision(precision)
     with warnings.catch_warnings():
@@ -92,7 +92,7 @@ def measure(ways: dict[str, Way], repeats: int, precision: str = "highest") -> d
 
 
 def rows_of(seconds: dict[str, list[float]], images: int, **fields: Any) -> list[Row]:
-    """A row for each way: images per second, median and spread, and ratios within the repeats."""
+    """A row for each method: images per second, median and range, and ratios within the repeats."""
 
     def ratio(name: str, other: str) -> float | None:
         if other not in seconds:
@@ -135,7 +135,7 @@ def importance(train: Data, repeats: int) -> list[Row]:
 
 
 def start(dataset: str, data_dir: str | None, repeats: int) -> list[Row]:
-    """A fresh process each: imports, data, one epoch; the compiled one with an empty cache, and with the one it left."""
+    """A new process each: imports, data, one epoch; the compiled one with an empty and with a warm cache."""
     results: dict[str, list[tuple[float, float]]] = {}
     for _ in range(max(1, repeats // 3)):
         with tempfile.TemporaryDirectory() as cache:
@@ -173,7 +173,7 @@ def start(dataset: str, data_dir: str | None, repeats: int) -> list[Row]:
     return rows
 
 
-# What the profiler's events belong to, first match first; what it sees nothing of is Python's and the dispatcher's.
+# The kinds of the profiler's events, in order of matching; the remaining time is that of Python and the dispatcher.
 _KINDS = {
     "Adam": ("_fused_adam_", "addcdiv_", "addcmul_", "lerp_", "sqrt"),
     "matrix products": ("mm", "addmm"),
@@ -184,7 +184,7 @@ _KINDS = {
 
 
 def profile(train: Data, repeats: int) -> list[Row]:
-    """Microseconds of a step by kind: of kernels by torch's profiler, of all the rest by difference to an unwatched run."""
+    """Microseconds of a step by kind: kernels by torch's profiler, the remainder by difference to an unprofiled run."""
     import torch._inductor.config
     from torch.profiler import ProfilerActivity
 
@@ -250,7 +250,7 @@ def machine() -> dict[str, Any]:
 
 
 def earlier(path: Path, setting: dict[str, Any]) -> list[Row]:
-    """Rows that an earlier run on the same machine, with the same settings, has left; none where there is no such run."""
+    """The rows of an earlier run on the same machine with the same settings, if there is one."""
     try:
         found = read_json(path)
         rows = found.pop("rows")
@@ -267,7 +267,7 @@ def run(options: Options, signals: Signals) -> None:
     found = machine()
     print(f"{found['processor']}, {found['threads']} threads, {found['versions']}", flush=True)
     if "numpyro" not in found["versions"]:
-        print("NumPyro is not installed, so it is left out: pip install '.[bench]'", flush=True)
+        print("NumPyro is not installed, and is skipped: pip install '.[bench]'", flush=True)
     setting = {**found, "repeats": options.repeats, "dataset": train.name}
     rows = [row for row in earlier(options.out / "benchmark-cpu.json", setting) if row["part"] not in options.parts]
     measures: dict[str, Callable[[], list[Row]]] = {

@@ -1,4 +1,4 @@
-"""The page of benchmark.py: rows of measurements -> text, Markdown, a picture."""
+"""The page of benchmark.py: rows of measurements -> text, Markdown, a figure."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def show(rows: list[Row]) -> list[Row]:
 
 def table(rows: list[Row]) -> list[str]:
     lines = [
-        "| way | images per second | from ... to | of stock Pyro | of NumPyro | of the products |",
+        "| method | images per second | from ... to | relative to stock Pyro | to NumPyro | to the products |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
@@ -38,11 +38,11 @@ def markdown(rows: list[Row], machine: dict[str, Any], repeats: int) -> str:
         "",
         f"{machine['processor']}, {machine['threads']} threads; "
         + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-        + f". `python scripts/benchmark.py`, {repeats} repeats in which all ways take turns: medians, and the slowest and "
-        "fastest repeat. Ratios are medians of the ratios within a repeat: higher is faster.",
+        + f". `python scripts/benchmark.py`, {repeats} repeats in which all methods are interleaved: medians, and the "
+        "slowest and fastest repeat. Ratios are medians of the ratios within a repeat: higher is faster.",
     ]
     if "numpyro" not in machine["versions"]:
-        lines += ["", "NumPyro was not there: `pip install '.[bench]'`."]
+        lines += ["", "NumPyro was not installed: `pip install '.[bench]'`."]
     cases: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if not row["case"].startswith(("scaling", "start", "profile")):
@@ -51,7 +51,7 @@ def markdown(rows: list[Row], machine: dict[str, Any], repeats: int) -> str:
         lines += ["", f"## {case[0].upper()}{case[1:]}, batch {batch_size}, precision {precision}", "", *table(part)]
     if begins := [row for row in rows if row["case"].startswith("start")]:
         lines += ["", "## From the start of a process to the end of the first epoch, batch 128", ""]
-        lines += ["| way | seconds | from ... to | peak memory, MB |", "|---|--:|--:|--:|"]
+        lines += ["| method | seconds | from ... to | peak memory, MB |", "|---|--:|--:|--:|"]
         for row in begins:
             low, high = row["spread"]
             lines.append(

@@ -1,6 +1,6 @@
-"""The ways that benchmark.py measures: functions without arguments, each of which does the same work.
+"""The methods that benchmark.py measures: functions without arguments, each of which does the same work.
 
-Each way to train makes so many steps on random batches, and goes on where it was when it is called again.
+Each training method runs a number of steps on random batches; another call continues the training.
 """
 
 import itertools
@@ -38,7 +38,7 @@ def build(train: Data, hidden: int = 400) -> VAE:
 
 @dataclass(frozen=True)
 class Case:
-    """So many steps of training system A, of another width if asked for, on random batches of these images."""
+    """A number of training steps of system A, optionally of another width, on random batches of images."""
 
     train: Data
     batch_size: int
@@ -54,7 +54,7 @@ class Case:
         return self.train.batch(torch.arange(len(self.train)))[0]
 
     def batches(self) -> Iterator[Tensor]:
-        """Places of images, without end."""
+        """Indices of images, without end."""
         whole = len(self.train) // self.batch_size * self.batch_size
         while True:
             yield from torch.randperm(len(self.train))[:whole].split(self.batch_size)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""A toy whose truth is known: a VAE, a direct maximum-likelihood fit and the truth of a 2-D Gaussian in one table.
+"""A toy problem with known truth: a VAE, a direct maximum-likelihood fit and the true 2-D Gaussian in one table.
 
-The data are 2-D normal with correlation; the models see x1 and x2 as independent given z, so the correlation must come
-through the latent. Prints log p on held-out points and KL(true || model) for each, with errors, and makes the pictures.
+The data are 2-D normal with correlation; in the models x1 and x2 are independent given z, so the latent must explain the
+correlation. Prints log p on held-out points and KL(true || model) for each, with standard errors, and draws figures.
 """
 
 import math
@@ -78,7 +78,7 @@ def draw(vae: VAE, n: int, *, noise: bool = True) -> Tensor:
 
 
 def row(log_p: Tensor, exact: Tensor, sampling_error: float, **more: Any) -> dict[str, Any]:
-    """log p on the held-out points, and KL(true || model) as the mean of log p_true - log p_model, point by point.
+    """log p on the held-out points, and KL(true || model) as the mean of the paired difference log p_true - log p_model.
 
     Errors: of the mean over the held-out points; for the KL also that of the Monte-Carlo estimate of log p_model.
     """
@@ -108,7 +108,7 @@ def figures_of(options: Options, train: Tensor, vae: VAE, direct: VAE, panels: d
     noise = {"samples of the VAE": rows["VAE"], "its decoder's means, without noise": draw(vae, 10_000, noise=False)}
     return {
         "densities": beside_truth(rows, 3, "Samples (blue) under the true density's contours (red)"),
-        "training": beside_truth(panels, 4, "Samples of the VAE as training goes on"),
+        "training": beside_truth(panels, 4, "Samples of the VAE during training"),
         "noise": beside_truth(noise, 2, "What the decoder's noise adds"),
     }
 
@@ -125,7 +125,7 @@ def losses_figure(history: list[TrainingRecord], direct: dict[str, list[Training
 
 
 def run(options: Options, signals: Signals) -> None:
-    torch.set_num_threads(1)  # the matrices are too small for more: threads would only wait for one another
+    torch.set_num_threads(1)  # the matrices are too small to benefit from more threads
     out = new_run(options.out, name="gaussian2d", overwrite=options.overwrite)
     write_json(out / "config.json", options.to_json())
     start = time.perf_counter()
@@ -163,7 +163,7 @@ def run(options: Options, signals: Signals) -> None:
         LinearGaussian.fit(train.double(), latent_dim=1).marginal().log_prob(test.double()), exact, 0.0
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnreliableEstimateWarning)  # told below the table
+        warnings.simplefilter("ignore", UnreliableEstimateWarning)  # reported below the table
         estimate = log_marginal(vae.model, vae.guide, test, num_samples=300)
     elbo = evaluate(vae, test, num_samples=20, seed=options.seed)["neg_elbo"]
     table["VAE"] = row(estimate.value, exact, estimate.mean.standard_error, elbo=-elbo.value, elbo_error=elbo.standard_error)
@@ -182,7 +182,7 @@ def run(options: Options, signals: Signals) -> None:
 
     print("Errors: of log p and KL, over the points and the draws; of the ELBO, over the draws alone.")
     if unreliable := estimate.mean.unreliable:
-        print(f"The VAE's log p: Pareto k says that the error of {unreliable:,} points is too small.")
+        print(f"The VAE's log p: by Pareto k, the standard error of {unreliable:,} points is too small.")
 
     if options.figures:
         figures = figures_of(options, train, vae, direct["redrawn"], panels)

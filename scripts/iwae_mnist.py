@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""The one-layer setting of the IWAE paper (Burda, Grosse, Salakhutdinov 2016, arXiv:1509.00519), beside its table 1.
+"""The one-layer setting of the IWAE paper (Burda, Grosse, Salakhutdinov 2016, arXiv:1509.00519), compared with its table 1.
 
-Nets 784-200-200-(50, 50) and 50-200-200-784, tanh, Glorot uniform weights, output bias logit(train mean); pixels drawn anew
-as Bernoulli(grey) each time an image is seen; batch 20; 8 stages of 3^(i-1) epochs, 3,280 in all, at learning rate
+Nets 784-200-200-(50, 50) and 50-200-200-784, tanh, Glorot uniform weights, output bias logit(train mean); dynamic
+binarisation, Bernoulli(grey) in each batch; batch 20; 8 stages of 3^(i-1) epochs, 3,280 in total, at learning rate
 1e-3 * 10^(-(i-1)/7); Adam with eps 1e-4. VAE and IWAE with k draws per image; then log p(test) by importance sampling with
 5,000 draws and the number of active latent units.
 
-All stages are one training, whose moments and counts of Adam go on from stage to stage. --stages cuts the schedule short; a
-later call with more goes on. So does a run that was stopped or killed: give the same command again.
+All stages are one run, in which Adam's moments and step counts persist. --stages limits the schedule; a later call with
+more stages resumes the run. A run that was stopped or killed is resumed by the same command.
 """
 
 import sys
@@ -101,12 +101,12 @@ def build(train: Data) -> VAE:
 
 
 def epochs_of(stages: int) -> int:
-    """Of the first stages, all together."""
+    """The number of epochs of the first stages."""
     return (3**stages - 1) // 2
 
 
 def open_run(options: Options, run: Path, train: Data, settings: Settings) -> dict[str, Any] | None:
-    """Open the folder of a new run, or of one of the same settings that goes on; the checkpoint that it goes on from."""
+    """Open the folder of a new run, or of a run with the same settings to resume; returns the checkpoint, if any."""
     asked = {"script": "iwae_mnist", "dataset": train.name, "seed": options.seed, "precision": options.precision}
     state = None
     if (run / "config.json").is_file():
@@ -136,7 +136,7 @@ def open_run(options: Options, run: Path, train: Data, settings: Settings) -> di
 
 
 def train_stages(options: Options, name: str, train: Data, signals: Signals) -> tuple[VAE, float]:
-    """All stages that are asked for, in one training; the model after the last one, and seconds in all of them."""
+    """Train all requested stages in one run; returns the model after the last one, and the total seconds."""
     model, k = name.split("-")
     objective = "iwae" if model == "iwae" and k != "1" else "trace"  # with one draw, the bound is the ELBO
     settings = load_preset(PRESET, objective=objective, particles=int(k), epochs=epochs_of(options.stages))
@@ -178,7 +178,7 @@ def train_stages(options: Options, name: str, train: Data, signals: Signals) -> 
 
 
 def measure(options: Options, vae: VAE, run: Path, seconds: float, train: Data, test: Data) -> None:
-    """-log p(test) with its error, the ELBO, and active units into the run's metrics.json, unless they are there already."""
+    """Write -log p(test) with its error, the ELBO and active units to the run's metrics.json, unless they exist already."""
     images = min(options.images, len(test))
     asked: dict[str, Any] = {"dataset": train.name, "stages": options.stages}
     asked |= {"importance_samples": options.importance_samples, "images": images}

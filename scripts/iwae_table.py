@@ -1,4 +1,4 @@
-"""The table of iwae_mnist.py: every model that was measured, beside the paper's figure."""
+"""The table of iwae_mnist.py: the result of each model, with that of the paper."""
 
 from pathlib import Path
 
@@ -14,8 +14,8 @@ def write_table(out: Path) -> str:
     """Markdown and JSON of all models measured in this folder, by this command or an earlier one; returns the Markdown."""
     rows = {name: read_json(path) for name in PAPER if (path := out / name / "metrics.json").is_file()}
     lines = [
-        "-log p(test) in nats per image by importance sampling, ± its standard error, of models that ran so many stages; "
-        "the paper ran all 8, 3,280 epochs, and had 5,000 draws per image.",
+        "-log p(test) in nats per image by importance sampling, ± its standard error, after the given number of stages; the "
+        "paper has all 8, 3,280 epochs, and 5,000 draws per image.",
         "",
         "| model | k | stages | epochs | -ELBO | draws | -log p | paper's -log p | active units of 50 | training |",
         "|---|---|---|---|---|---|---|---|---|---|",

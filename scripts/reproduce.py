@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Run every reference system and put what it lands on beside what was published: the scoreboard.
+"""Run every reference system and compare its results with the published ones: the scoreboard.
 
-Each system runs as its own script would be run by hand, in a folder of its own under --out. One that is already done there,
-by the same command, is not run again, so a run that was stopped goes on where it was. Exit code 0: all figures are within
-their tolerance; 1: one is not, or a script failed; 2: bad arguments or data.
+Each system runs by its own script, in a subfolder of --out. A system that is complete there, with the same command, is not
+run again, so a run that was stopped can be resumed. Exit code 0: all results are within their tolerance; 1: one is not, or
+a script failed; 2: invalid arguments or data.
 """
 
 import os
@@ -61,7 +61,7 @@ class Row:
 
 
 def rows_of(system: System, out: Path, seconds: float) -> list[Row]:
-    """What a system that was run has landed on."""
+    """The results of a system."""
     rows = []
     for each in system.quantities:
         ours, error = each.read(out)
@@ -72,16 +72,16 @@ def rows_of(system: System, out: Path, seconds: float) -> list[Row]:
 
 
 def finished(system: System, out: Path) -> float | None:
-    """The seconds that a system took whose mark says that this very command is done; else None."""
+    """The seconds that a system took, if its marker file has the same command; else None."""
     try:
         done = read_json(out / f"{system.key}.json")
         return float(done["seconds"]) if done["command"] == system.command and rows_of(system, out, 0.0) else None
     except (CheckpointError, ValueError, TypeError, KeyError, StopIteration):
-        return None  # no mark, or a run that was damaged since
+        return None  # no marker, or a damaged run
 
 
 def execute(system: System, out: Path, announce: str, signals: Signals) -> float | None:
-    """Run one system, unless it is done: the seconds that it took, None where it failed."""
+    """Run one system, unless it is done; returns the seconds that it took, or None if it failed."""
     if (before := finished(system, out)) is not None:
         print(f"{announce}: done before, in {before:.0f} s", flush=True)
         return before
@@ -123,12 +123,12 @@ def markdown(board: dict[str, Any]) -> str:
         "# Scoreboard",
         "",
         f"Every reference system, run by `{board['command']}` on {board['date']}: {sum(row['within'] for row in compared)} "
-        f"of {len(compared)} figures are within their tolerance of what was published. {board['hardware']}; {versions}; "
-        f"{board['seconds'] / 60:.0f} minutes in all.",
+        f"of {len(compared)} results are within their tolerance of the published ones. {board['hardware']}; {versions}; "
+        f"{board['seconds'] / 60:.0f} minutes in total.",
         "",
-        "Nats per image, but for the autoencoders' losses, which are mean squared errors per pixel. Training figures are "
-        "averages over an epoch, or over the 250 steps before the last evaluation, while the weights move. Errors are "
-        "those of the latent draws; no figure has one for the seed.",
+        "Nats per image, except for the autoencoders' losses, which are mean squared errors per pixel. Training metrics are "
+        "averages over an epoch, or over the 250 steps before the last evaluation, while the parameters change. Standard "
+        "errors are those of the latent draws; they do not include the variation between seeds.",
         "",
         "| system | quantity | published | ours | error | tolerance | within | seconds |",
         "|---|---|---:|---:|---:|---:|---|---:|",

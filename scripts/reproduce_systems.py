@@ -1,4 +1,4 @@
-"""The reference systems that reproduce.py runs: the command of each, what was published, and where ours is found."""
+"""The reference systems of reproduce.py: the command of each, the published results, and where to find ours."""
 
 import functools
 import operator
@@ -46,7 +46,7 @@ class Quantity:
 
 @dataclass(frozen=True)
 class System:
-    """One command, the folder it is given by --out, and what it lands on."""
+    """One command, its folder (--out), and its results."""
 
     name: str
     command: Sequence[str]
@@ -58,7 +58,7 @@ class System:
         return self.name.replace(" ", "-")
 
 
-# The first epochs move fast and depend on the initial weights; a fit is judged by its last figure.
+# Results of the first epochs change fast and depend on the initial parameters; the last one is decisive.
 ELBO: Table = {1: (165.64, 3.0), 2: (121.76, 1.0), 3: (114.68, 0.5), 5: (109.86, 0.5)}
 ELBO |= {10: (106.19, 0.35), 20: (103.96, 0.35), 30: (102.94, 0.35), 40: (102.28, 0.35)}
 RECONSTRUCTION: Table = {1: (150.72, 3.0), 10: (81.07, 0.5), 20: (78.59, 0.5), 40: (76.82, 0.5)}
@@ -135,7 +135,7 @@ def quick_autoencoders(data: Sequence[str]) -> list[System]:
 
 
 def toy(*, quick: bool) -> System:
-    """System E, whose truth is known."""
+    """System E, with known truth."""
     entropy = Quantity("entropy of the truth", 2.694036, 1e-6, "E", ("entropy",))
     if quick:
         kl = Quantity("KL(true ‖ VAE), epoch 3", None, None, "E", ("table", "VAE", "kl"))

@@ -65,7 +65,7 @@ def test_a_member_that_torch_would_load_damaged(tmp_path):
 def test_a_zip_that_is_no_file_of_torch_save(tmp_path):
     with zipfile.ZipFile(tmp_path / "file.pt", "w") as archive:
         archive.writestr("a", "b")
-    with pytest.raises(CheckpointError, match="no file of torch.save"):
+    with pytest.raises(CheckpointError, match="not a file of torch.save"):
         read_tensors(tmp_path / "file.pt")
 
 

@@ -661,7 +661,7 @@ def test_own_table_goes_on_where_it_was(tmp_path, svi_mnist_here):
     np.savez(tmp_path / "table.npz", x=table + 1, y=np.arange(200) % 3)
     code, _, err = svi_mnist_here("--resume", "part", "--epochs", 5, "--no-figures")
     assert code == 2
-    assert "error: resume: the checkpoint is of a run with other settings (saved -> asked): data: 180 of shape" in err
+    assert "error: resume: the checkpoint is of a run with other settings (saved -> requested): data: 180 of shape" in err
 
 
 def test_a_column_of_seconds_since_1970(tmp_path, svi_mnist_here):

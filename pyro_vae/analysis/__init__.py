@@ -1,1 +1,1 @@
-"""Looking into the latent space; pictures."""
+"""Analysis of the latent space; figures."""

@@ -21,7 +21,7 @@ def training_curves(history: Sequence[TrainingRecord], *, title: str = "") -> "F
     Beside them the loss, where it is another figure, and an objective's own terms; against the epoch or the step.
 
     Args:
-        history: what :func:`pyro_vae.fit` returns.
+        history: the records returned by :func:`pyro_vae.fit`.
         title: above the picture.
     """
     labels = {"neg_elbo": "-ELBO", "kl": "KL"}
@@ -53,12 +53,12 @@ def density_panels(
     bins: int = 60,
     title: str = "",
 ) -> "Figure":
-    """Two-dimensional histograms of samples, each under the contours of one density.
+    """Two-dimensional histograms of samples, each with the contours of the same density.
 
     Args:
         samples: name of a panel -> points ``(n, 2)``.
-        log_density: maps points ``(m, 2)`` to the log of the density whose contours are drawn, ``(m,)``: each ring is one
-            standard deviation further out where it is a normal.
+        log_density: maps points ``(m, 2)`` to the log-density, ``(m,)``. Contours are at 1, 2 and 3 standard deviations if
+            it is normal.
         columns: panels per row.
         limits: ``(x_min, x_max, y_min, y_max)``, the same in all panels.
         bins: of the histograms, per axis.
@@ -83,7 +83,7 @@ def density_panels(
     for ax in grid[len(samples) :]:
         ax.set_axis_off()
     for ax in grid[max(0, len(samples) - columns) : len(samples)]:
-        ax.tick_params(labelbottom=True)  # also above an empty place
+        ax.tick_params(labelbottom=True)  # also above an empty cell
     return figure
 
 
@@ -97,7 +97,7 @@ def curves(
     level: tuple[str, float] | None = None,
     log_x: bool = False,
 ) -> "Figure":
-    """Lines in one axis, each with its name.
+    """Several lines in one plot, with a legend.
 
     Args:
         lines: name -> (x, y).
@@ -124,7 +124,7 @@ def curves(
     if level is not None:
         ax.axhline(level[1], color="black", linewidth=1)
         low, high = ax.get_ylim()
-        ax.set_ylim(min(low, level[1] - 0.1 * (high - low)), high)  # room for its name below it
+        ax.set_ylim(min(low, level[1] - 0.1 * (high - low)), high)  # room for its label below the line
         ax.annotate(
             level[0],
             (0.99, level[1]),

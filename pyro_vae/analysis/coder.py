@@ -1,4 +1,4 @@
-"""Any model and guide as an encoder and a decoder of latent vectors, from their traces."""
+"""Any Pyro model and guide as an encoder and decoder of latent vectors."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ __all__ = ["Coder", "Decoded", "UndefinedError"]
 
 
 class UndefinedError(ValueError):
-    """What was asked for is not defined for this model: a mean, or the KL of each dimension, say."""
+    """A quantity is not defined for this model: the mean of a distribution, or the KL of each dimension, say."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Decoded:
     """p(x | z) for latents z of n observations.
 
     Args:
-        site: its name in the model.
+        site: name of the site that observes x.
         distribution: of the site.
-        shape: ``(n, *event_shape)``, that of the observations: a model may observe them flattened.
+        shape: ``(n, *event_shape)``, the shape of the observations; that of the site may be flattened.
     """
 
     site: str
@@ -37,10 +37,10 @@ class Decoded:
 
     @property
     def mean(self) -> Tensor:
-        """``(n, *event_shape)``.
+        """The mean of p(x | z), ``(n, *event_shape)``.
 
         Raises:
-            UndefinedError: there is none.
+            UndefinedError: the distribution has no mean in closed form.
         """
         return _mean(self.site, self.distribution).reshape(self.shape)
 
@@ -56,22 +56,22 @@ class Decoded:
 
 
 class Coder:
-    """Encodes observations as latent vectors ``(n, latent_dim)``, and decodes these.
+    """Encodes observations as latent vectors ``(n, latent_dim)``, and decodes latent vectors.
 
-    A latent vector holds the values of all latent sites of the guide, each flattened, in the order in which the guide draws
-    them. Sites that the guide marks as auxiliary are no part of it.
+    A latent vector is the concatenation of the flattened values of all latent sites of the guide, in the order of execution,
+    without auxiliary sites.
 
     Args:
         model: a module with methods ``model`` and ``guide``, a pair ``(model, guide)`` of Pyro programs, a
             :class:`~pyro_vae.models.programs.ProgramPair`; or an :class:`~pyro_vae.models.autoencoder.Autoencoder`, whose
-            code stands where the others have the mean of the posterior.
+            code replaces the posterior mean.
 
     Attributes:
-        pair: the pair; None of an autoencoder.
-        programs: what runs, as :func:`~pyro_vae.models.programs.evaluating` takes it.
+        pair: the pair; None for an autoencoder.
+        programs: the arguments of :func:`~pyro_vae.models.programs.evaluating`.
 
     Raises:
-        ValueError: nothing of these.
+        ValueError: the model is none of these.
     """
 
     def __init__(self, model: Any) -> None:
@@ -84,33 +84,33 @@ class Coder:
         """The pair.
 
         Raises:
-            ValueError: an autoencoder, which has no posterior.
+            ValueError: the model is an autoencoder, which has no posterior.
         """
         if self.pair is None:
             raise ValueError(f"{name}: expected a model and guide, found an Autoencoder, which has no posterior.")
         return self.pair
 
     def example(self) -> Tensor | None:
-        """A tensor of whose type and device observations are to be; None if there is none."""
+        """A tensor of the dtype and device that observations must have; None if the model has no floating-point tensor."""
         return example_of(self._module) if self.pair is None else self.pair.example()
 
     def observations(self, name: str, like: Tensor | None, size: int) -> Tensor:
-        """Observations ``(size, *event_shape)`` to call a model with whose own values do not matter.
+        """Placeholder observations ``(size, *event_shape)`` to call the model with, whose values do not matter.
 
         Args:
-            name: of the function that needs them.
-            like: observations, of which the first is repeated; None: zeros of the ``event_shape`` that the module has.
-            size: how many.
+            name: of the calling function, for errors.
+            like: observations, of which the first is repeated; None: zeros of the module's ``event_shape``.
+            size: number of observations.
 
         Raises:
-            ValueError: there is neither.
+            ValueError: ``like`` is None and the module has no ``event_shape``.
         """
         if like is not None:
             return like[:1].expand(size, *like.shape[1:])
         owner = self._module if self.pair is None else self.pair.module
         if (event_shape := getattr(owner, "event_shape", None)) is None:
             raise ValueError(
-                f"{name}: the model does not say the shape of an observation (as a module's event_shape does). Pass an "
+                f"{name}: the shape of an observation is not known, since the model has no attribute event_shape. Pass an "
                 "observation: like=x[:1]."
             )
         example = self.example()
@@ -118,11 +118,11 @@ class Coder:
         return torch.zeros(size, *event_shape, **kind)
 
     def means(self, *batch: Tensor) -> Tensor:
-        """The mean of the posterior, ``(n, latent_dim)``; of each site, the mean given the means of those before it.
+        """The posterior mean, ``(n, latent_dim)``; for each site, the mean given the means of the previous sites.
 
         Raises:
-            UndefinedError: a site's distribution has no mean in closed form.
-            ValueError: a site outside the data plate.
+            UndefinedError: the distribution of a site has no mean in closed form.
+            ValueError: a site is outside the data plate.
         """
         if self._autoencoder is not None:
             return self._autoencoder.encode(*batch)
@@ -137,11 +137,11 @@ class Coder:
 
         Args:
             z: ``(n, latent_dim)``; None: drawn from the prior.
-            batch: n observations and what else the model is called with.
+            batch: the model's arguments: n observations, and any context.
 
         Raises:
-            UndefinedError: z lies outside the support of its site, or no one site observes x.
-            ValueError: z of another shape.
+            UndefinedError: z lies outside the support of its site, or there is not exactly one site that observes x.
+            ValueError: z has the wrong shape.
         """
         if self._autoencoder is not None:
             if z is None:
@@ -164,7 +164,7 @@ class Coder:
         return sum(value[0].numel() for value in self._drawn_apart(batch).values())
 
     def _values(self, z: Tensor, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """The values of the sites that a latent vector holds."""
+        """The values of the sites in a latent vector, by name."""
         like = self._drawn_apart(batch)
         sizes = [value[0].numel() for value in like.values()]
         if z.shape != (len(batch[0]), sum(sizes)):
@@ -177,7 +177,7 @@ class Coder:
         return {name: part.reshape(value.shape) for (name, value), part in parts}
 
     def _drawn_apart(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """The latents of a batch, drawn with torch's random state left as found."""
+        """Draws of the latents of a batch; torch's random state is restored."""
         with torch.random.fork_rng(devices=[t.device for t in batch if t.is_cuda][:1]):
             return self._latents(batch, lambda site: None)
 
@@ -195,14 +195,14 @@ class Coder:
                 )
             found[name] = site["value"]
         if not found:
-            raise UndefinedError("the guide draws nothing, so that there is no latent space.")
+            raise UndefinedError("the guide has no latent site, so that there is no latent space.")
         return found
 
 
 class _Values(Messenger):
-    """Sites that are drawn get the value that a function of them gives; None: they are drawn.
+    """A handler that sets the value of each latent site by a function of the site, or draws it if that returns None.
 
-    Keeps all sites by name. Pyro's own trace would add shapes to the text of an error.
+    Records all sites by name. (Pyro's own trace would append shapes to error messages.)
     """
 
     def __init__(self, choose: Callable[[Any], Tensor | None]) -> None:
@@ -242,18 +242,18 @@ def _mean(name: str, fn: Any) -> Tensor:
 def _check_support(site: Any, value: Tensor) -> None:
     try:
         inside = site["fn"].support.check(value)
-    except NotImplementedError:  # a distribution that does not say
+    except NotImplementedError:  # the distribution defines no support
         return
     if not inside.all():
         kind = type(base_distribution(site["fn"])).__name__
         raise UndefinedError(
-            f"site {site['name']!r}: expected latents in the support of its {kind}, found some outside, which the model "
-            "does not decode."
+            f"site {site['name']!r}: expected latents in the support of its {kind}, found some outside, for which the model "
+            "is not defined."
         )
 
 
 def _site_of_x(sites: Iterable[Any], x: Tensor) -> Any:
-    """The site that observes x: of all observed ones, the one of its size."""
+    """The site that observes x: the only observed site with as many elements."""
     no_data = (dist.Unit, dist.Delta)  # of pyro.factor and pyro.deterministic
     observed = [site for site in sites if site["is_observed"] and not isinstance(base_distribution(site["fn"]), no_data)]
     found = [site for site in observed if site["value"].numel() == x.numel()]

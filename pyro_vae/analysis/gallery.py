@@ -1,4 +1,4 @@
-"""The pictures of a run: a fitted model, its data and its history -> named figures."""
+"""The figures of a run, from a fitted model, its data and its history."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -35,12 +35,12 @@ def run_figures(
     tsne_of_training: bool = False,
     left_out: Callable[[str], None] = lambda reason: None,
 ) -> "Pictures":
-    """Name and figure of each picture that model and data allow: those of images, of labels, of several latent dimensions.
+    """Yields name and figure of each figure that is defined for model and data: for images, labels, latent dimensions.
 
-    Draws by torch's global random state. Data are where the model is.
+    Uses torch's global random state. Data must be on the device of the model.
 
     Args:
-        model: as :mod:`pyro_vae.analysis.latent` takes it; None: only the curves.
+        model: see :mod:`pyro_vae.analysis.latent`; None: only the training curves.
         train: training data.
         test: test data.
         history: what ``fit`` returned.
@@ -77,7 +77,7 @@ def _reconstructions(coder: Coder, train: Data, test: Data, title: str) -> "Pict
         batch = test.batch(torch.randperm(len(test))[:8].to(device))
         decoded = coder.decode(coder.means(*batch), *batch)
         rows = {"test image": batch[0], "reconstruction": decoded.mean}
-        if decoded.is_bernoulli:  # a sample with normal noise on each pixel shows nothing
+        if decoded.is_bernoulli:  # samples of a normal likelihood would only add noise to each pixel
             rows["Bernoulli sample"] = decoded.sample()
     yield "reconstructions", plots.image_rows(show(rows), title=f"{title}: test images and their reconstructions")
 
@@ -98,7 +98,7 @@ def _from_the_prior(coder: Coder, train: Data, test: Data, title: str) -> "Pictu
 def _on_the_way(model: Any, train: Data, test: Data, title: str) -> "Pictures":
     ends, names = _two_images(test)
     (start_and_end, *context) = test.batch(ends)
-    if len(ends) == 2 and not context:  # between two contexts there is no way
+    if len(ends) == 2 and not context:  # there is no interpolation between two contexts
         paths = latent.interpolate(model, *start_and_end, steps=10)
         rows = dict(zip(("latent space", "pixel space"), paths, strict=True))
         yield "interpolation", plots.image_rows(_scaled_by(train)(rows), title=f"{title}: from {names[0]} to {names[1]}")
@@ -128,7 +128,7 @@ def _of_latents(
     means = latent.latent_means(model, train)
     latent_dim = means.shape[1]
     if latent_dim > 1:
-        # All axes where they are few; else the four that the model uses most, by variance of the posterior means.
+        # All axes if there are at most four; otherwise the four with the largest variance of the posterior means.
         axes = sorted(means.var(0).argsort(descending=True)[:4].tolist())
         which = "all axes" if latent_dim <= 4 else f"the 4 of {latent_dim} axes that vary most"
         caption = f"{title}: latent means (training set), {which}"
@@ -147,7 +147,7 @@ def _of_latents(
 
 
 def _two_images(data: Data) -> tuple[Tensor, list[str]]:
-    """Two images to go from and to, and what they are: a 6 and a 9 where there are any, else the first of two labels."""
+    """Indices and names of two images to interpolate between: a 6 and a 9 if there are any, else of the first two labels."""
     if data.labels is None:
         index = torch.arange(min(2, len(data)), device=data.x.device)
         return index, ["one test image", "another"]
@@ -159,11 +159,11 @@ def _two_images(data: Data) -> tuple[Tensor, list[str]]:
 
 
 def _is_grey(data: Data) -> bool:
-    """One channel of values in [0, 1], which can be made black and white."""
+    """Whether observations have one channel of grey levels in [0, 1], which can be thresholded."""
     return data.event_shape[:-2].numel() == 1 and data.are_pixels
 
 
 def _scaled_by(data: Data) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    """Brings images to [0, 1] and to the CPU, as they are shown: by the range of the data where they go beyond."""
+    """A function that moves images to the CPU and scales them to [0, 1], by the range of data that are no pixels."""
     low, high = (0.0, 1.0) if data.are_pixels else (data.x.min().item(), data.x.max().item())
     return lambda rows: {name: (images.cpu() - low) / (high - low) for name, images in rows.items()}

@@ -1,13 +1,13 @@
-"""Looking into the latent space: what a fitted model has learned, as arrays; pictures of them are in ``plots``.
+"""Analysis of the latent space of a fitted model, as arrays; ``plots`` makes figures of them.
 
-``model`` is a module with methods ``model`` and ``guide``, a :class:`~pyro_vae.VAE`, say, a pair ``(model, guide)`` of any
-Pyro programs, or a :class:`~pyro_vae.models.programs.ProgramPair`; or a plain autoencoder, whose code stands where the
-others have their posterior mean. All latent sites of the guide make one latent vector, see
-:class:`~pyro_vae.analysis.coder.Coder`. What is not defined for a model is refused, by an
+``model`` is a module with methods ``model`` and ``guide``, such as a :class:`~pyro_vae.VAE`, a pair ``(model, guide)`` of
+any Pyro programs, or a :class:`~pyro_vae.models.programs.ProgramPair`; or a plain autoencoder, whose code replaces the
+posterior mean. All latent sites of the guide are concatenated to one latent vector, see
+:class:`~pyro_vae.analysis.coder.Coder`. A function that is not defined for a model raises an
 :class:`~pyro_vae.analysis.coder.UndefinedError`.
 
-Models are looked at in evaluation mode. Functions that draw use torch's global random state: seed it for a reproducible
-picture.
+Models are evaluated in evaluation mode. Functions that draw use torch's global random state: seed it for reproducible
+figures.
 """
 
 import math
@@ -46,13 +46,14 @@ def decoder_mean(model: Any, z: Tensor, *context: Tensor, like: Tensor | None = 
     Args:
         model: see above.
         z: latent vectors, ``(n, latent_dim)``.
-        context: what else a batch has, of a conditional model, n rows each.
-        like: an observation, ``(1, *event_shape)``, whose shape and type are looked at; needed where the module does not say
-            its ``event_shape``.
+        context: of a conditional model: the other tensors of a batch, n rows each.
+        like: an observation, ``(1, *event_shape)``, of which only shape and dtype are used; required if the module has no
+            ``event_shape``.
 
     Raises:
-        UndefinedError: no one site observes x, it has no mean, or z lies outside the support of a latent site.
-        ValueError: z of another shape, or ``like`` is needed.
+        UndefinedError: there is not exactly one site that observes x, it has no mean, or z lies outside the support of a
+            latent site.
+        ValueError: z has the wrong shape, or ``like`` is required.
     """
     coder = Coder(model)
     with evaluating(*coder.programs):
@@ -64,7 +65,7 @@ def latent_means(model: Any, data: DataLike, *, batch_size: int = 1000) -> Tenso
     """Posterior mean, or code, of every observation, ``(N, latent_dim)``, in the order of the data.
 
     Raises:
-        UndefinedError: a latent site whose distribution has no mean in closed form.
+        UndefinedError: the distribution of a latent site has no mean in closed form.
     """
     batch_size = whole_number("batch_size", batch_size)
     coder = Coder(model)
@@ -75,7 +76,7 @@ def latent_means(model: Any, data: DataLike, *, batch_size: int = 1000) -> Tenso
 
 
 def _as_taken(coder: Coder, data: DataLike) -> Data:
-    """Data of the type and on the device of the model."""
+    """The data in the dtype and on the device of the model."""
     held, example = as_data(data), coder.example()
     return held if example is None else held.to(example.device, example.dtype)
 
@@ -86,12 +87,12 @@ def kl_per_dimension(model: Any, data: DataLike, *, batch_size: int = 1000, num_
 
     .. math:: \frac1N \sum_i \mathrm{KL}\big( q(z_j \mid x_i) \,\|\, p(z_j) \big)
 
-    In closed form where every latent site has one; with several sites, those that depend on others at one draw of these.
-    Otherwise log q - log p, averaged over ``num_samples`` draws. Their sum is the KL term of the ELBO. A dimension near 0
-    carries nothing: its posterior is the prior whatever x.
+    In closed form if every latent site has one; a site that depends on other sites is then evaluated at one draw of these.
+    Otherwise log q - log p, averaged over ``num_samples`` draws. The sum over dimensions is the KL term of the ELBO. A
+    dimension with a KL near 0 has collapsed: its posterior equals the prior for every x.
 
     Raises:
-        UndefinedError: dimensions that are not independent under guide and model, so that the KL is no sum over them.
+        UndefinedError: the dimensions are not independent under guide and model, so that the KL is no sum over them.
     """
     coder = Coder(model)
     pair, held = coder.require_pair("kl_per_dimension"), _as_taken(coder, data)
@@ -113,9 +114,9 @@ def kl_per_dimension(model: Any, data: DataLike, *, batch_size: int = 1000, num_
 
 
 def active_units(model: Any, data: DataLike, *, threshold: float = 0.01) -> Tensor:
-    """Which latent dimensions the model uses: ``(latent_dim,)`` of bool; ``.sum()`` is the number of active units.
+    """Which latent dimensions are active: ``(latent_dim,)`` of bool; ``.sum()`` is the number of active units.
 
-    A unit is active where the variance of its posterior mean over the data is above the threshold (Burda et al. 2016,
+    A unit is active if the variance of its posterior mean over the data is above the threshold (Burda et al. 2016,
     arXiv:1509.00519, section 5.2).
     """
     Coder(model).require_pair("active_units")
@@ -124,24 +125,24 @@ def active_units(model: Any, data: DataLike, *, threshold: float = 0.01) -> Tens
 
 @torch.no_grad()
 def interpolate(model: Any, start: Tensor, end: Tensor, *, steps: int = 10, path: str = "linear") -> tuple[Tensor, Tensor]:
-    r"""The way from one observation to another, in latent space and in pixel space.
+    r"""Interpolation between two observations, in latent space and in pixel space.
 
     Args:
         model: see above.
         start: observation, ``event_shape``.
         end: observation, ``event_shape``.
-        steps: points on the way, both ends included.
-        path: of the latent: ``"linear"``, or ``"spherical"`` (White 2016, arXiv:1609.04468):
-            :math:`\frac{\sin (1-t) \omega}{\sin \omega} z_0 + \frac{\sin t \omega}{\sin \omega} z_1`,
-            :math:`\omega` the angle between both, which keeps to the distance from 0 at which a prior of many dimensions has
-            its mass.
+        steps: number of points, both ends included.
+        path: in latent space: ``"linear"``, or ``"spherical"`` (White 2016, arXiv:1609.04468):
+            :math:`\frac{\sin (1-t) \omega}{\sin \omega} z_0 + \frac{\sin t \omega}{\sin \omega} z_1` with
+            :math:`\omega` the angle between both, which stays at the distance from 0 where a high-dimensional prior has its
+            mass.
 
     Returns:
-        (latent, pixel), each ``(steps, *event_shape)``: the decoder's mean on the way between the two posterior means,
-        and the straight line between the two observations themselves.
+        (latent, pixel), each ``(steps, *event_shape)``: the decoder's mean along the path between the two posterior means,
+        and the linear interpolation of the two observations.
 
     Raises:
-        ValueError: fewer than 2 steps, or no such path.
+        ValueError: steps is below 2, or path is unknown.
     """
     steps = whole_number("steps", steps, minimum=2)  # both ends
     if start.shape != end.shape:
@@ -154,10 +155,10 @@ def interpolate(model: Any, start: Tensor, end: Tensor, *, steps: int = 10, path
     coder = Coder(model)
     with evaluating(*coder.programs):
         a, b = coder.means(torch.stack([start, end])).split(1)  # each (1, latent_dim)
-        s = t.to(a.dtype)  # which may not be that of the observations
+        s = t.to(a.dtype)  # the dtype of the latents may differ from that of the observations
         cosine = torch.cosine_similarity(a, b).clamp(-1, 1)
         angle = torch.arccos(cosine)
-        if path == "spherical" and angle.sin() > 1e-4:  # along one line through 0 there is no arc but the line
+        if path == "spherical" and angle.sin() > 1e-4:  # for collinear vectors the arc is not defined: linear
             z = (torch.sin((1 - s) * angle) * a + torch.sin(s * angle) * b) / torch.sin(angle)
         else:
             z = torch.lerp(a, b, s)
@@ -175,25 +176,25 @@ def manifold_grid(
     axes: tuple[int, int] = (0, 1),
     like: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the decoder draws over a plane of the latent space, all other dimensions 0.
+    """The decoder's mean on a grid over a plane of the latent space; all other dimensions are 0.
 
     Args:
         model: see above.
-        context: what else a batch has, of a conditional model: one row each, the same all over the plane.
+        context: of a conditional model: the other tensors of a batch, one row each, the same for all points.
         size: points per axis.
-        spacing: ``"equal"`` steps within limits; ``"probability"``: equal steps of probability under N(0, 1), through its
-            quantiles at (i + 1/2) / size, so that images take the room that the prior gives them.
+        spacing: ``"equal"`` steps within limits; ``"probability"``: equal steps of probability under N(0, 1), at its
+            quantiles (i + 1/2) / size, so that the area of a region is its prior probability.
         limits: ``(first low, first high, second low, second high)`` for equal steps.
         axes: the two latent dimensions that span the plane.
         like: see :func:`decoder_mean`.
 
     Returns:
-        (images, first, second): ``(size * size, *event_shape)``, row by row as read on a page, the second axis falling from
-        row to row; and the values on the two axes, ``(size,)`` each, ascending.
+        (images, first, second): ``(size * size, *event_shape)`` in row-major order, the second axis descending from row to
+        row; and the values on the two axes, ``(size,)`` each, ascending.
 
     Raises:
-        UndefinedError: the plane leaves the support of a latent site.
-        ValueError: no such spacing or axes, or limits that are no intervals.
+        UndefinedError: a point lies outside the support of a latent site.
+        ValueError: spacing, axes or limits are invalid.
     """
     size, coder = whole_number("size", size), Coder(model)
     x = coder.observations("manifold_grid", like, size * size)
@@ -221,19 +222,19 @@ def manifold_grid(
 
 @torch.no_grad()
 def denoise(model: Any, x: Tensor, *context: Tensor, flip_rate: float = 0.02) -> tuple[Tensor, Tensor, Tensor]:
-    """Threshold at 0.5, flip each pixel with probability ``flip_rate``, and reconstruct by way of the posterior mean.
+    """Threshold at 0.5, flip each pixel with probability ``flip_rate``, and reconstruct from the posterior mean.
 
     Args:
         model: see above.
         x: observations in [0, 1], ``(batch, *event_shape)``.
-        context: what else a batch has, of a conditional model.
+        context: of a conditional model: the other tensors of a batch.
         flip_rate: probability that a pixel is flipped.
 
     Returns:
-        (binary, noisy, reconstruction), each the shape of x.
+        (binary, noisy, reconstruction), each of the shape of x.
 
     Raises:
-        ValueError: flip_rate is no probability.
+        ValueError: flip_rate is not in [0, 1].
     """
     if not 0 <= flip_rate <= 1:
         raise ValueError(f"denoise: flip_rate must be a probability, found {flip_rate}.")
@@ -247,13 +248,13 @@ def denoise(model: Any, x: Tensor, *context: Tensor, flip_rate: float = 0.02) ->
 
 @torch.no_grad()
 def sample_like(model: Any, data: Data, label: int, *, num_samples: int) -> Tensor:
-    """Images "with a given label": encode random observations of that label, draw z from their posteriors, decode.
+    """Observations like those of a label: encode random observations of that label, draw z from their posteriors, decode.
 
     Returns:
         Decoder means, ``(num_samples, *event_shape)``.
 
     Raises:
-        ValueError: the data have no labels, or not this one; or the model has no posterior.
+        ValueError: the data have no labels or none that equals ``label``, or the model has no posterior.
     """
     coder = Coder(model)
     coder.require_pair("sample_like")
@@ -280,8 +281,7 @@ def latent_record(model: Any, data: DataLike, *, means: Tensor | None = None, li
 
     Returns:
         ``means``: posterior means, a list of ``limit`` lists of latent_dim numbers; ``labels`` and ``classes`` of these
-        observations, or None; ``kl_per_dimension``: of all the data, see :func:`kl_per_dimension`; None where it is not
-        defined.
+        observations, or None; ``kl_per_dimension`` of all data, see :func:`kl_per_dimension`, or None if it is not defined.
 
     Raises:
         UndefinedError: see :func:`latent_means`.

@@ -1,4 +1,4 @@
-"""Arrays -> matplotlib Figure. Nothing here trains, draws random numbers, or touches matplotlib's global state."""
+"""Arrays -> matplotlib Figure, without random numbers and without matplotlib's global state."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ __all__ = [
     "latent_scatter",
 ]
 
-# Ten colours that people with any colour vision tell apart (Petroff 2021, arXiv:2107.02270); digits 0 to 9.
+# Ten colours that are distinct for every type of colour vision (Petroff 2021, arXiv:2107.02270); digits 0 to 9.
 COLORS = (
     "#3f90da",
     "#ffa90e",
@@ -36,7 +36,7 @@ COLORS = (
     "#92dadd",
 )
 
-Array = Any  # a NumPy array or anything np.asarray takes, CPU tensors among them
+Array = Any  # a NumPy array or anything that np.asarray accepts, such as a CPU tensor
 
 
 def new_figure(width: float, height: float, *, tight: bool = False) -> "Figure":
@@ -48,7 +48,7 @@ def new_figure(width: float, height: float, *, tight: bool = False) -> "Figure":
 
 
 def _show(ax: "Axes", image: Array) -> None:
-    """One image ``(H, W)``, ``(1, H, W)`` or ``(3, H, W)`` with values in [0, 1]; values beyond are clipped."""
+    """One image ``(H, W)``, ``(1, H, W)`` or ``(3, H, W)``; values are clipped to [0, 1]."""
     image = np.clip(np.asarray(image, dtype=float), 0, 1)
     if image.ndim == 3:
         image = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
@@ -58,7 +58,7 @@ def _show(ax: "Axes", image: Array) -> None:
 
 
 def image_rows(rows: Mapping[str, Array], *, title: str = "", columns: Sequence[str] = ()) -> "Figure":
-    """Rows of images under one another, each with its name: an original above its reconstruction, for example.
+    """Rows of images, each with its name: originals above their reconstructions, for example.
 
     Args:
         rows: name of a row -> images ``(n, H, W)`` or ``(n, C, H, W)``, the same n in all rows.
@@ -88,7 +88,7 @@ def image_rows(rows: Mapping[str, Array], *, title: str = "", columns: Sequence[
 
 
 def image_grid(images: Array, *, columns: int, title: str = "") -> "Figure":
-    """Images ``(n, H, W)`` or ``(n, C, H, W)`` in a grid, row by row."""
+    """Images ``(n, H, W)`` or ``(n, C, H, W)`` in a grid, in row-major order."""
     rows = -(-len(images) // columns)
     figure = new_figure(columns * 0.8, rows * 0.8 + (0.4 if title else 0), tight=True)
     figure.suptitle(title, fontsize=13)
@@ -101,10 +101,10 @@ def image_grid(images: Array, *, columns: int, title: str = "") -> "Figure":
 
 
 def image_plane(images: Array, first: Array, second: Array, *, title: str = "") -> "Figure":
-    """What :func:`pyro_vae.analysis.latent.manifold_grid` returns, as one picture with the latent values on its axes.
+    """The result of :func:`pyro_vae.analysis.latent.manifold_grid` as one figure with the latent values on its axes.
 
     Args:
-        images: ``(size * size, H, W)`` or ``(size * size, C, H, W)``, row by row, the second axis falling.
+        images: ``(size * size, H, W)`` or ``(size * size, C, H, W)``, row-major, the second axis descending.
         first: values on the horizontal axis, ``(size,)``, ascending.
         second: values on the vertical axis, ``(size,)``, ascending.
         title: above the picture.
@@ -127,7 +127,7 @@ def image_plane(images: Array, first: Array, second: Array, *, title: str = "") 
 
 
 def _scatter(ax: "Axes", points: Array, labels: Array | None, size: float, classes: Sequence[str] = ()) -> list[Any]:
-    """Points by label; every label keeps its colour whatever others are there. Returns legend handles."""
+    """Points coloured by label; the colour of a label does not depend on the other labels. Returns legend handles."""
     style: dict[str, Any] = {"s": size, "linewidths": 0, "alpha": 0.6}
     if labels is None:
         ax.scatter(points[:, 0], points[:, 1], color=COLORS[0], **style)
@@ -140,12 +140,12 @@ def _scatter(ax: "Axes", points: Array, labels: Array | None, size: float, class
 
 
 def _mark(ax: "Axes", points: Array, labels: Array | None, *, fontsize: int, classes: Sequence[str] = ()) -> None:
-    """Each short label written at the median of its points, so that the picture does not rest on colour alone."""
+    """Writes each short label at the median of its points, so that the figure does not rely on colour alone."""
     from matplotlib.patheffects import withStroke
 
     found = () if labels is None else np.unique(labels)
     names = [label_name(int(label), classes) for label in found]
-    if any(len(name) > 3 for name in names):  # words would lie upon one another: the legend has them
+    if any(len(name) > 3 for name in names):  # words would overlap: they are in the legend
         return
     for label, name in zip(found, names, strict=True):
         x, y = np.median(points[labels == label], axis=0)
@@ -176,7 +176,7 @@ def latent_scatter(
         points: positions.
         labels: whole numbers, or None.
         title: above the picture.
-        axes_names: names of the axes; None where they mean nothing (t-SNE): no ticks then.
+        axes_names: names of the axes; None if the axes have no meaning (t-SNE), then without ticks.
         classes: names of the labels 0, 1, ..., if they have any.
     """
     points, labels = np.asarray(points), None if labels is None else np.asarray(labels)
@@ -194,12 +194,12 @@ def latent_scatter(
 
 
 def latent_planes(panels: Mapping[str, tuple[Array, Array]], *, title: str = "", ticks: bool = True) -> "Figure":
-    """Two-dimensional latent spaces side by side, coloured by label, each on its own scale but none below the prior's.
+    """Two-dimensional latent spaces side by side, coloured by label; each has its own limits, which include [-1, 1].
 
     Args:
         panels: name -> (points ``(N, 2)``, labels ``(N,)``).
         title: above the picture.
-        ticks: False where the axes mean nothing (t-SNE).
+        ticks: False if the axes have no meaning (t-SNE).
     """
     figure = new_figure(4.6 * len(panels) + 0.8, 4.9)
     figure.suptitle(title, fontsize=13)
@@ -208,12 +208,12 @@ def latent_planes(panels: Mapping[str, tuple[Array, Array]], *, title: str = "",
         points, labels = np.asarray(points), np.asarray(labels)
         collapsed = points.std() < 0.05
         handles = _scatter(ax, points, labels, size=50.0 if collapsed else max(1.0, 12000 / (len(points) + 500)))
-        if not collapsed:  # else all digits would be written on one place
+        if not collapsed:  # otherwise all labels would overlap
             _mark(ax, points, labels, fontsize=13)
         ax.set_title(name, fontsize=12)
         if ticks:
             ax.locator_params(nbins=7)
-            ax.update_datalim([(-1, -1), (1, 1)])  # N(0, 1) has that scale, and a collapsed code is seen as the point it is
+            ax.update_datalim([(-1, -1), (1, 1)])  # the scale of N(0, 1): a collapsed code looks like a point
             ax.set_xlabel("$z_1$", fontsize=12)
             ax.set_ylabel("$z_2$", fontsize=12)
             ax.set_aspect("equal", adjustable="datalim")
@@ -226,14 +226,14 @@ def latent_planes(panels: Mapping[str, tuple[Array, Array]], *, title: str = "",
 def latent_animation(
     panels: Mapping[str, Array], labels: Array, *, captions: Sequence[str], fps: float = 8, hold: int = 16
 ) -> "FuncAnimation":
-    """How two-dimensional latent spaces form, frame by frame; save it by ``.save("file.gif", writer="pillow")``.
+    """An animation of two-dimensional latent spaces during training; save with ``.save("file.gif", writer="pillow")``.
 
     Args:
         panels: name -> latents ``(frames, N, 2)``, the same observations in every frame.
         labels: ``(N,)``.
         captions: above each frame.
         fps: frames per second.
-        hold: how many frames the last one stays.
+        hold: number of times to repeat the last frame.
     """
     from matplotlib.animation import FuncAnimation
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -245,7 +245,7 @@ def latent_animation(
         raise ValueError(f"latent_animation: expected latents of shape {(frames, len(labels), 2)}, found {wrong}.")
     figure = new_figure(4.2 * len(panels) + 0.8, 4.6)
     FigureCanvasAgg(figure)
-    figure.set_dpi(72)  # a file of some MB, not of some tens
+    figure.set_dpi(72)  # for a file of a few MB
     heading = figure.suptitle(captions[0], fontsize=13, family="monospace")
     clouds: list[tuple[Any, Array]] = []
     handles: list[Any] = []
@@ -254,8 +254,8 @@ def latent_animation(
         clouds += [(handle, codes[:, labels == label]) for handle, label in zip(handles, np.unique(labels), strict=True)]
         low, high = np.quantile(
             codes[frames // 4 :], [0.002, 0.998], axis=(0, 1)
-        )  # outliers and the start may leave the frame
-        low, high = np.minimum(low, -1), np.maximum(high, 1)  # the scale of N(0, 1): a collapsed code is seen as a point
+        )  # outliers and the first frames may exceed the limits
+        low, high = np.minimum(low, -1), np.maximum(high, 1)  # the scale of N(0, 1): a collapsed code looks like a point
         margin = 0.05 * (high - low)
         ax.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
         ax.set_xlabel("$z_1$", fontsize=12)
@@ -263,7 +263,7 @@ def latent_animation(
         ax.set_title(name, fontsize=12)
     _legend(figure, handles)
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out once: every frame has the same axes
+    figure.set_layout_engine("none")  # fixed after the first layout, so that all frames have the same axes
 
     def draw(frame: int) -> list[Any]:
         frame = min(frame, frames - 1)

@@ -1,1 +1,1 @@
-"""Data sets: tensors with one leading dimension, and where they come from."""
+"""Data sets: named tensors with a common leading dimension, built in or your own."""

@@ -1,7 +1,7 @@
 """Data sets by name: the MNIST family (through torchvision) and scikit-learn's digits.
 
-Files of the MNIST family are checked by SHA-256 before they are parsed, because the parser accepts flipped bits and
-swapped files without a word.
+Files of the MNIST family are verified by SHA-256 before they are parsed, because torchvision's parser silently accepts
+flipped bits and swapped files.
 """
 
 import gzip
@@ -23,11 +23,11 @@ DATASETS = ("auto", "mnist", "fashion-mnist", "kmnist", "digits")
 
 
 class MissingDataError(DataError):
-    """Files that are not there and could not be downloaded."""
+    """Files that do not exist and could not be downloaded."""
 
 
 class DatasetFallbackWarning(UserWarning):
-    """Another data set than MNIST is used, since MNIST is not to be had."""
+    """MNIST is not available, and scikit-learn's digits replace it."""
 
 
 def load_data(name: str = "auto", *, data_dir: str | Path | None = None, binarization: str = "none") -> tuple[Data, Data]:
@@ -35,9 +35,9 @@ def load_data(name: str = "auto", *, data_dir: str | Path | None = None, binariz
 
     Args:
         name: ``"mnist"``, ``"fashion-mnist"``, ``"kmnist"`` (60,000 + 10,000 images of 1 x 28 x 28, uint8); ``"digits"``
-            (scikit-learn's 8 x 8 digits, first 1,500 for training, last 297 for test, no files needed); ``"auto"``: MNIST
-            if it is there or can be downloaded, else digits with a :class:`DatasetFallbackWarning`.
-        data_dir: folder that holds ``MNIST/raw`` and the like, torchvision's ``root``; default: the environment variable
+            (scikit-learn's 8 x 8 digits, the first 1,500 for training and the last 297 for test; needs no files);
+            ``"auto"``: MNIST if its files exist or can be downloaded, else digits with a :class:`DatasetFallbackWarning`.
+        data_dir: folder that contains ``MNIST/raw`` etc., torchvision's ``root``; default: the environment variable
             ``PYRO_VAE_DATA``, else ``~/.cache/pyro_vae``. Missing files are downloaded there.
         binarization: see :class:`Data`.
 
@@ -45,8 +45,8 @@ def load_data(name: str = "auto", *, data_dir: str | Path | None = None, binariz
         (train, test).
 
     Raises:
-        DataError: unknown name; files that are missing (and cannot be downloaded), truncated, compressed, swapped or
-            damaged. ``"auto"`` falls back only where MNIST is missing, never where it is damaged.
+        DataError: the name is unknown, or files are missing (and cannot be downloaded), truncated, compressed, swapped or
+            damaged. ``"auto"`` falls back to digits only if MNIST is missing, never if it is damaged.
     """
     if name not in DATASETS:
         raise DataError(f"data set must be one of {', '.join(DATASETS)}; found {name!r}.")
@@ -120,7 +120,7 @@ def _load_mnist_family(name: str, root: Path, binarization: str) -> tuple[Data, 
         _download(class_name, root, missing)
     _verify(class_name, folder)
     mnist = _torchvision_mnist(folder)
-    # read_*_file and not the data set's class, which prefers a "processed" folder that nobody has checked.
+    # Not torchvision's MNIST class, which would prefer a "processed" folder that is not verified.
     images = {split: mnist.read_image_file(str(folder / f"{split}-images-idx3-ubyte")) for split in ("train", "t10k")}
     labels = {split: mnist.read_label_file(str(folder / f"{split}-labels-idx1-ubyte")) for split in ("train", "t10k")}
     train, test = (Data(images[s].unsqueeze(1), labels[s], name, binarization) for s in ("train", "t10k"))
@@ -141,25 +141,25 @@ def _torchvision_mnist(folder: Path) -> Any:
 def _download(class_name: str, root: Path, missing: list[str]) -> None:
     folder = root / class_name / "raw"
     mnist = _torchvision_mnist(folder)
-    hints = [f"run gunzip on {file}.gz, which lies there." for file in missing if (folder / f"{file}.gz").exists()]
+    hints = [f"Run gunzip on {file}.gz in that folder." for file in missing if (folder / f"{file}.gz").exists()]
     if root.name in (class_name, "raw"):
-        hints.append(f"--data-dir names the folder above {class_name}.")
+        hints.append(f"--data-dir takes the parent folder of {class_name}.")
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # torchvision sets none: a network that swallows packets would hang it for ever
+    socket.setdefaulttimeout(30)  # torchvision sets none, and would hang on a network that drops packets
     try:
         getattr(mnist, class_name)(str(root), train=True, download=True)
     except (OSError, RuntimeError) as error:
         raise MissingDataError(
             f"{class_name}: missing in {folder}: {', '.join(missing)}; and the download failed "
-            f"({' '.join(str(error).split())}). Copy the files there, or name the folder that holds {class_name}/raw "
-            f"by --data-dir or the environment variable PYRO_VAE_DATA. {' '.join(hints)}".rstrip()
+            f"({' '.join(str(error).split())}). Copy the files there, or pass the folder that contains {class_name}/raw "
+            f"as --data-dir or in the environment variable PYRO_VAE_DATA. {' '.join(hints)}".rstrip()
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
 
 
 def _verify(class_name: str, folder: Path) -> None:
-    """Check the four plain files against their SHA-256; each way of being wrong has its own message."""
+    """Verify the SHA-256 of the four uncompressed files; the error distinguishes swapped, compressed, truncated, damaged."""
     digests = {file: _sha256(folder / file) for file in _SIZES}
     if class_name in _PLAIN:
         expected = dict(zip(_SIZES, _PLAIN[class_name], strict=True))
@@ -175,8 +175,8 @@ def _verify(class_name: str, folder: Path) -> None:
         with path.open("rb") as stream:
             compressed = stream.read(2) == b"\x1f\x8b"
         if digest in owner:
-            what = f"swapped: it holds the content of {owner[digest]}"
-            raise DataError(f"{path}: {what}. Give each file its own name, or {again}.")
+            what = f"swapped: it has the content of {owner[digest]}"
+            raise DataError(f"{path}: {what}. Rename the files, or {again}.")
         if compressed:
             raise DataError(f"{path}: still compressed by gzip. Rename it to {file}.gz and run gunzip on it.")
         if found != size:
@@ -186,7 +186,7 @@ def _verify(class_name: str, folder: Path) -> None:
 
 
 def _from_gzip(path: Path, expected: str) -> str:
-    """SHA-256 of the content of a .gz file, itself checked by SHA-256."""
+    """SHA-256 of the decompressed content of a .gz file, which is itself verified by SHA-256."""
     if not path.exists():
         raise DataError(f"{path}: missing, and {path.stem} cannot be verified without it. Copy the original there.")
     found = _sha256(path)

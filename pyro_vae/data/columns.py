@@ -1,4 +1,4 @@
-"""What the elements of observations are, each by itself: their mean and deviation, and those that no density suits."""
+"""Moments of each element of the observations, and columns of a table that have no density: constant, discrete."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["KINDS", "caution_of_columns", "column_names", "discrete_columns", "moments", "most_rounded"]
 
-#: What :func:`discrete_columns` tells apart, in words.
+#: The kinds of columns that :func:`discrete_columns` distinguishes, and their descriptions.
 KINDS = {
     "constant": "constant",
     "binary": "of two values (0 and 1, say, one-hot)",
@@ -17,18 +17,18 @@ KINDS = {
     "whole": "of whole numbers",
     "few": "of few values that repeat",
 }
-_ENOUGH = 20_000  # rows that tell the kind of a column
-_HARDLY = 1e-6  # of its mean, below which a deviation is a rounding error as likely as not
+_ENOUGH = 20_000  # rows to classify a column by
+_HARDLY = 1e-6  # a range below this fraction of the largest magnitude may be rounding errors
 
 
 def moments(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each element of observations that come in parts, float64 ``(n, *event_shape)`` each.
+    """Mean and standard deviation of each element of observations given in parts, float64 ``(n, *event_shape)`` each.
 
-    The deviation is 1 where all values are the same. Two passes, the second over deviations divided by the largest one, so
-    that neither an offset nor very large or small numbers cost digits.
+    The standard deviation of a constant element is given as 1. There are two passes, the second over deviations divided by
+    the largest one, so that neither an offset nor very large or small numbers lose precision.
 
     Args:
-        parts: read twice, so a list or another thing that begins anew.
+        parts: iterated twice, so a list or another re-iterable, not a generator.
     """
     first = next(iter(parts))[0]
     count, total, low, high = 0, torch.zeros_like(first), first, first
@@ -44,21 +44,20 @@ def moments(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def most_rounded(loc: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[int, float]:
-    """The element that loses most of its deviation in a type: its place, and how far numbers of that type are apart at its
-    mean."""
+    """The element that a floating-point type resolves worst, and the spacing of the type's numbers at the element's mean."""
     steps = (loc.abs() * torch.finfo(dtype).eps).flatten()
     place = int((steps / scale.flatten()).argmax())
     return place, steps[place].item()
 
 
 def discrete_columns(x: Tensor) -> dict[str, list[int]]:
-    """Places of the columns of a table ``(N, D)`` for which a normal density means little, by their kind, see ``KINDS``.
+    """Indices of the columns of a table ``(N, D)`` for which a normal density means little, by kind, see ``KINDS``.
 
-    Where a value comes again and again, or all values are equal but for rounding errors, a density has no upper bound: the
-    narrower it is there, the higher. Of whole numbers, those are meant that lie close to one another or repeat.
+    Where a value repeats, or all values are equal up to rounding errors, a density has no upper bound: the narrower it is
+    there, the higher. A column of whole numbers counts if its standard deviation is below 10 or its values repeat.
     """
     found: dict[str, list[int]] = {kind: [] for kind in KINDS}
-    some = x[:: -(-len(x) // _ENOUGH)].T.contiguous()  # of a large table, rows at equal distances
+    some = x[:: -(-len(x) // _ENOUGH)].T.contiguous()  # equally spaced rows of a large table
     for place, column in enumerate(some):
         kind = _kind(column)
         if kind in ("constant", "binary") and len(some[0]) < len(x):
@@ -69,7 +68,7 @@ def discrete_columns(x: Tensor) -> dict[str, list[int]]:
 
 
 def _kind(column: Tensor) -> str:
-    """Of a column ``(N,)``; empty if it is as a density has it."""
+    """The kind of a column ``(N,)``; empty if it may have a density."""
     values, counts = np.unique(column.cpu().numpy(), return_counts=True)
     values, size = values.astype(np.float64), len(column)
     few = 10 * len(values) <= size
@@ -84,13 +83,13 @@ def _kind(column: Tensor) -> str:
 
 
 def column_names(places: Sequence[int], names: Sequence[str], *, most: int = 8) -> str:
-    """Columns as they are called, or their numbers from 0; of many, the first ones."""
+    """The names of columns, or their indices if they have none; only the first ``most`` of them."""
     said = ", ".join(names[place] if names else str(place) for place in places[:most])
     return said + (f", ... ({len(places):,} in all)" if len(places) > most else "")
 
 
 def caution_of_columns(x: Tensor, names: Sequence[str] = ()) -> str:
-    """What to beware of in the log-densities of a table ``(N, D)``; empty where there is nothing.
+    """A caution about the log-densities of a table ``(N, D)`` with columns that have no density; empty if there are none.
 
     Example:
         >>> caution_of_columns(torch.tensor([[0.1, 7.0], [0.4, 7.0], [0.2, 7.0]]), ["a", "b"])  # doctest: +ELLIPSIS
@@ -102,5 +101,5 @@ def caution_of_columns(x: Tensor, names: Sequence[str] = ()) -> str:
     parts = "; ".join(f"{KINDS[kind]}: {column_names(places, names)}" for kind, places in found.items())
     return (
         f"columns {parts}. A normal density has no upper bound there, so log p and the ELBO may rise by any number of nats "
-        "that mean nothing: leave these columns out, or give them a likelihood of their own, bernoulli or poisson, say."
+        "without meaning: drop these columns, or give them a likelihood of their own, bernoulli or poisson, say."
     )

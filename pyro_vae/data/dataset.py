@@ -1,4 +1,4 @@
-"""Data: tensors with one leading dimension, which of them a batch has, and how pixels are scaled and binarised."""
+"""``Data``: named tensors with a common leading dimension, their batches, scaling and binarisation of pixels."""
 
 import inspect
 import math
@@ -19,42 +19,42 @@ BINARIZATIONS = ("none", "threshold", "dynamic")
 
 
 class DataError(ValueError):
-    """Data that is missing, damaged or unsuitable; the message says which, and how to mend it."""
+    """Data that are missing, damaged or unsuitable; the message says which, and the remedy."""
 
 
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
-_COARSEST = 0.01  # of an element's deviation, that neighbouring numbers of the batches' type may be apart
-_ROWS, _NUMBERS = 10_000, 2**23  # of a batch that is checked: larger tensors glibc would give back each time
+_COARSEST = 0.01  # the largest spacing of the batches' floating-point numbers, as a fraction of a standard deviation
+_ROWS, _NUMBERS = 10_000, 2**23  # upper limits of a batch in check: glibc returns larger buffers to the system each time
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Data:
-    """Tensors of one leading dimension, held once in the type they came in, and which of them a batch has.
+    """Tensors with a common leading dimension, stored once in their own dtype, and the names of those in a batch.
 
-    Whole numbers are never divided without saying: uint8 is ambiguous, and ``pixels`` decides. Images, ``(N, H, W)`` or
-    ``(N, C, H, W)`` with C of 1 or 3, are pixels by default, which a batch scales by 1/255; for uint8 of any other shape
-    it has to be said. All other whole numbers are counts or categories, and are kept.
+    Whole numbers are never rescaled silently. uint8 may be pixels or counts, and ``pixels`` decides: images, ``(N, H, W)``
+    or ``(N, C, H, W)`` with C of 1 or 3, are pixels by default, which a batch scales by 1/255; for uint8 of any other shape
+    ``pixels`` is required. All other whole numbers are counts or categories, and keep their values.
 
     Args:
-        x: observations, ``(N, *event_shape)``: floating point, taken as it is, or whole numbers. Always floating point in a
-            batch.
+        x: observations, ``(N, *event_shape)``, floating point or whole numbers. Batches of x are always floating point.
         labels: ``(N,)`` whole numbers, or None.
-        name: what the results call these data.
-        dtype: floating-point type of the batches, to which each is converted; default: that of x, or torch's default type
-            where x is whole numbers.
-        binarization: of x: ``"none"``: values as they are (grey); ``"threshold"``: 1 where a value is above 0.5, else 0;
-            ``"dynamic"``: each value redrawn as Bernoulli(value) every time it is seen (Salakhutdinov and Murray 2008).
+        name: of the data set, in results and errors.
+        dtype: floating-point type of the batches; default: that of x, or torch's default type where x is whole numbers.
+        binarization: of x: ``"none"``: values unchanged (grey); ``"threshold"``: 1 where a value is above 0.5, else 0;
+            ``"dynamic"``: each value is redrawn as Bernoulli(value) in every batch (Salakhutdinov and Murray 2008).
         classes: names of the labels 0, 1, ..., if they have any.
-        note: how the data were read, for the record.
-        tensors: any others by name, ``(N, ...)`` each, floating point or whole numbers. Whole numbers stay so in a batch.
-        inputs: names of what a batch has, in its order: ``"x"`` first, then any of ``"labels"`` and those in ``tensors``.
-        pixels: whether x of uint8 is pixels, scaled by 1/255 (True), or whole numbers, kept (False); None: pixels, if they
-                        images. False for any other type says that values in [0, 1] are no grey levels.
+        note: a description of how the data were read.
+        tensors: further tensors by name, ``(N, ...)`` each, floating point or whole numbers. Whole numbers keep their type
+            in a batch.
+        inputs: names of the tensors of a batch, in order: ``"x"`` first, then any of ``"labels"`` and those in ``tensors``.
+        pixels: whether x of uint8 is pixels, scaled by 1/255 (True), or whole numbers, unscaled (False); None: pixels, if x
+            is images. For any other type False says that values in [0, 1] are no grey levels.
         columns: names of the columns of a table, if they have any.
 
     Raises:
-        DataError: a tensor that is empty or sparse, or of the wrong shape, length, type or device; NaN or infinite; values
-            outside [0, 1] that are to be binarised; uint8 that may or may not be pixels; or inputs that are not there.
+        DataError: a tensor is empty or sparse, or of the wrong shape, length, type or device, or has NaN or infinite values;
+            values to be binarised lie outside [0, 1]; uint8 may be pixels or counts, and ``pixels`` is None; or ``inputs``
+            names a tensor that does not exist.
 
     Example:
         >>> images = torch.tensor([[[0, 255]], [[102, 51]]], dtype=torch.uint8)
@@ -124,7 +124,7 @@ class Data:
         if not isinstance(self.tensors, Mapping):
             found = type(self.tensors).__name__
             raise DataError(f"{self.name}: expected tensors as a mapping from name to tensor, found {found}.")
-        object.__setattr__(self, "tensors", dict(self.tensors))  # later changes of the mapping are not ours
+        object.__setattr__(self, "tensors", dict(self.tensors))  # a copy: the caller may change the mapping later
         for name in self.tensors:
             if not isinstance(name, str) or not name.isidentifier() or name in ("x", "labels"):
                 raise DataError(f"{self.name}: expected names of tensors like 'y', not 'x' or 'labels'; found {name!r}.")
@@ -147,7 +147,7 @@ class Data:
                 f"{self.name}: expected {name} on {self.x.device}, like x, found it on {value.device}: {name}.to(...)."
             )
         if value.is_floating_point():
-            # Two numbers instead of a mask as large as the data.
+            # NaN propagates through min and max; isfinite() would allocate a mask as large as the data.
             if value.numel() and not (math.isfinite(value.min().item()) and math.isfinite(value.max().item())):
                 raise DataError(f"{self.name}: found NaN or infinite values in {name}. Remove or replace them.")
         elif value.dtype not in _WHOLE:
@@ -161,20 +161,20 @@ class Data:
             raise DataError(f"{self.name}: pixels: expected True, False or None, found {self.pixels!r}.")
         if self.pixels and self.x.dtype != torch.uint8:
             raise DataError(
-                f"{self.name}: pixels=True scales uint8 by 1/255, found {self.x.dtype}, which is taken as it is. Leave it "
-                "away, or convert: x.byte()."
+                f"{self.name}: pixels=True scales uint8 by 1/255, found {self.x.dtype}, which is not scaled. Omit pixels, "
+                "or convert: x.byte()."
             )
         if self.pixels is None and self.x.dtype == torch.uint8 and not self.is_image:
             last = len(self.event_shape) == 3 and self.event_shape[-1] <= 4
             raise DataError(
-                f"{self.name}: found uint8 of shape {tuple(self.event_shape)} for each observation, no image (H, W), "
-                "(1, H, W) or (3, H, W), so that it may be pixels or counts. Say which: pixels=True (scaled by 1/255) or "
-                "pixels=False (kept as whole numbers), of Data and read_data; on the command line --pixels yes or no."
+                f"{self.name}: found observations of uint8 and shape {tuple(self.event_shape)}, which is no image (H, W), "
+                "(1, H, W) or (3, H, W): they may be pixels or counts. Pass pixels=True (scaled by 1/255) or pixels=False "
+                "(unscaled whole numbers) to Data or read_data; on the command line --pixels yes or no."
                 + (" Images have their channels first: x.permute(0, 3, 1, 2)." if last else "")
             )
 
     def _named(self) -> dict[str, Tensor]:
-        """All tensors there are, by name."""
+        """All tensors, by name."""
         return {"x": self.x} | ({} if self.labels is None else {"labels": self.labels}) | dict(self.tensors)
 
     def __len__(self) -> int:
@@ -192,12 +192,12 @@ class Data:
 
     @property
     def kind(self) -> str:
-        """What an observation is called, many of them: images, or the rows of a table."""
+        """The plural noun for observations: "images", or "rows" of a table."""
         return "images" if len(self.event_shape) > 1 else "rows"
 
     @property
     def is_image(self) -> bool:
-        """Whether an observation is ``(height, width)``, or that of 1 or 3 channels."""
+        """Whether an observation has shape ``(height, width)``, or ``(channels, height, width)`` with 1 or 3 channels."""
         return len(self.event_shape) == 2 or (len(self.event_shape) == 3 and self.event_shape[0] in (1, 3))
 
     @property
@@ -207,7 +207,7 @@ class Data:
 
     @property
     def are_pixels(self) -> bool:
-        """Whether x is grey levels or colours: uint8 that is scaled, or values in [0, 1]; not where ``pixels`` is False."""
+        """Whether x is grey levels or colours: scaled uint8, or values in [0, 1] unless ``pixels`` is False."""
         return self.scaled or (self.pixels is None and bool(self.x.min() >= 0 and self.x.max() <= 1))
 
     @property
@@ -218,12 +218,12 @@ class Data:
 
     @property
     def are_counts(self) -> bool:
-        """Whether x is whole numbers, none below 0, that are not scaled."""
+        """Whether x is unscaled whole numbers >= 0."""
         return not self.x.is_floating_point() and not self.scaled and bool(self.x.min() >= 0)
 
     @property
     def held(self) -> tuple[Tensor, ...]:
-        """The tensors of which a batch has rows, in the order of ``inputs``, as they are held."""
+        """The stored tensors that batches are taken from, in the order of ``inputs``: neither scaled nor converted."""
         named = self._named()
         return tuple(named[name] for name in self.inputs)
 
@@ -232,22 +232,22 @@ class Data:
         return label_name(label, self.classes)
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """All tensors, each changed alike, as :func:`dataclasses.replace` takes them."""
+        """The function of each tensor, as keyword arguments of :func:`dataclasses.replace`."""
         labels = None if self.labels is None else function(self.labels)
         return {"x": function(self.x), "labels": labels, "tensors": {k: function(v) for k, v in self.tensors.items()}}
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Data":
         """The same data on another device, with batches of another floating-point type.
 
-        Tensors keep the type in which they are held, and are copied only to another device.
+        The stored tensors keep their dtype, and are copied only if the device changes.
         """
         return replace(self, **self._each(lambda value: value.to(device)), dtype=dtype or self.dtype)
 
     def subset(self, index: Tensor | slice) -> "Data":
-        """Some of the observations, all tensors alike: those at these places, a tensor ``(n,)``; of a slice, a view.
+        """The observations at the given indices, a tensor ``(n,)``, or of a slice (then a view), in all tensors.
 
         Raises:
-            DataError: none of them, or places that are not there.
+            DataError: the selection is empty, or an index is out of range.
 
         Example:
             >>> data = Data(torch.rand(5, 2), torch.arange(5))
@@ -257,46 +257,44 @@ class Data:
         try:
             return replace(self, **self._each(lambda value: value[index]))
         except IndexError as error:
-            raise DataError(f"{self.name}: expected places from 0 to {len(self) - 1:,}: {error}") from error
+            raise DataError(f"{self.name}: expected indices from 0 to {len(self) - 1:,}: {error}") from error
 
     def resize(self, size: int) -> "Data":
-        """Images ``(N, channels, height, width)`` made ``size`` x ``size``, bilinear; whole numbers stay so, rounded.
+        """Images ``(N, channels, height, width)`` resized to ``size`` x ``size``, bilinear; whole numbers are rounded.
 
         Raises:
-            DataError: no images, or size is no whole number >= 1.
+            DataError: the observations are no images, or size is no whole number >= 1.
         """
         try:
             size = whole_number("image size", size)
         except ValueError as error:
             raise DataError(str(error)) from error
         if self.x.dim() != 4:
-            raise DataError(
-                f"{self.name}: expected images (N, channels, height, width) to resize, found {tuple(self.x.shape)}."
-            )
+            raise DataError(f"{self.name}: expected images (N, channels, height, width), found {tuple(self.x.shape)}.")
         x = torch.empty(*self.x.shape[:2], size, size, dtype=self.x.dtype, device=self.x.device)
-        for part, images in zip(x.split(1000), self.x.split(1000), strict=True):  # not all of them in float at once
+        for part, images in zip(x.split(1000), self.x.split(1000), strict=True):  # bounds the memory of float copies
             grey = images if x.is_floating_point() else images.float()
             resized = F.interpolate(grey, size=(size, size), mode="bilinear", antialias=True)
             part.copy_(resized if x.is_floating_point() else resized.round())
         return replace(self, x=x)
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each element of x, as in a batch, ``event_shape``; 1 where it is constant.
+        """Mean and standard deviation of each element of x, scaled as in a batch, ``event_shape`` each, in float64.
 
-        In float64, whatever the type of the batches: float32 cannot tell 1,700,000,000 from 1,700,000,060.
+        1 replaces the standard deviation of a constant element. x is not rounded to the dtype of the batches before.
         """
         return moments(_Parts(self.x, self._observations))
 
     def batch(self, index: Tensor) -> tuple[Tensor, ...]:
-        """What a model sees of the observations at these places, ``(x,)`` or what ``inputs`` names, in its order.
+        """The batch of the observations at the given indices: ``(x,)``, or the tensors that ``inputs`` names, in order.
 
-        x ``(len(index), *event_shape)`` is floating point and binarised; dynamic draws use torch's global random state. Of
-        the others, floating point is of the batch's type, and whole numbers stay as they are.
+        x ``(len(index), *event_shape)`` is floating point, scaled and binarised; dynamic binarisation draws from torch's
+        global random state. Other floating-point tensors are converted to the same type; whole numbers are not converted.
         """
         return self.convert(*(value.index_select(0, index) for value in self.held))
 
     def convert(self, *rows: Tensor) -> tuple[Tensor, ...]:
-        """The batch of rows of the tensors ``held``: x scaled and binarised, floating point of one type."""
+        """The batch made of rows of the tensors ``held``: x scaled and binarised, all floating point of one type."""
         x, *others = rows
         dtype = self._float_type
         return self._observations(x, dtype), *(value.to(dtype) if value.is_floating_point() else value for value in others)
@@ -308,7 +306,7 @@ class Data:
     def _observations(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = x.to(dtype)
         if self.scaled:
-            x = x.div_(255)  # of a copy, since x was uint8
+            x = x.div_(255)  # in place: the conversion from uint8 has made a copy
         if self.binarization == "threshold":
             x = (x > 0.5).to(x.dtype)
         elif self.binarization == "dynamic":
@@ -316,18 +314,19 @@ class Data:
         return x
 
     def check(self, function: Callable[..., Any], *others: Callable[..., Any]) -> None:
-        """Call ``function(*batch)``, which raises a ``ValueError`` for what it cannot take, on batches of all observations.
+        """Call ``function(*batch)``, which raises a ``ValueError`` for invalid data, on batches of all observations.
 
-        Looks at what a batch holds: scaled, binarised, in its type. torch's random state is left as found.
+        The batches are those of training: scaled, binarised and converted. torch's random state is restored.
 
         Args:
             function: such as ``objective.check``.
-            others: functions that are called with batches later, such as ``objective.forward``: whether they take as many
-                tensors.
+            others: functions that are called with batches later, such as ``objective.forward``. They are not called; only
+                the number of their arguments is checked.
 
         Raises:
-            DataError: a function takes another number of tensors than a batch has; the type of the batches is too coarse for
-                an element; or what the function raises.
+            DataError: a function does not take as many tensors as a batch has, or the precision of the batches is too low
+                for an element.
+            ValueError: raised by the function.
 
         Example:
             >>> from pyro_vae import BernoulliLikelihood
@@ -352,7 +351,7 @@ class Data:
                     raise DataError(f"{self.name}: {short}") from error
 
     def _check_digits(self, name: str, value: Tensor) -> None:
-        """Whether a batch keeps what an element varies by: float32 has 7 digits, which an offset may use up."""
+        """Whether a batch resolves the variation of each element: a large offset may use up the 7 digits of float32."""
         dtype, wide = self._float_type, value.dtype in (torch.float64, torch.int64, torch.int32)
         if not wide or dtype == torch.float64 or (name != "x" and not value.is_floating_point()):
             return
@@ -362,30 +361,30 @@ class Data:
         if step > _COARSEST * deviation:
             column = column_names([place], self.columns if name == "x" else ())
             raise DataError(
-                f"{self.name}: {name} has in column {column} a deviation of {deviation:.4g} about {mean:.4g}, where numbers "
-                f"of {dtype}, the type that the model computes in, are {step:.2g} apart. Take a model that standardises "
-                "(likelihood learned-normal, StandardizedNormalLikelihood) or computes in float64 (model.double()), or "
-                "subtract an offset."
+                f"{self.name}: {name} has in column {column} a standard deviation of {deviation:.4g} about a mean of "
+                f"{mean:.4g}, where neighbouring numbers of {dtype}, the dtype of the model, differ by {step:.2g}. Use a "
+                "model that standardises (likelihood learned-normal, StandardizedNormalLikelihood) or computes in float64 "
+                "(model.double()), or subtract an offset."
             )
 
     def _check_number(self, function: Callable[..., Any]) -> None:
         try:
             signature = inspect.signature(function)
-        except ValueError:  # some of those that are built in tell nothing
+        except ValueError:  # some built-in functions have no signature
             return
         try:
             signature.bind(*self.held)
         except TypeError as error:
             name = getattr(function, "__qualname__", type(function).__name__)
             raise DataError(
-                f"{self.name}: a batch has {', '.join(self.inputs)}, which does not suit "
-                f"{name}({', '.join(signature.parameters)}): {error}. Name in their order the tensors that it takes: "
+                f"{self.name}: a batch has {', '.join(self.inputs)}, which does not match "
+                f"{name}({', '.join(signature.parameters)}): {error}. Name the tensors that it takes, in order: "
                 "Data(..., inputs=(...))."
             ) from error
 
 
 class _Parts:
-    """A tensor ``(N, ...)`` in parts of bounded size, each time anew; in float64 by a function, if there is one."""
+    """A tensor ``(N, ...)`` in parts of bounded size; can be iterated repeatedly. A function converts each to float64."""
 
     def __init__(self, value: Tensor, function: Callable[[Tensor, torch.dtype], Tensor] | None = None) -> None:
         self._value, self._function = value, function

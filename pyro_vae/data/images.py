@@ -1,4 +1,4 @@
-"""Folders of images -> ``Data``, and what is seen in an image file: its size, transparency, bits."""
+"""Folders of images -> ``Data``; decoding of image files: orientation, transparency, bit depth."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +14,8 @@ from pyro_vae.data.dataset import Data, DataError
 
 __all__ = ["as_seen", "channels_first", "read_folder"]
 
-_LARGEST = 128  # images that are no larger stay as they are
-_SIZE = 32  # height and width that others are made
+_LARGEST = 128  # images up to this height and width, if all of one size, are not resized
+_SIZE = 32  # height and width to which all others are resized
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 
 
@@ -46,18 +46,19 @@ def _list_images(path: Path) -> tuple[list[Path], Tensor | None, tuple[str, ...]
     def images(places: Iterator[Path]) -> list[Path]:
         return sorted(file for file in places if file.suffix.lower() in _SUFFIXES and not file.name.startswith("."))
 
-    seen = {path.resolve()}  # so that a link to a folder above, or to one that was read, gives nothing twice
+    seen = {path.resolve()}  # so that no file is read twice through a symbolic link, nor a loop of links followed
     here = images(_files(path, seen, deep=False))
     of_class = {part.name: images(_files(part, seen)) for part in list(_folders(path, seen))}
     of_class = {name: files for name, files in of_class.items() if files}
     if here and of_class:
         raise DataError(
-            f"{path}: expected images in the folder or in folders in it, one for each label, found both. Move one kind away."
+            f"{path}: expected images in the folder itself or in its subfolders, one for each label, found both. "
+            "Move one kind away."
         )
     if here:
         return here, None, ()
     if not of_class:
-        raise DataError(f"{path}: expected images ({', '.join(_SUFFIXES)}), in it or in folders in it, found none.")
+        raise DataError(f"{path}: expected images ({', '.join(_SUFFIXES)}), in it or in its subfolders, found none.")
     files = [file for group in of_class.values() for file in group]
     labels = torch.tensor([label for label, group in enumerate(of_class.values()) for _ in group])
     return files, labels, tuple(of_class)
@@ -71,11 +72,11 @@ def _folders(path: Path, seen: set[Path]) -> Iterator[Path]:
 
 
 def _files(folder: Path, seen: set[Path], *, deep: bool = True) -> Iterator[Path]:
-    """The files in a folder and, if ``deep``, in those below it, through links too; none of them twice, nor those seen."""
+    """The files of a folder and, if ``deep``, of its subfolders, following links; each file once, and none of those seen."""
     for part in sorted(folder.iterdir()):
         try:
             place = part.resolve()
-        except (OSError, RuntimeError):  # links that lead to one another
+        except (OSError, RuntimeError):  # a loop of links
             continue
         if place not in seen and (part.is_file() or (deep and part.is_dir())):
             seen.add(place)
@@ -84,30 +85,30 @@ def _files(folder: Path, seen: set[Path], *, deep: bool = True) -> Iterator[Path
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """A PIL image; what goes wrong with it is a DataError."""
+    """Opens a PIL image; errors within are raised as a :class:`DataError`."""
     from PIL import Image  # torchvision brings it along
 
     try:
         with Image.open(file) as image:
             yield image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file}: no image that can be read ({error}). Remove it or save it anew.") from error
+        raise DataError(f"{file}: cannot be read as an image ({error}). Remove it or save it again.") from error
 
 
 def _size(file: Path) -> tuple[int, int]:
-    """(height, width), as it is to be seen."""
+    """(height, width) after the rotation that EXIF prescribes."""
     with _opened(file) as image:
         width, height = image.size
-        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF's orientation: by a quarter
-        return (width, height) if turned else (height, width)
+        rotated = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation: by 90 degrees
+        return (width, height) if rotated else (height, width)
 
 
 def _read_image(file: Path, size: tuple[int, int]) -> Tensor:
-    """``(3, height, width)``, uint8: the middle, if it has another form."""
+    """``(3, height, width)``, uint8: resized, and cropped to the centre if its aspect ratio is another."""
     from PIL import Image, ImageOps
 
     with _opened(file) as opened:
-        opened.draft("RGB", (2 * size[1], 2 * size[0]))  # a JPEG need not be decoded at its full size
+        opened.draft("RGB", (2 * size[1], 2 * size[0]))  # decodes a JPEG at a lower resolution, which is faster
         image = as_seen(opened).convert("RGB")
         if image.size != size[::-1]:
             image = ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)
@@ -115,7 +116,7 @@ def _read_image(file: Path, size: tuple[int, int]) -> Tensor:
 
 
 def as_seen(image: Any) -> Any:
-    """A PIL image in 8 bits, grey (mode L) or in colours (RGB): oriented as its EXIF says, composited on white."""
+    """A PIL image in 8 bits, grey (mode L) or colour (RGB), oriented by its EXIF tag and composited on white."""
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(image)
@@ -131,12 +132,12 @@ def _in_8_bits(values: np.ndarray[Any, Any], mode: str) -> np.ndarray[Any, Any]:
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= 65535):
         raise DataError(f"expected an image of grey levels from 0 to at most 65535, found {low:g} to {high:g}")
-    # "I;16" is 16 bits by its name; the other two do not say what is white.
+    # Mode "I;16" has 16 bits; modes "I" and "F" do not fix the value of white.
     white = 65535 if mode.startswith("I;16") or high > 255 else 1 if mode == "F" and high <= 1 else 255
     return (values * (255 / white)).round().astype(np.uint8)
 
 
 def channels_first(image: Any) -> Tensor:
-    """``(channels, height, width)``, uint8, of an image of mode L or RGB."""
+    """An image of mode L or RGB as a tensor ``(channels, height, width)``, uint8."""
     pixels = np.asarray(image)
     return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)

@@ -1,4 +1,4 @@
-"""Your own data -> ``Data``: arrays, tables, tensors, data sets of torch, .npy, .npz and .csv files, folders of images."""
+"""Your own data -> ``Data``: arrays, tensors, tables, torch data sets, .npy, .npz and .csv files, folders of images."""
 
 import mmap
 import warnings
@@ -23,25 +23,25 @@ __all__ = ["DataLike", "LargeDataWarning", "as_batch", "as_data", "read_data", "
 
 Array = Tensor | np.ndarray[Any, Any]
 DataLike = Data | Array | Sequence[Array] | Mapping[str, Array] | Dataset[Any] | str | Path
-"""What ``fit``, ``evaluate`` and ``log_marginal`` take as data; of sequences, tuples and lists."""
+"""The types of data that ``fit``, ``evaluate`` and ``log_marginal`` accept; a sequence is a tuple or a list."""
 
 _FILES = (".npy", ".npz", ".csv")
 _X, _Y = ("x", "X", "images", "data", "arr_0"), ("y", "labels", "label", "targets", "target")
 
 
 def as_data(x: DataLike) -> Data:
-    """Data of whatever kind as :class:`~pyro_vae.data.dataset.Data`, without a copy where memory can be shared.
+    """Convert data to :class:`~pyro_vae.data.dataset.Data`, sharing memory where possible.
 
     Args:
-        x: :class:`~pyro_vae.data.dataset.Data`; a tensor or NumPy array ``(N, *event_shape)``, one in a mapped file too
-            (``np.load(..., mmap_mode="r")``), which stays on the disk; a data frame of numbers, of pandas, say; a tuple or
-            list of tensors and arrays, of one length, ``(x, y)`` or ``(x, y1, y2, ...)``, which a batch has in that order; a
-            mapping from name to such an array, the first of which is x; a map-style :class:`torch.utils.data.Dataset` that
-            yields ``x`` or ``(x, label)``, which is read once, as a whole; or what :func:`read_data` takes.
+        x: :class:`~pyro_vae.data.dataset.Data`; a tensor or NumPy array ``(N, *event_shape)``, which stays on the disk if it
+            is memory-mapped (``np.load(..., mmap_mode="r")``); a data frame of numbers, of pandas, say; a tuple or list of
+            tensors and arrays of one length, ``(x, y)`` or ``(x, y1, y2, ...)``, in the order of a batch; a mapping from
+            name to array, the first of which is x; a map-style :class:`torch.utils.data.Dataset` that yields ``x`` or
+            ``(x, label)``, which is read once, as a whole; or a path, see :func:`read_data`.
 
     Raises:
-        DataError: another type, an array that no tensor can hold, a cell of a data frame that is no number, parts of
-            different lengths, or observations of different shapes.
+        DataError: x is of another type, has an array that cannot become a tensor, a cell of a data frame is not a number,
+            the arrays differ in length, or the observations differ in shape.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -65,11 +65,11 @@ def as_data(x: DataLike) -> Data:
     if isinstance(x, tuple | list) and x and all(isinstance(part, Tensor | np.ndarray) for part in x):
         return _of_tuple(x)
     if isinstance(x, tuple):
-        raise DataError(f"expected one data set, found a tuple. {_APART}")
+        raise DataError(f"expected one data set, found a tuple. {_SEPARATELY}")
     return Data(_tensor(x))
 
 
-_APART = "Pass its parts apart: train, test = load_data(...)."
+_SEPARATELY = "Pass training and test data separately: train, test = load_data(...)."
 
 
 def _of_tuple(parts: Sequence[Any]) -> Data:
@@ -77,19 +77,19 @@ def _of_tuple(parts: Sequence[Any]) -> Data:
     if len(set(lengths)) > 1:
         raise DataError(
             f"expected one data set, or tensors of one length, (x, y); found a {type(parts).__name__} of lengths "
-            f"{', '.join(map(str, lengths))}. {_APART}"
+            f"{', '.join(map(str, lengths))}. {_SEPARATELY}"
         )
-    if len(parts) > 2 and len({tuple(part.shape) for part in parts}) == 1:  # a list of images would become one of them
+    if len(parts) > 2 and len({tuple(part.shape) for part in parts}) == 1:  # a list of images is not (x, y1, y2, ...)
         raise DataError(
             f"expected (x, y, ...), found a {type(parts).__name__} of {len(parts):,} tensors of one shape. Stack "
-            "observations: torch.stack(...); or name what they are: {'x': ..., 'y': ...}."
+            "observations: torch.stack(...); or give the tensors names: {'x': ..., 'y': ...}."
         )
     names = ["y"] if len(parts) == 2 else [f"y{number}" for number in range(1, len(parts))]
     return _of_parts(["x", *names], parts)
 
 
 def _of_parts(names: Sequence[str], parts: Sequence[Any]) -> Data:
-    """The first is x, whatever it is called."""
+    """``Data`` of named tensors and arrays; the first is x, whatever its name."""
     if not parts:
         raise DataError("expected at least x, found an empty mapping.")
     tensors = dict(zip(names[1:], map(_tensor, parts[1:]), strict=True))
@@ -98,17 +98,17 @@ def _of_parts(names: Sequence[str], parts: Sequence[Any]) -> Data:
 
 
 def _tensor(x: Any) -> Tensor:
-    """A dense tensor, as it is; an array, without a copy where a tensor can share its memory."""
+    """A dense tensor unchanged; an array as a tensor that shares its memory where possible."""
     if isinstance(x, np.ma.MaskedArray):
         raise DataError("expected an array without a mask, found a masked array. Fill the masked values: x.filled(...).")
     if isinstance(x, np.ndarray):
         if x.dtype.kind not in "fiub" or x.dtype.itemsize > 8:
             raise DataError(f"expected an array of numbers, found {x.dtype}. Convert: x.astype('float32').")
         x = _private(x) if isinstance(x, np.memmap) else x
-        native = x.astype(x.dtype.newbyteorder("="), copy=not x.flags.writeable)  # tensors share memory that can be written
+        native = x.astype(x.dtype.newbyteorder("="), copy=not x.flags.writeable)  # torch warns of read-only memory
         result = np.ascontiguousarray(_signed(native))
         if isinstance(x, np.memmap) and not np.may_share_memory(x, result):
-            _warn_of_size(result.nbytes, f"the array in {x.filename} as {result.dtype}, row by row", "Save it so")
+            _warn_of_size(result.nbytes, f"a copy of {x.filename} as {result.dtype} in C order", "Save it in that form")
         x = torch.from_numpy(result)
     if not isinstance(x, Tensor):
         raise DataError(f"expected Data, a tensor or a NumPy array, found {type(x).__name__}. Stack it: torch.stack(...).")
@@ -118,16 +118,16 @@ def _tensor(x: Any) -> Tensor:
 
 
 def _private(x: Any) -> np.ndarray[Any, Any]:
-    """A mapped file whose pages are copied where they are written to, as a tensor's may be; the file never changes."""
+    """The array mapped copy-on-write, since a tensor is writable; the file never changes."""
     if x.flags.writeable or x.filename is None or not x.flags.c_contiguous or x.size == 0:
         return x
-    start = x.ctypes.data - np.frombuffer(x._mmap, np.uint8).ctypes.data  # x may be a part of what was mapped
+    start = x.ctypes.data - np.frombuffer(x._mmap, np.uint8).ctypes.data  # x may be a slice of the mapped array
     place = x.offset - x.offset % mmap.ALLOCATIONGRANULARITY + start
     return np.memmap(x.filename, x.dtype, "c", place, x.shape)
 
 
 class LargeDataWarning(UserWarning):
-    """Data of this size are held in memory; the message says why, and how to do without."""
+    """Large data are copied into memory; the message says why, and how to avoid it."""
 
 
 _LARGE = 2**28  # bytes
@@ -135,11 +135,11 @@ _LARGE = 2**28  # bytes
 
 def _warn_of_size(size: int, what: str, remedy: str) -> None:
     if size >= _LARGE:
-        warnings.warn(f"{size / 1e9:.1f} GB of memory are taken by {what}. {remedy}.", LargeDataWarning, stacklevel=2)
+        warnings.warn(f"{size / 1e9:.1f} GB of memory are used for {what}. {remedy}.", LargeDataWarning, stacklevel=2)
 
 
 def _signed(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Whole numbers of a type that torch computes with, of which there are none without sign beyond uint8."""
+    """Unsigned integers wider than uint8, with which torch cannot compute, as signed ones; others unchanged."""
     if x.dtype.kind != "u" or x.dtype.itemsize == 1:
         return x
     if x.dtype.itemsize == 8 and x.size and x.max() > np.iinfo(np.int64).max:
@@ -148,10 +148,10 @@ def _signed(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def as_batch(data: Any) -> tuple[Tensor, ...]:
-    """A tensor, or a tuple of tensors of one length, as it is; all else as one batch of :func:`as_data`.
+    """Data as one batch: a tensor ``x`` as ``(x,)``; a tuple of tensors unchanged; all else by :func:`as_data`.
 
     Raises:
-        DataError: as by :func:`as_data`; or tensors of different lengths.
+        DataError: see :func:`as_data`; or the tensors differ in length.
     """
     if torch.is_tensor(data):
         return (data,)
@@ -169,7 +169,9 @@ def _of_dataset(dataset: Any) -> Data:
     try:
         size = len(dataset)
     except TypeError as error:
-        raise DataError(f"{name}: expected a data set with a length, found one that only streams. Read it first.") from error
+        raise DataError(
+            f"{name}: expected a map-style data set with a length, found an iterable one. Read it into a tensor first."
+        ) from error
     images: list[Tensor] = []
     labels: list[int] = []
     for index in range(size):
@@ -196,7 +198,7 @@ def _of_dataset(dataset: Any) -> Data:
 
 
 def _observation(x: Any, name: str) -> Tensor:
-    """A tensor, as it is; an array, without a copy; a PIL image as ``(channels, height, width)``, uint8."""
+    """A tensor unchanged; an array, sharing its memory; a PIL image as ``(channels, height, width)``, uint8."""
     if torch.is_tensor(x):
         return x
     if isinstance(x, np.ndarray | np.generic | float | int):
@@ -212,25 +214,25 @@ def read_data(path: str | Path, *, image_size: int | None = None, pixels: bool |
     """Observations from a file or folder; ``note`` of the result says how they were read.
 
     Args:
-        path: a ``.npy`` file: an array ``(N, *event_shape)``, used as it lies on the disk; a ``.npz`` file: the same, called
-            x, images or data, and labels, called y, labels or targets, if any; a ``.csv`` file: a table of numbers, whose
-            first line may name its columns; a folder of images, or of folders of images, one for each label (as
-            torchvision's ``ImageFolder``), each file once, whatever links there are. Arrays of images ``(N, H, W)`` and
-            ``(N, H, W, channels)`` become ``(N, channels, H, W)``; pictures whose three channels are equal throughout become
-            grey.
-        image_size: height and width of the images: the shorter side is brought to it, and the middle kept. None: as they
-            are, if all have one size of at most 128 x 128; else 32. Of arrays: None, as they are.
+        path: a ``.npy`` file with an array ``(N, *event_shape)``, memory-mapped; a ``.npz`` file with such an array,
+            called x, images or data, and optionally labels, called y, labels or targets; a ``.csv`` file with a table of
+            numbers, with or without a header; or a folder of images, or of subfolders of images, one for each label (as for
+            torchvision's ``ImageFolder``); links are followed, and no file is read twice. Arrays of images ``(N, H, W)``
+            and ``(N, H, W, channels)`` become ``(N, channels, H, W)``; image files with equal channels become grey.
+        image_size: height and width of the images: the shorter side is resized to it, and the centre cropped. None: arrays
+            are not resized, nor are image files if all have one size of at most 128 x 128; other files to 32 x 32.
         pixels: whether uint8 is pixels, scaled by 1/255, or whole numbers; see :class:`~pyro_vae.data.dataset.Data`. uint8
-            of 0 and 1 alone is black and white, unless pixels is False.
+            with values 0 and 1 alone is black and white, unless pixels is False.
 
     Raises:
-        DataError: missing, unreadable, no observations, or uint8 that may or may not be pixels; the message names the file.
+        DataError: the path does not exist or cannot be read, there are no observations, or uint8 may be pixels or counts;
+            the message names the file.
     """
     return _read(Path(path).expanduser(), image_size, pixels)
 
 
 def _read(path: Path, image_size: int | None, pixels: bool | None, like: Sequence[int] | None = None) -> Data:
-    """``like``: height and width of images where they do not have to be of image_size."""
+    """As :func:`read_data`; ``like`` is the height and width of images if image_size is None."""
     if path.is_dir():
         return read_folder(path, like if image_size is None else (image_size, image_size), pixels)
     if path.suffix in _FILES and path.exists() and not path.is_file():  # a named pipe would be waited for without end
@@ -260,10 +262,10 @@ def read_splits(
     fraction: float = 0.1,
     pixels: bool | None = None,
 ) -> tuple[Data, Data]:
-    """Training and test data from files or folders; ``note`` of each says how they were read and parted.
+    """Training and test data from files or folders; ``note`` of each says how they were read and split.
 
     Args:
-        path: as for :func:`read_data`; or a folder that holds folders ``train`` and ``test``, or a ``.npz`` file that holds
+        path: as for :func:`read_data`; or a folder with subfolders ``train`` and ``test``, or a ``.npz`` file with
             ``x_train`` and ``x_test``.
         test: test data apart, as for :func:`read_data`.
         image_size: as for :func:`read_data`; the test images are made as large as the training images.
@@ -272,7 +274,8 @@ def read_splits(
         pixels: as for :func:`read_data`.
 
     Raises:
-        DataError: as for :func:`read_data`; or a single observation, which cannot be parted; or sets of different shape.
+        DataError: see :func:`read_data`; or there is a single observation, which cannot be split; or training and test
+            data differ in shape, scale, columns or labels.
     """
     path = Path(path).expanduser()
     if path.suffix == ".npz" and test is None and {"x_train", "x_test"} <= (arrays := _read_arrays(path)).keys():
@@ -295,11 +298,11 @@ def read_splits(
         found = f"{first.note}, {first.x.dtype}; and {held.note}, {held.x.dtype}"
         raise DataError(
             f"{path}: expected training and test data of one scale, 0 to 255 in uint8, 0 and 1, or any other; found "
-            f"{found}. Save both alike, or keep them as whole numbers by pixels=False (--pixels no)."
+            f"{found}. Save both in the same scale, or pass pixels=False (--pixels no) to leave whole numbers unscaled."
         )
     if held.columns != first.columns:
         found = f"{', '.join(first.columns[:5]) or 'none'} and {', '.join(held.columns[:5]) or 'none'}"
-        raise DataError(f"{path}: expected the same columns in training and test data, in one order, found {found}.")
+        raise DataError(f"{path}: expected the same columns in training and test data, in the same order, found {found}.")
     if held.classes != first.classes:
         found = f"{', '.join(first.classes) or 'none'} and {', '.join(held.classes) or 'none'}"
         raise DataError(f"{path}: expected the same labels in training and test data, found {found}.")
@@ -316,7 +319,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         kind = "missing" if not path.exists() else "neither a folder of images nor a .npy, .npz or .csv file"
         raise DataError(f"{path}: {kind}. Name a folder of images, an array saved by numpy.save or numpy.savez, or a table.")
     try:
-        # Mapped, pages copied where they are written to; code in a file is not run.
+        # Mapped copy-on-write ("c"); allow_pickle=False: code in a file is not run.
         content = np.load(path, mmap_mode="c" if path.suffix == ".npy" else None, allow_pickle=False)
         if isinstance(content, np.ndarray):
             return {"x": content}
@@ -342,7 +345,7 @@ def _of_arrays(
         if y_name is not None:
             labels, classes = _as_labels(arrays[y_name])
         if x.dim() == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
-            _warn_of_size(x.nbytes, f"a copy of {path} with its channels first", "Save it so: np.moveaxis(x, -1, 1)")
+            _warn_of_size(x.nbytes, f"a channels-first copy of {path}", "Save it in that form: np.moveaxis(x, -1, 1)")
             x, note = x.permute(0, 3, 1, 2).contiguous(), f"{note}, channels last"
         data = Data(x, labels, path.stem, classes=classes, note=note, pixels=pixels)
         if x.dim() == 3 and data.are_pixels:
@@ -355,13 +358,13 @@ def _of_arrays(
 def _check_channels(shape: Sequence[int]) -> None:
     if len(shape) == 4 and shape[-1] in (2, 4) and shape[1] > 4:
         raise DataError(
-            f"expected images of 1 or 3 channels, or channels first, found {shape[-1]} in the last place of {tuple(shape)}. "
-            "Leave a transparency out, x[..., :-1], or put channels first, np.moveaxis(x, -1, 1)."
+            f"expected images of 1 or 3 channels, or channels first, found {shape[-1]} channels in the last dimension of "
+            f"{tuple(shape)}. Drop an alpha channel, x[..., :-1], or put channels first, np.moveaxis(x, -1, 1)."
         )
 
 
 def _as_numbers(values: np.ndarray[Any, Any], pixels: bool | None) -> tuple[Tensor, bool | None, str]:
-    """A tensor that ``Data`` takes, whether its uint8 is pixels, and what is to be told of that."""
+    """A tensor for ``Data``, its ``pixels``, and a note about both."""
     if values.dtype == np.uint8 and pixels is not False and values.size and values.max() == 1:  # else 1 would become 1/255
         return torch.from_numpy(values * np.uint8(255)), True, ", 0 and 1"
     x = _tensor(values)
@@ -373,7 +376,7 @@ def _as_numbers(values: np.ndarray[Any, Any], pixels: bool | None) -> tuple[Tens
 
 
 def _as_labels(y: np.ndarray[Any, Any]) -> tuple[Tensor, tuple[str, ...]]:
-    """Whole numbers as they are; other values as numbers of the sorted values, which are the classes."""
+    """Whole numbers unchanged; other values as indices into their sorted unique values, which are the classes."""
     y = y.reshape(len(y), -1)[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
     if y.ndim != 1:
         raise DataError(f"expected labels of shape (N,), found {y.shape}.")

@@ -1,4 +1,4 @@
-"""Tables with names: CSV files and data frames -> arrays, each cell that is no number named by its row and column."""
+"""CSV files and data frames -> arrays and column names; errors give the row and column of a cell that is not a number."""
 
 import csv
 import itertools
@@ -19,13 +19,13 @@ _DELIMITERS = ",;\t"
 
 
 def read_csv(path: Path) -> tuple[Array, tuple[str, ...]]:
-    """The numbers of a CSV file, ``(N, D)``, and the names of its columns, if its first line is no numbers.
+    """The numbers of a CSV file, ``(N, D)``, and the names of its columns, if it has a header.
 
-    Columns are parted by commas, semicolons or tabs. Numbers are float64; int64 where all of them are whole, counts, say.
+    The delimiter is a comma, semicolon or tab. The array is int64 if all numbers are whole (counts), else float64.
 
     Raises:
-        DataError: cannot be read; a cell that is missing or no number; or rows of different lengths. The message names row
-            and column, rows counted from 1, without the line of names.
+        DataError: the file cannot be read, a cell is missing or not a number, or rows differ in length. The message gives
+            row and column; rows are counted from 1, without the header.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
@@ -40,7 +40,7 @@ def read_csv(path: Path) -> tuple[Array, tuple[str, ...]]:
             try:
                 lines = (line for line in itertools.chain([first], rows) if line.strip())
                 x = np.loadtxt(lines, delimiter=delimiter, comments=None, quotechar='"', ndmin=2)
-            except ValueError as error:  # it says nothing of the column's name
+            except ValueError as error:  # NumPy's message does not name the column
                 stream.seek(0)
                 _explain(csv.reader(stream, delimiter=delimiter), names)
                 raise DataError(f"cannot be read ({error}). Save it as comma-separated values.") from error
@@ -53,7 +53,7 @@ def read_csv(path: Path) -> tuple[Array, tuple[str, ...]]:
 
 
 def _explain(rows: Iterator[list[str]], names: Sequence[str]) -> None:
-    """Raises for the first cell that is no number."""
+    """Raises a :class:`DataError` for the first cell that is not a number."""
     number, width = -1 if names else 0, 0
     for cells in rows:
         if not any(cell.strip() for cell in cells):
@@ -71,10 +71,10 @@ def _explain(rows: Iterator[list[str]], names: Sequence[str]) -> None:
 
 def _no_number(value: Any, row: int, column: Any) -> DataError:
     if str(value).strip().lower() in _MISSING:
-        return DataError(f"row {row:,}, column {column}: missing. Leave such rows out, or fill them in.")
+        return DataError(f"row {row:,}, column {column}: missing value. Drop such rows, or impute the values.")
     return DataError(
-        f"row {row:,}, column {column}: expected a number, found {str(value)[:40]!r}. Leave the column out, or encode it, "
-        "categories as columns of 0 and 1."
+        f"row {row:,}, column {column}: expected a number, found {str(value)[:40]!r}. Drop the column, or encode it, "
+        "categories as one-hot columns."
     )
 
 
@@ -100,20 +100,20 @@ def _whole(x: Array) -> Array:
 
 
 def is_frame(x: Any) -> bool:
-    """Whether x is a data frame, of pandas or of polars, say: named columns, and ``to_numpy``."""
+    """Whether x is a data frame (pandas, polars, ...): an object with ``columns`` and ``to_numpy``."""
     return hasattr(x, "columns") and hasattr(x, "to_numpy") and hasattr(x, "__getitem__") and not isinstance(x, np.ndarray)
 
 
 def of_frame(frame: Any) -> tuple[Array, tuple[str, ...]]:
-    """The numbers of a data frame, ``(N, D)``, and the names of its columns; neither pandas nor another package is imported.
+    """The numbers of a data frame, ``(N, D)``, and the names of its columns. No data frame package is imported.
 
     Raises:
-        DataError: a cell that is missing, or a column that is no numbers; the message names it.
+        DataError: a value is missing or a column is not numeric; the message names it.
     """
     names = tuple(map(str, frame.columns))
     if len(set(names)) < len(names):
         twice = next(name for place, name in enumerate(names) if name in names[:place])
-        raise DataError(f"expected columns of different names, found {twice} twice.")
+        raise DataError(f"expected unique column names, found {twice} twice.")
     parts = [_column(frame[column], name) for column, name in zip(frame.columns, names, strict=True)]
     if not parts or len(parts[0]) == 0:
         raise DataError("expected a table of at least one row and column, found none.")
@@ -132,6 +132,6 @@ def _column(values: Any, name: str) -> Array:
                 raise _no_number(value, row, name)
         return column.astype(np.float64)
     raise DataError(
-        f"column {name}: expected numbers, found {column.dtype}. Leave it out, or convert it: times to seconds, categories "
-        "to columns of 0 and 1."
+        f"column {name}: expected numbers, found {column.dtype}. Drop it, or convert it: times to seconds, categories to "
+        "one-hot columns."
     )

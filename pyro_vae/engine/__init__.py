@@ -1,1 +1,1 @@
-"""Tracing and compiling: a function of tensors to one compiled call, or the named reason why not."""
+"""Tracing and compilation of functions of tensors, with guards, verification and fall-back to eager execution."""

@@ -1,4 +1,4 @@
-"""Calls that are compiled, one graph for each kind of input, and seen to equal the eager ones."""
+"""Compiled calls of a program: one graph per key, verified against eager execution, with rollback and fall-back."""
 
 import threading
 import time
@@ -31,43 +31,43 @@ class _Copy:
 
 @dataclass
 class _Log(Generic[C]):
-    """A copy, and the calls since then: each with the noise before it, and how often it was made in a row."""
+    """A snapshot, and the calls since then: each with the random state before it, and the number of repetitions."""
 
     copy: _Copy
     calls: list[tuple[C, Tensor, int]] = field(default_factory=list)
     length: int = 0
     numbers: int = 0
-    held: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # inputs, and their versions
+    held: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # inputs and their version counters
 
 
 class Calls(Generic[C, R]):
-    """A program's calls, compiled.
+    """Compiled calls of a program.
 
-    A graph is traced and compiled for each key. What counts is the compiled call; it is seen to equal the eager one for
-    the same noise at its 1st, 2nd, 4th, 8th ... call, at the first after :meth:`begin`, and every so many. A program that
-    cannot be traced, or whose compiled call does not equal the eager one, is called eagerly, with one
-    :class:`~pyro_vae.engine.tracing.NotCompiledWarning` that gives the reason; what was changed since the last check that
-    held is undone and done again, eagerly.
+    A graph is traced and compiled for each key. The result is that of the compiled call. It is verified against the eager
+    call with the same noise at the 1st, 2nd, 4th, 8th ... call, at the first one after :meth:`begin`, and after every
+    ``every`` calls. If the program cannot be traced, or a verification fails, there is one
+    :class:`~pyro_vae.engine.tracing.NotCompiledWarning` with the reason, and the program falls back to eager execution; the
+    state is rolled back to the snapshot of the last verification, and the calls since then are re-run eagerly.
 
-    Where a guard does not hold, the graph changes nothing, and the call is made eagerly with the same noise.
+    If a guard fails, the graph changes nothing, and the call runs eagerly with the same noise.
 
-    A difference as large as rounding makes it is no fault of the graph: a ReLU at its kink passes all of a gradient or none,
-    as the last digit of its input has it. The check finds how far the eager gradient itself moves when the parameters
-    move by their last digit, and allows for that.
+    Rounding can make a large difference: a ReLU with an input near 0 passes all of a gradient or none, depending on the
+    last digit. The verification therefore perturbs the parameters by rounding errors, and accepts a difference that is no
+    larger than the resulting change of the eager gradient.
 
     Args:
-        program: what is called.
-        what: what the warning says of it.
-        every: calls from check to check.
-        most: graphs that are kept.
-        patience: times that a key other than the first is met before it is compiled.
+        program: the program.
+        what: its name in the warning.
+        every: maximum number of calls between verifications.
+        most: maximum number of cached graphs.
+        patience: number of calls with a new key before it is compiled, except for the first key.
         say: called with each new graph.
 
     Attributes:
-        reason: why calls are eager; empty if they are not.
-        graphs: by key, that which was used last at the end.
-        seconds: spent on tracing and compiling.
-        undone: after :meth:`again` has raised an error: calls after that which raises it.
+        reason: the reason for eager execution; empty if calls are compiled.
+        graphs: the cached graphs by key, least recently used first.
+        seconds: total time of tracing and compilation.
+        undone: after an error in :meth:`again`: number of calls after the one that raised it.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Calls(Generic[C, R]):
         return self.run(call, 1)[-1]
 
     def run(self, call: C, times: int) -> list[R]:
-        """So many calls in a row: their results."""
+        """The results of ``times`` consecutive calls."""
         results: list[R] = []
         with self._lock:
             while len(results) < times:
@@ -101,15 +101,15 @@ class Calls(Generic[C, R]):
         return results
 
     def begin(self) -> None:
-        """What was changed until here stays; the next call of each graph is checked."""
+        """Accept the current state; the next call of each graph is verified."""
         self._log = None
         self._checked.clear()
 
     def again(self) -> R:
-        """Undo the calls since the last copy, and make them again, eagerly; the result of the last.
+        """Roll back to the last snapshot and re-run the calls since then eagerly; returns the result of the last one.
 
         Raises:
-            Exception: that of the call which raises one.
+            Exception: raised by one of the calls.
         """
         log, self._log = self._since, None
         self._restore(log.copy)
@@ -146,7 +146,7 @@ class Calls(Generic[C, R]):
 
     @property
     def _since(self) -> _Log[C]:
-        """The log, which begins where there is none."""
+        """The current log; a new one if there is none."""
         if self._log is None:
             self._log = _Log(self._copy())
         return self._log
@@ -185,11 +185,11 @@ class Calls(Generic[C, R]):
             graph = self._compile(call)
         except NotYetError:
             return key, None
-        except Exception as error:  # whatever Python, Pyro, the tracer and the compiler raise
+        except Exception as error:  # raised by Python, Pyro, the tracer or the compiler
             self._give_up(reason_of(error))
             return key, None
-        key = self.program.key(call)  # tracing has shown what else it depends on
-        self._log = _Log(self._copy())  # and has made what the optimiser makes at its first step
+        key = self.program.key(call)  # again, since tracing has recorded the Python state on which it depends
+        self._log = _Log(self._copy())  # a new snapshot, since tracing has initialised the optimiser's state
         self.graphs[key] = graph
         if len(self.graphs) > self.most:
             self.graphs.popitem(last=False)
@@ -226,7 +226,7 @@ class Calls(Generic[C, R]):
         if made == times:
             return results
         self._unnote(times - made)
-        if before is not None:  # the noise before the call that has failed is known by making those before it again
+        if before is not None:  # re-run the calls before the failed one to restore the random state before it
             self._restore(before)
             torch.set_rng_state(noise)
             if made > 0:
@@ -246,7 +246,7 @@ class Calls(Generic[C, R]):
         self._since.length -= times
 
     def _call(self, graph: Graph, call: C, times: int) -> tuple[int, list[R]]:
-        """Compiled calls in a row, until a guard does not hold: how many were made, and their results."""
+        """Consecutive compiled calls, until a guard fails: the number of calls made, and their results."""
         self.program.before(graph)
         tried, rows, others = graph.call(self.program.inputs(call), times)
         width = graph.traced.numbers
@@ -257,11 +257,11 @@ class Calls(Generic[C, R]):
         return made, [self.program.result(call, graph, each, others) for each in numbers]
 
     def _check(self, key: Hashable, graph: Graph, call: C) -> R:
-        """The eager call, and the compiled one from where it began with the same noise, which is the one that counts."""
+        """Run the call eagerly and compiled, from the same state with the same noise; keep the compiled result if equal."""
         self._checked.add(key)
         noise, before = torch.get_rng_state(), self._copy()
         expected = self._eager(call)
-        if self._log is None:  # calls before this one were wrong, and were made again
+        if self._log is None:  # previous calls were rolled back and re-run
             return expected
         after, eager, moved = torch.get_rng_state(), self._copy(), self.program.moved(graph)
         self._restore(before)
@@ -311,7 +311,7 @@ class Calls(Generic[C, R]):
         found: Sequence[Tensor],
         expected: Sequence[Tensor],
     ) -> bool:
-        """Whether the eager gradient moves as far when the parameters move by their last digits."""
+        """Whether the difference is no larger than the change of the eager gradient if parameters change by rounding."""
         generator = torch.Generator().manual_seed(graph.made)
         gradients = []
         for trial in range(9):
@@ -328,9 +328,9 @@ class Calls(Generic[C, R]):
     def _same_steps(
         self, graph: Graph, before: _Copy, eager: _Copy, found: Sequence[Tensor], expected: Sequence[Tensor]
     ) -> bool:
-        """Whether parameters have moved alike, where the gradients agree in more than their first digits."""
+        """Whether the updates of the parameters are equal, for elements whose gradients agree to a relative 1e-4."""
         if not self.program.moments(graph):
-            return True  # not moved by the graph
+            return True  # the graph does not update parameters
         old, new = ({id(t): kept for t, kept in copied.tensors} for copied in (before, eager))
         for p, one, other in zip(self.program.parameters(graph), found, expected, strict=True):
             sure = (one - other).abs() <= 1e-4 * other.abs()
@@ -340,7 +340,7 @@ class Calls(Generic[C, R]):
         return True
 
     def _other_tensors(self, graph: Graph, eager: _Copy) -> str:
-        """Of what the graph writes to: that which is neither a parameter nor shows its gradient."""
+        """Compare the other tensors that the graph mutates, which are neither parameters nor moments."""
         leave_out = {id(t) for t in (*self.program.parameters(graph), *self.program.moments(graph))}
         expected = {id(t): kept for t, kept in eager.tensors}
         same = all(_close(t, expected[id(t)]) for t in graph.written if id(t) not in leave_out)
@@ -364,7 +364,7 @@ class Calls(Generic[C, R]):
 
 
 _GRADIENT = "its gradient is not that of the eager step"
-_MOST_NUMBERS = 2**24  # of inputs that are held to make calls again
+_MOST_NUMBERS = 2**24  # maximum size of the inputs that are kept to re-run calls
 _MOST_FAILURES = 8
 
 
@@ -373,7 +373,7 @@ def _near(found: Sequence[Tensor], expected: Sequence[Tensor], spread: Sequence[
         return True
     size = torch.stack([m.norm() for m in expected]).norm()
     return all(
-        bool((one - other).norm() <= 1e-3 * other.norm() + 1e-4 * size + extra)  # 1e-4: of rounding errors alone
+        bool((one - other).norm() <= 1e-3 * other.norm() + 1e-4 * size + extra)  # 1e-4: for rounding errors alone
         for one, other, extra in zip(found, expected, spread or [0.0] * len(expected), strict=True)
     )
 

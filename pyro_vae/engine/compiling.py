@@ -1,4 +1,4 @@
-"""A traced graph compiled by Inductor to machine code."""
+"""Compilation of a traced graph to machine code by Inductor."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,15 +12,15 @@ from pyro_vae.engine.tracing import Traced
 
 __all__ = ["MOST_NODES", "Interpreted", "compiled"]
 
-MOST_NODES = 3000  # compiling takes some 20 ms for each
+MOST_NODES = 3000  # compilation takes about 20 ms per node
 
 
 def compiled(traced: Traced, inputs: Sequence[Tensor]) -> Call:
-    """The graph compiled, its noise drawn from torch's own generator; for tensors of the shapes and types of these.
+    """Compile the graph for tensors of these shapes and dtypes; it draws noise from torch's own generator.
 
     Raises:
-        UntraceableError: it is too large.
-        Exception: whatever the compiler raises.
+        UntraceableError: the graph is too large.
+        Exception: raised by the compiler.
     """
     if (nodes := len(traced.graph.graph.nodes)) > MOST_NODES:
         raise UntraceableError(
@@ -31,7 +31,7 @@ def compiled(traced: Traced, inputs: Sequence[Tensor]) -> Call:
 
 
 def inductor(traced: Traced, inputs: Sequence[Tensor]) -> Call:
-    """By Inductor and a C++ compiler."""
+    """Compile by Inductor and a C++ compiler."""
     import torch._inductor.config
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx_inner
@@ -42,7 +42,7 @@ def inductor(traced: Traced, inputs: Sequence[Tensor]) -> Call:
 
     graph, mode = traced.graph, FakeTensorMode(allow_non_fake_inputs=True)
     for node in graph.graph.nodes:
-        node.meta.pop("val", None)  # of the tracer's mode, not of this one
+        node.meta.pop("val", None)  # belongs to the fake mode of the tracer, not to this one
     options: dict[str, Any] = {"fallback_random": True, "cpp_wrapper": True, "pattern_matcher": False}  # see _addmm
     with torch.no_grad(), torch._inductor.config.patch(options):
         examples = [mode.from_tensor(t) for t in inputs]
@@ -64,7 +64,7 @@ def inductor(traced: Traced, inputs: Sequence[Tensor]) -> Call:
 
 
 def _lift_constants(graph: torch.fx.GraphModule) -> list[Tensor]:
-    """Makes inputs of the constants that are no single number, which the compiled code would ask for in its own way."""
+    """Lifts constants that are no scalars to inputs; the compiled code would load them in a way of its own."""
     constants: list[Tensor] = []
     for node in [n for n in graph.graph.nodes if n.op == "get_attr"]:
         tensor = getattr(graph, node.target)
@@ -89,11 +89,11 @@ class _Compiled:
 
 
 class Interpreted:
-    """A graph run operation by operation, as it is.
+    """A graph that is interpreted, operation by operation, instead of compiled.
 
     Args:
-        graph: of the inputs and then of the outside tensors; its first result is the vector of numbers.
-        outside: these.
+        graph: a function of the inputs followed by the outside tensors; its first result is the vector of numbers.
+        outside: the outside tensors.
     """
 
     def __init__(self, graph: Callable[..., Sequence[Tensor]], outside: Sequence[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""What Python decides while a function is traced stays decided: the Python state that it depends on, to be compared."""
+"""Guards on Python state: a trace is valid only while the Python state on which it depends is unchanged."""
 
 import functools
 import gc
@@ -19,7 +19,7 @@ __all__ = ["PythonState", "constant"]
 
 
 class _Same:
-    """An object that equals itself alone, and lives on, so that no other takes its identity."""
+    """Compares an object by identity, and keeps it alive, so that its id is not reused."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -32,7 +32,7 @@ class _Same:
 
 
 def constant(value: Any, depth: int = 4) -> Any:
-    """What can be compared later: numbers, flags, words and containers of them by value, all else by identity."""
+    """A comparable snapshot of a value: numbers, flags, strings and containers of them by value, all else by identity."""
     if isinstance(value, bool | int | float | str | None):
         return type(value), value if value == value else "nan"
     if isinstance(value, np.generic):
@@ -57,14 +57,14 @@ _GONE = object()
 
 
 def _is_plain(value: Any) -> bool:
-    """An object with attributes that is of no library's class, whose objects keep caches."""
+    """Whether an object has attributes and its class is the user's; objects of library classes may have caches."""
     kind = type(value)
     return hasattr(value, "__dict__") and (kind.__name__ in ("SimpleNamespace", "Namespace") or _is_users(kind.__module__))
 
 
 @functools.cache
 def _is_users(module: str) -> bool:
-    """Whether it is the user's code: no library, but this package's models and objectives, which are used alike."""
+    """Whether a module is the user's code, or one of this package's models and objectives, which are treated alike."""
     root = module.split(".")[0]
     if root == "pyro_vae":
         return module.split(".")[1:2] != ["engine"] and module not in _OURS
@@ -74,7 +74,7 @@ def _is_users(module: str) -> bool:
 
 
 _OURS = tuple(f"pyro_vae.training.{name}" for name in ("svi", "fit", "step", "compiled_step", "updates"))
-_PACKAGES: set[str] = set()  # installed ones whose programs are run
+_PACKAGES: set[str] = set()  # installed packages whose programs are traced, treated as the user's code
 
 
 def _package_of(program: Any) -> str:
@@ -97,14 +97,14 @@ class _Cell(NamedTuple):
 
 
 class PythonState:
-    """The globals, closures, attributes and modules that Python code has met while it ran, under :meth:`recorded`.
+    """The globals, closure variables, attributes and modules that Python code uses while it runs under :meth:`recorded`.
 
     Args:
-        roots: functions, modules and objects that the code begins with.
+        roots: functions, modules and objects to start from.
 
     Attributes:
         modules: the ``nn.Module`` objects among them.
-        forbidden: what it called that gives another value each time, and where; empty if nothing.
+        forbidden: a call whose value differs each time (a clock, an iterator), and its line; empty if there is none.
     """
 
     def __init__(self, *roots: Any) -> None:
@@ -128,7 +128,7 @@ class PythonState:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Notes what the code that runs meets."""
+        """Records the state that code running in this context uses."""
         before = sys.getprofile()
         sys.setprofile(self._event)
         try:
@@ -162,7 +162,7 @@ class PythonState:
         is_known = self._token >= 0 and len(values) == len(self._last)
         if is_known and all(map(operator.is_, values, self._last)) and self._containers_are_same():
             return self._token
-        if (known := len(self._last)) < len(values):  # what was met since then did not matter before
+        if (known := len(self._last)) < len(values):  # cells added since then did not matter before
             self._tokens = {(*each[:known], *self._first[known:]): token for each, token in self._tokens.items()}
         self._last = values
         pairs = zip(self._cells.values(), values, strict=True)
@@ -182,16 +182,16 @@ class PythonState:
         return [cell.constant() for cell in self._cells.values()]
 
     def changes(self, before: list[Any]) -> list[str]:
-        """Names of what has changed since, or since it was met."""
+        """Names of the values that have changed since the snapshot, or since they were added."""
         then = [*before, *self._first[len(before) :]]
         pairs = zip(self._cells.values(), then, self.snapshot(), strict=True)
         return [cell.name for cell, old, new in pairs if old != new]
 
     def rebind(self) -> None:
-        """Buffers in whose place code has put others: their values go into the old tensors, which go back.
+        """Undo the replacement of buffers: copy the values of the new tensors to the original ones, and restore these.
 
         Raises:
-            UntraceableError: one has changed its shape or type.
+            UntraceableError: a buffer has changed its shape or dtype.
         """
         for (module, name), old in self._buffers.items():
             new = module._buffers.get(name)
@@ -240,7 +240,7 @@ class PythonState:
                 self._add_code(inner, variables)
 
     def _meet(self, value: Any, *, is_new: bool) -> None:
-        if is_new and id(value) not in self._seen:  # made in there, it holds nothing from one call to the next
+        if is_new and id(value) not in self._seen:  # created during the call, it has no state between calls
             self._seen.add(id(value))
             self._keep.append(value)
         self._add_object(value)
@@ -292,7 +292,7 @@ _CLOCKS = ("now", "today", "utcnow")
 
 
 class _Length:
-    """How many values a mapping has, as a mapping."""
+    """The length of a mapping, as a mapping."""
 
     def __init__(self, mapping: Mapping[Any, Any]) -> None:
         self.mapping = mapping
@@ -302,7 +302,7 @@ class _Length:
 
 
 class _Closure:
-    """A closure's variable as a mapping."""
+    """A closure variable as a mapping."""
 
     def __init__(self, cell: Any) -> None:
         self.cell = cell

@@ -1,4 +1,4 @@
-"""What is seen of a function while it is traced: values that Python takes of tensors, and gradients that it asks for."""
+"""Torch modes that are active while a function is traced: they guard values that Python reads, and intercept backward()."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,21 +20,21 @@ _LIBRARIES = ("torch", "pyro", "opt_einsum", "contextlib", "functools")
 
 
 class UntraceableError(Exception):
-    """A function that cannot be traced, and why."""
+    """A function cannot be traced; the message is the reason."""
 
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """What is done within is no part of the trace: the tensors made there are outside ones."""
+    """Suspends tracing: tensors made in this context are outside tensors of the graph."""
     with _disable_current_modes():
         yield
 
 
 class LossAsTensor(TorchFunctionMode):
-    """Keeps the loss a tensor where Pyro makes a number of it, and notes what ``backward()`` is called on.
+    """Keeps the loss a tensor where Pyro converts it to a number, and records the tensors of calls of ``backward()``.
 
     Args:
-        noted: gets the tensors on which ``backward()`` was called; their sum has the gradient.
+        noted: list to which these tensors are appended; the gradient is that of their sum.
     """
 
     def __init__(self, noted: list[Tensor]) -> None:
@@ -55,7 +55,7 @@ class LossAsTensor(TorchFunctionMode):
 
 
 def _is_of_a_loss(frame: FrameType | None) -> bool:
-    """Whether the caller belongs to a loss, which adds numbers up, and not to a model, which may decide by them."""
+    """Whether the caller is a loss, which only sums values, and not a model, whose control flow may depend on them."""
     from pyro.infer.elbo import ELBO
 
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == "torch":
@@ -68,28 +68,28 @@ def _is_of_a_loss(frame: FrameType | None) -> bool:
 
 
 class ValueGuards(TorchDispatchMode):
-    """Where Python takes the value of a tensor, or a shape depends on it, keeps this value and guards it.
+    """Specialises the graph on values of tensors that Python reads, or on which a shape depends, and guards them.
 
-    The graph is that of the path taken. A guard is a tensor of one bool in it: whether the value is still the same.
-    Tensors from outside are copied before they are written to, for :meth:`restore`.
+    The graph has the control flow of the traced call. A guard is a boolean tensor in the graph: whether the value is
+    unchanged. Outside tensors are copied before they are mutated, for :meth:`restore`.
 
     Attributes:
-        guards: the tensors.
-        lines: where in the user's code each value was taken.
+        guards: the guards.
+        lines: for each guard, the line of the user's code that reads the value.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.guards: list[Tensor] = []
         self.lines: list[str] = []
-        self._made: dict[int, Any] = {}  # storages, which stay alive, by identity
-        self._before: list[tuple[Any, Any]] = []  # storages that were written to, and copies from before
+        self._made: dict[int, Any] = {}  # storages by identity, kept alive
+        self._before: list[tuple[Any, Any]] = []  # mutated storages, and copies of their original values
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is _aten.native_batch_norm.default and args[3] is not None:  # writes to running means, and does not say so
+        if func is _aten.native_batch_norm.default and args[3] is not None:  # mutates running means undeclared
             func = _aten._native_batch_norm_legit.default
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if func._schema.is_mutable:
@@ -151,7 +151,7 @@ class ValueGuards(TorchDispatchMode):
                         self._before.append((storage, storage.clone()))
 
     def restore(self) -> None:
-        """Give the tensors from outside the values that they had before."""
+        """Restore the values of mutated outside tensors."""
         for storage, before in self._before:
             storage.copy_(before)
 

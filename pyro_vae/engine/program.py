@@ -1,4 +1,4 @@
-"""What can be called eagerly or compiled: a function, and how its calls are traced, compared, undone."""
+"""The interface of a function that runs eagerly or compiled: how its calls are traced, verified and rolled back."""
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from pyro_vae.engine.tracing import Traced
 
 __all__ = ["Graph", "NotYetError", "Program"]
 
-C = TypeVar("C")  # what a program is called with
-R = TypeVar("R")  # what a call gives
+C = TypeVar("C")  # the argument of a call
+R = TypeVar("R")  # the result of a call
 
 
 class NotYetError(Exception):
-    """What cannot be traced before one more call was made eagerly."""
+    """The call can only be traced after another eager call."""
 
 
 @dataclass
@@ -25,11 +25,11 @@ class Graph:
 
     Args:
         traced: the graph.
-        call: compiled.
-        about: what the program keeps of it.
-        seconds: that tracing and compiling took.
-        made: calls of it.
-        failed: of these, how many had a guard that did not hold.
+        call: the compiled code.
+        about: data of the program about the graph.
+        seconds: time of tracing and compilation.
+        made: number of calls.
+        failed: number of calls in which a guard failed.
     """
 
     traced: Traced
@@ -41,82 +41,82 @@ class Graph:
 
     @property
     def written(self) -> list[Tensor]:
-        """Tensors that it writes to."""
+        """The tensors that the graph mutates."""
         first = self.traced.inputs
         return [self.traced.outside[place - first] for place in self.traced.written]
 
 
 class Program(Generic[C, R]):
-    """A function that is called eagerly as it is, or compiled. It may change tensors, and Python state of its own.
+    """A function that runs eagerly or compiled. It may mutate tensors, and Python state of its own.
 
-    The hooks below :meth:`difference` have defaults, which are those of a program without state.
+    The methods after :meth:`difference` have defaults for a program without state.
     """
 
     def key(self, call: C) -> Hashable:
-        """What a graph depends on beside its inputs; a call of the key None is made eagerly."""
+        """The key of the graph for a call: all that the graph depends on except its inputs. None: the call runs eagerly."""
         raise NotImplementedError
 
     def inputs(self, call: C) -> Sequence[Tensor]:
-        """Tensors that are others from call to call; each once."""
+        """The tensors that may differ between calls, without duplicates."""
         raise NotImplementedError
 
     def eager(self, call: C) -> R:
-        """The call as it is."""
+        """Run the call eagerly."""
         raise NotImplementedError
 
     def trace(self, call: C, noted: list[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Any]:
-        """The call as it is traced: numbers, other results, and what is to be kept of the graph."""
+        """Run the call for tracing; returns its numbers, its other results, and ``Graph.about``."""
         raise NotImplementedError
 
     def result(self, call: C, graph: Graph, numbers: list[float], others: list[Tensor]) -> R:
-        """What a compiled call gives."""
+        """The result of a compiled call."""
         raise NotImplementedError
 
     def difference(self, found: R, expected: R) -> str:
-        """How a compiled call's result differs from the eager one's by more than rounding; empty if it does not."""
+        """A description of a difference between compiled and eager result beyond rounding; empty if there is none."""
         raise NotImplementedError
 
-    stateless = False  # whether calls change nothing
+    stateless = False  # whether calls have no side effects
 
     def reset(self, call: C) -> None:
         """Before a call is made again: Python holds what it held then."""
 
     def before(self, graph: Graph) -> None:
-        """Before compiled calls: tensors take up what Python holds."""
+        """Called before compiled calls: copies Python state to tensors."""
 
     def after(self, graph: Graph, times: int, others: list[Tensor]) -> None:
-        """After so many compiled calls: Python takes up what tensors hold."""
+        """Called after compiled calls: copies the values of tensors to Python state."""
 
     def at_once(self, graph: Graph) -> bool:
         """Whether several calls can be made in a row, with nothing between them."""
         return False
 
     def state(self) -> Iterable[Tensor]:
-        """Tensors that a call may change."""
+        """The tensors that a call may mutate."""
         return ()
 
     def save(self) -> Any:
-        """The Python state that a call changes."""
+        """A snapshot of the Python state that a call changes."""
 
     def load(self, saved: Any) -> None:
-        """Put it back."""
+        """Restore a snapshot."""
 
     def sound(self) -> bool:
-        """Whether what the calls so far have changed can be kept."""
+        """Whether the state after the calls so far is valid (finite); otherwise it is rolled back."""
         return True
 
     def parameters(self, graph: Graph) -> list[Tensor]:
-        """What has gradients."""
+        """The parameters with a gradient."""
         return []
 
     def moments(self, graph: Graph) -> list[Tensor]:
-        """What the gradients go into, such as an optimiser's moments; not compared tensor by tensor."""
+        """Tensors that are updated by the gradients, such as an optimiser's moments; not compared elementwise."""
         return []
 
     def moved(self, graph: Graph) -> list[Tensor]:
-        """Copies of what shows the last gradient, a tensor for each parameter."""
+        """Copies of tensors that depend on the last gradient, one for each parameter."""
         return []
 
     def gradients(self, graph: Graph, call: C) -> list[Tensor]:
-        """The eager gradients at the parameters as they are, times their share in :meth:`moved`."""
+        """The eager gradients at the current parameters, times their factor in :meth:`moved`."""
         return []

@@ -1,4 +1,4 @@
-"""Calls of what Inductor has compiled, one or many in a row, without Python in between."""
+"""Consecutive calls of code compiled by Inductor, without returning to Python in between."""
 
 import ctypes
 import functools
@@ -16,27 +16,27 @@ class Call(Protocol):
     """A graph that can be called."""
 
     def __call__(self, inputs: Sequence[Tensor], times: int = 1) -> tuple[int, list[float], list[Tensor]]:
-        """Call it so many times in a row with these tensors, or until a guard does not hold.
+        """Call the graph ``times`` times with these tensors, or until a guard fails.
 
         Returns:
-            The number of calls made; the vectors of all of them, one after the other; the other results of the last.
+            The number of calls made; their vectors, concatenated; the other results of the last call.
         """
 
 
 class Runner:
-    """A compiled graph, called with tensors that it is given once.
+    """A compiled graph with bound input tensors.
 
-    Its first result is a vector of float64 whose first element says whether all guards held; a run ends at the first call
-    in which they did not.
+    Its first result is a vector of float64 whose first element is 1 if all guards hold; a sequence of calls ends at the
+    first one in which a guard fails.
 
     Args:
-        entry: what Inductor has loaded, a function of its extension module.
+        entry: the compiled function, of the extension module that Inductor has loaded.
         outputs: number of results.
-        numbers: length of the first of them.
+        numbers: length of the first result.
     """
 
     def __init__(self, entry: Any, outputs: int, numbers: int) -> None:
-        library = ctypes.PyDLL(entry.__self__.__file__)  # with Python's lock held, which the graph itself gives back
+        library = ctypes.PyDLL(entry.__self__.__file__)  # calls hold the GIL, which the graph itself releases
         self._entry = ctypes.cast(getattr(library, _ENTRY), ctypes.c_void_p)
         self._outputs = (ctypes.c_void_p * outputs)()
         self.numbers = numbers
@@ -45,8 +45,8 @@ class Runner:
         self._places: list[int] = []
 
     def take(self, inputs: Sequence[Tensor]) -> None:
-        """The tensors to call it with from now on; what they hold at each call is what counts."""
-        places = [t.data_ptr() for t in inputs]  # .data = may have put another storage into a tensor
+        """Bind the input tensors; their values are read at each call."""
+        places = [t.data_ptr() for t in inputs]  # an assignment to .data may have replaced the storage
         if not self._held:
             self._inputs = (ctypes.c_void_p * len(inputs))()
             self._held, changed = [*inputs], [*range(len(inputs))]
@@ -65,13 +65,13 @@ class Runner:
             self._places = places
 
     def __call__(self, times: int = 1) -> tuple[int, list[float], list[Tensor]]:
-        """Call it so many times in a row, or until a guard does not hold.
+        """Call the graph ``times`` times, or until a guard fails.
 
         Returns:
-            The number of calls made; the numbers of each of them, one call after the other; the other results of the last.
+            The number of calls made; their vectors, concatenated; the other results of the last call.
 
         Raises:
-            RuntimeError: torch's, of an operation in the graph.
+            RuntimeError: raised by an operation of the graph.
         """
         values = (ctypes.c_double * (times * self.numbers))()
         error = ctypes.create_string_buffer(2000)
@@ -100,7 +100,7 @@ _pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes
 _capsule = ctypes.pythonapi.PyCapsule_New
 _capsule.restype, _capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
-# The graph takes over the handles that it is given, and makes those of its results.
+# The graph steals the handles of its inputs, and creates those of its results.
 _SOURCE = """
 #include <cstdint>
 #include <cstring>

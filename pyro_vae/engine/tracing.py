@@ -1,8 +1,8 @@
-"""A function of tensors traced once, Pyro's handlers included: its tensor operations as a graph.
+"""Tracing of a function of tensors, Pyro's handlers included, to a graph of tensor operations.
 
-``make_fx`` follows tensor objects. A tensor that is passed as an input is known again wherever the function meets it, in
-a module, in Pyro's store, in a closure, so that nothing has to be put in its place. Every other tensor that the graph
-reads from outside becomes an input as well, and stays live: what it holds when the graph is called is what counts.
+``make_fx`` identifies tensors as objects. An input is recognised wherever the function uses it, in a module, in Pyro's
+param store or in a closure, so that nothing needs to be replaced by it. Every other tensor that the graph reads from outside
+becomes an input as well, whose value is read at each call.
 """
 
 import random
@@ -18,29 +18,29 @@ from pyro_vae.engine.modes import LossAsTensor, UntraceableError, ValueGuards
 
 __all__ = ["Function", "NotCompiledWarning", "Traced", "reason_of", "trace"]
 
-# Of the list of tensors on which backward() was called: its numbers, scalar tensors, and other results.
+# A function from the list of tensors on which backward() was called to its numbers (scalar tensors) and its other results.
 Function = Callable[[list[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]]
 
 
 class NotCompiledWarning(UserWarning):
-    """Something that cannot be compiled, and is run eagerly."""
+    """A function cannot be compiled, and falls back to eager execution."""
 
 
 @dataclass
 class Traced:
-    """A graph of the inputs and then of the outside tensors.
+    """A graph, whose arguments are the inputs followed by the outside tensors.
 
-    Its first result is a vector of float64: 1 if all guards hold and 0 if not, and then the numbers. Where one does not
-    hold the graph changes no tensor that it is given.
+    Its first result is a vector of float64: 1 if all guards hold and 0 if not, followed by the numbers. If a guard fails,
+    the graph changes none of its arguments.
 
     Args:
         graph: the graph.
-        inputs: their number.
-        outside: tensors that the function reads and that are no inputs.
-        written: places, among inputs and outside tensors, of those that it writes to.
-        guards: where in the user's code a value was taken that must stay the same.
-        numbers: how many there are in the vector.
-        others: how many other results there are.
+        inputs: number of inputs.
+        outside: tensors that the function reads and that are not inputs.
+        written: indices, among inputs and outside tensors, of those that it mutates.
+        guards: for each guard, the line of the user's code that reads the guarded value.
+        numbers: length of the vector.
+        others: number of other results.
     """
 
     graph: torch.fx.GraphModule
@@ -53,15 +53,15 @@ class Traced:
 
 
 def trace(function: Function, inputs: Sequence[Tensor]) -> Traced:
-    """The tensor operations of ``function``, which runs once for it and meets the inputs as the objects that they are.
+    """Trace the tensor operations of ``function``, which runs once and uses the input tensors themselves.
 
-    Tensors that it writes to, and torch's random numbers, are left as found. Numbers that the function makes into tensors
-    itself, ``torch.tensor(0.5)``, are constants of the graph.
+    Tensors that it mutates, and torch's random state, are restored. Tensors that the function makes of Python numbers,
+    ``torch.tensor(0.5)``, are constants of the graph.
 
     Raises:
-        UntraceableError: it draws from other random numbers than torch's, which would be the same in each call; or its
-            values are read in a way that cannot be guarded.
-        Exception: whatever the function raises.
+        UntraceableError: the function draws from a generator other than torch's, whose values would be constants of the
+            graph; or it reads values of tensors in a way that cannot be guarded.
+        Exception: raised by the function.
     """
     from torch.fx.experimental.proxy_tensor import make_fx  # heavy, and only needed here
 
@@ -93,7 +93,7 @@ def trace(function: Function, inputs: Sequence[Tensor]) -> Traced:
 
 
 def _lift(graph: torch.fx.GraphModule) -> list[Tensor]:
-    """Makes placeholders of the outside tensors, which ``make_fx`` has kept as attributes; returns them."""
+    """Lifts the outside tensors, which ``make_fx`` stores as attributes, to placeholders; returns them."""
     outside: dict[int, tuple[Tensor, torch.fx.Node]] = {}
     fresh = torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default
     for node in list(graph.graph.nodes):
@@ -101,7 +101,7 @@ def _lift(graph: torch.fx.GraphModule) -> list[Tensor]:
             continue
         tensor = getattr(graph, node.target)
         if not torch.is_tensor(tensor) or (node.users and all(user.target in fresh for user in node.users)):
-            continue  # a number that was made into a tensor in there
+            continue  # a tensor made of a Python number: a constant
         if id(tensor) not in outside:
             placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
             place = graph.graph.inserting_after(placeholders[-1]) if placeholders else graph.graph.inserting_before(node)
@@ -114,7 +114,7 @@ def _lift(graph: torch.fx.GraphModule) -> list[Tensor]:
 
 
 def _written(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
-    """The placeholders that are written to, themselves or by a view of them."""
+    """The placeholders that the graph mutates, directly or through a view."""
     roots: dict[torch.fx.Node, torch.fx.Node] = {}  # of views: the placeholder
     written: dict[torch.fx.Node, None] = {}
     for node in graph.graph.nodes:
@@ -129,7 +129,7 @@ def _written(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
 
 
 def _aliased(node: torch.fx.Node) -> Iterator[tuple[torch.fx.Node, bool]]:
-    """Arguments of an operation that its result may be a view of, and whether they are written to."""
+    """The arguments of which the result of an operation may be a view, and whether the operation mutates them."""
     for place, argument in enumerate(getattr(getattr(node.target, "_schema", None), "arguments", ())):
         if argument.alias_info is not None:
             given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
@@ -153,7 +153,7 @@ def _undo_where_a_guard_fails(graph: torch.fx.GraphModule, written: Sequence[tor
 
 
 def reason_of(error: Exception) -> str:
-    """What to tell of an error while tracing or compiling."""
+    """The reason in a warning for an error of tracing or compilation."""
     if isinstance(error, UntraceableError):
         return str(error)
     lines = str(error).strip().splitlines() or ["no reason given"]
@@ -163,7 +163,7 @@ def reason_of(error: Exception) -> str:
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """Product and bias apart: the bias joins the next elementwise loop, where one call would first copy it to every row."""
+    """Separate product and bias: the bias is fused into the next elementwise loop, while addmm would first broadcast it."""
     return beta * bias + alpha * (a @ b) if (beta, alpha) != (1, 1) else a @ b + bias
 
 

@@ -1,1 +1,1 @@
-"""What is measured: log weights, log p(x), whole data sets."""
+"""Estimates: log weights, log p(x), the ELBO of a data set."""

@@ -1,4 +1,4 @@
-"""Whole-dataset measures -> plain records."""
+"""Estimates over a whole data set -> plain records."""
 
 from typing import Any
 
@@ -32,27 +32,27 @@ def evaluate(
     .. math:: -\mathrm{ELBO} = \frac1N \sum_i \Big( \frac1K \sum_k -\log p(x_i \mid z_{ik})
         + \mathrm{KL}(q(z \mid x_i) \,\|\, p(z)) \Big), \qquad z_{ik} \sim q(z \mid x_i)
 
-    The KL is the closed form where every latent site has one, and its error is 0 (with several sites, that of the draws that
-    condition the later ones); else log q - log p at the draws, with its error. With
-    :math:`s_i^2` the variance over k of what is averaged, a term's error is :math:`\sqrt{\sum_i s_i^2 / K} / N`. It says
-    nothing of how the figure would vary over other data sets.
+    The KL is in closed form if every latent site has one; its error is then 0 (with several sites, that of the draws on
+    which later sites depend). Otherwise it is log q - log p at the draws, with its error. A term's standard error is
+    :math:`\sqrt{\sum_i s_i^2 / K} / N`, with :math:`s_i^2` the variance of the term over k. It does not include the
+    variation over other data sets.
 
     Args:
         model: Pyro program, called as ``model(*batch)``; or a module with methods ``model`` and ``guide``, followed by the
-            data: ``evaluate(vae, data)``. Evaluated in evaluation mode, without gradients, where its parameters are; left in
-            the mode it was in. Of a plain autoencoder the squared error is all there is.
+            data: ``evaluate(vae, data)``. Runs in evaluation mode, without gradients, on the device of the parameters; the
+            previous mode is restored. For a plain autoencoder only the squared error is defined.
         guide: Pyro program, called as ``guide(*batch)``.
         data: observations; dynamic binarisation is drawn once per call, the same for the same seed.
-        num_samples: latent draws per observation, at least 2 (one draw carries no error).
+        num_samples: latent draws per observation, at least 2, because one draw gives no standard error.
         importance_samples: draws per observation for log p(x) by
-            :func:`~pyro_vae.estimates.importance.log_marginal`, at least 2; 0: leave it out.
-        batch_size: observations held at once, times num_samples.
-        seed: seed of the draws; torch's global random state is left as found.
+            :func:`~pyro_vae.estimates.importance.log_marginal`, at least 2; 0: log p(x) is not estimated.
+        batch_size: observations per batch; each has num_samples draws.
+        seed: seed of the draws; torch's global random state is restored.
 
     Returns:
-        :class:`~pyro_vae.estimates.records.Estimate` by name: ``neg_elbo``, ``reconstruction``, ``kl``, what the likelihood
-        adds, and ``log_marginal`` (higher is better, at least -neg_elbo up to its error). Of an autoencoder:
-        ``squared_error``, summed over elements, and ``mean_squared_error`` per element.
+        :class:`~pyro_vae.estimates.records.Estimate` by name: ``neg_elbo``, ``reconstruction``, ``kl``, terms of the
+        likelihood (``squared_error``, say), and ``log_marginal`` (higher is better; at least -neg_elbo up to its error). For
+        an autoencoder: ``squared_error``, summed over elements, and ``mean_squared_error``, per element.
 
     Raises:
         ValueError: fewer than 2 samples, programs that are no pair with one data plate, a guide without a density where the
@@ -60,7 +60,7 @@ def evaluate(
     """
     if isinstance(model, Autoencoder):
         return _squared_error(model, guide, whole_number("batch_size", batch_size), seed)
-    num_samples = whole_number("num_samples", num_samples, minimum=2)  # one draw carries no error
+    num_samples = whole_number("num_samples", num_samples, minimum=2)  # one draw gives no standard error
     importance_samples = whole_number("importance_samples", importance_samples, minimum=0)
     if importance_samples == 1:
         raise ValueError("importance_samples: expected 0 or a whole number >= 2, found 1.")
@@ -85,7 +85,7 @@ def evaluate(
             log_p = log_marginal(*pair.programs, everything, num_samples=importance_samples)
     figures = {}
     for name in _TERMS:
-        # Averaged in float64: one float32 sum over a data set would cost digits.
+        # Averaged in float64: a float32 sum over a data set loses precision.
         mean, variance = (processes.gather(torch.cat([c[name][part] for c in columns]).double()) for part in (0, 1))
         error = (variance.sum() / num_samples).sqrt().item() / len(held)
         figures[name] = Estimate(mean.mean().item(), error, num_samples if error else 0)
@@ -115,12 +115,12 @@ def _terms(pair: ProgramPair, batch: tuple[Tensor, ...], num_samples: int) -> di
 
 
 def _variance(term: Tensor) -> Tensor:
-    """Over the draws; exactly 0 where they are all the same."""
+    """The variance over the draws; exactly 0 if they are all equal."""
     return torch.where((term == term[0]).all(0), 0.0, term.var(0))
 
 
 def _squared_error(model: Autoencoder, data: DataLike, batch_size: int, seed: int) -> dict[str, Estimate]:
-    """An autoencoder draws nothing, so its figures are exact."""
+    """The errors of a plain autoencoder, which draws nothing, so that they are exact."""
     like = next(model.parameters())
     data = as_data(data).to(like.device, like.dtype)
     total = 0.0

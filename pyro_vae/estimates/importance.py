@@ -1,6 +1,6 @@
-"""log p(x) by importance sampling, for any Pyro model and guide with one data plate, with its error and its health.
+"""log p(x) by importance sampling, for any Pyro model and guide with one data plate, with standard error and diagnostics.
 
-The driver, :func:`log_marginal`, weighs draws in chunks of bounded memory.
+:func:`log_marginal` computes the weights in chunks of bounded memory.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -37,39 +37,40 @@ def log_marginal(
     .. math:: \log \hat p(x_i) = \log \frac1K \sum_{k=1}^K w_{ik}, \qquad
         w_{ik} = \frac{p(x_i, z_{ik})}{q(z_{ik} \mid x_i)}, \quad z_{ik} \sim q(z \mid x_i)
 
-    A lower bound in expectation, by Jensen's inequality, that tightens as K grows (Burda et al. 2016, arXiv:1509.00519).
-    Latent sites that the guide does not have are drawn from the model, so a guide that does nothing gives plain Monte Carlo
-    from the prior. Scaling of sites (``poutine.scale``, subsampling) is left out: it is no part of the density. Works
-    without gradients, in evaluation mode where model and guide are modules or methods of modules, and leaves torch's random
-    state as found: the same state and chunk_size give the same draws, so seed anew between calls whose errors are to be
-    independent. Both programs are called on parts of the batch; what else they need per observation (labels, exposures) is
-    part of it: log p(x | y) of a conditional model is ``log_marginal(model, guide, (x, y))``. Draws stand in a leading
-    dimension, z ``(num_samples, B, ...)``, over which a decoder must broadcast.
+    The estimate is a lower bound in expectation, by Jensen's inequality, that tightens as K grows (Burda et al. 2016,
+    arXiv:1509.00519). Latent sites that the guide does not have are drawn from the model; with a guide that has none, the
+    estimate is simple Monte Carlo from the prior. Scales of sites (``poutine.scale``, subsampling) are not applied, because
+    they do not belong to the density. Modules run in evaluation mode, without gradients. torch's random state is restored:
+    the same state and chunk_size give the same draws, so set a new seed between calls whose errors must be independent.
+
+    The programs are called on parts of the batch. Whatever else they need per observation (labels, exposures) belongs to the
+    batch: log p(x | y) of a conditional model is ``log_marginal(model, guide, (x, y))``. Draws are a leading dimension, z
+    ``(num_samples, B, ...)``, over which a decoder must broadcast.
 
     Args:
         model: Pyro program, called as ``model(*batch)``; every site in one plate of dimension -1 over the observations. Or a
             module with methods ``model`` and ``guide``, followed by x: ``log_marginal(vae, x)``.
         guide: Pyro program, called as ``guide(*batch)``.
-        x: observations, ``(B, ...)``: a tensor, as it is; a tuple of tensors with one leading dimension, ``(x, y)``; or
-            what :func:`~pyro_vae.data.own.as_data` takes, as one batch.
+        x: observations, ``(B, ...)``: a tensor, a tuple of tensors with one leading dimension, ``(x, y)``, or any data that
+            :func:`~pyro_vae.data.own.as_data` takes, as one batch.
         num_samples: draws per observation, K.
-        chunk_size: pairs (draw, observation) held at once; default: as many as hold 2^23 numbers. Memory
-            grows with it and not with K or B.
-        compile: trace model and guide once, and run each chunk as one compiled call: the same values for the same draws, at
-            1.3 times the speed, after some 15 seconds of compiling. None: on the CPU, where there are 2,000 chunks or more
-            and it pays. What cannot be compiled is run eagerly, with a
-            :class:`~pyro_vae.engine.tracing.NotCompiledWarning`. Needs a C++ compiler.
+        chunk_size: pairs (draw, observation) per chunk; default: as many as have 2^23 numbers. Memory grows with it, and not
+            with K or B.
+        compile: trace model and guide once, and run each chunk as one compiled call: the same values for the same draws,
+            1.3 times as fast, after some 15 seconds of compilation. None: on the CPU, if there are at least 2,000 chunks.
+            Falls back to eager execution, with a :class:`~pyro_vae.engine.tracing.NotCompiledWarning`, if the programs
+            cannot be compiled. Needs a C++ compiler.
 
     Returns:
         :class:`~pyro_vae.estimates.records.LogMarginal`, each field ``(B,)``, float64.
 
     Raises:
-        ValueError: no draws or data; a site outside the data plate, or in the guide alone; a log weight of nan or +inf, with
-            its site.
+        ValueError: there are no draws or no data; a site is outside the data plate, or in the guide alone; or a log weight
+            is nan or +inf (the message names the site).
 
     Warns:
-        UnreliableEstimateWarning: once, if the Pareto k of some observations says that their errors cannot be trusted. The
-            values there are still lower bounds in expectation.
+        UnreliableEstimateWarning: once, if Pareto k indicates that the errors of some observations are not reliable. Their
+            values are still lower bounds in expectation.
 
     Example:
         >>> import pyro.distributions as dist
@@ -93,10 +94,10 @@ def log_marginal(
     if first.dim() == 0 or first.numel() == 0:
         raise ValueError(f"log_marginal: expected observations of shape (B, ...), found shape {tuple(first.shape)}.")
     pair.check(*batch)
-    # 2^23 numbers, 32 MiB, is the largest tensor that glibc keeps for reuse rather than asking for fresh pages each time;
+    # 2^23 numbers, 32 MiB, is the largest tensor that glibc keeps for reuse instead of returning its pages to the system;
     # hidden layers are rarely narrower than 128.
     chunk_size = chunk_size or max(1, 2**23 // max(first[0].numel(), 128))
-    draws = min(num_samples, chunk_size)  # all draws of few images rather than the reverse: the guide runs once for each
+    draws = min(num_samples, chunk_size)  # all draws of few observations, not the reverse: the guide runs once for each
     chunks = [min(draws, num_samples - done) for done in range(0, num_samples, draws)]
     at_once = max(1, chunk_size // draws)
     compile = compile_choice(compile, first.device)
@@ -121,15 +122,14 @@ def log_marginal(
     return result
 
 
-# Chunks for which compiling pays by default: one takes about 90 ms, of which compiling saves a quarter.
+# The number of chunks from which compilation pays: a chunk takes about 90 ms, of which compiled code saves a quarter.
 _PAYS = 2000
 
 
 class ChunkWeights(Program[tuple[Sequence[Tensor], int], Tensor]):
-    """The log weights of one number of draws and observations, ``(num_samples, B)``.
+    """The log weights of chunks of a fixed number of draws and observations, ``(num_samples, B)``.
 
-    Chunks of another shape are weighed eagerly, and so are those whose weights are nan or +inf, for the error that names
-    the site.
+    Chunks of another shape run eagerly; so do those with weights of nan or +inf, for an error that names the site.
 
     Args:
         pair: the programs.
@@ -152,7 +152,7 @@ class ChunkWeights(Program[tuple[Sequence[Tensor], int], Tensor]):
         return log_weights(self.pair, *call)
 
     def trace(self, call: tuple[Sequence[Tensor], int], noted: list[Tensor]) -> tuple[list[Tensor], list[Tensor], None]:
-        with pyro.validation_enabled(False):  # it would look at values, which a graph cannot
+        with pyro.validation_enabled(False):  # validation depends on values, which a graph does not have
             return [], [weigh(self.pair, *call).log_weights.clone()], None
 
     def result(self, call: tuple[Sequence[Tensor], int], graph: Graph, numbers: list[float], others: list[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
-r"""The one log weight: log p(x, z) - log q(z | x), site by site, per draw and observation.
+r"""The log weight log p(x, z) - log q(z | x) of each draw and observation, by sample site.
 
-ELBO, importance-weighted bound and log p(x) are short formulas over it.
+ELBO, importance-weighted bound and log p(x) are functions of it.
 """
 
 import functools
@@ -33,18 +33,18 @@ class NoDensityError(ValueError):
 
 @dataclass(frozen=True)
 class Site:
-    """A random variable of model or guide, with its log-probabilities ``(draws, B)`` or what broadcasts to that.
+    """A sample site of model or guide, with its log-probabilities, broadcastable to ``(draws, B)``.
 
     Args:
         name: of the site.
         observed: whether the model observes it.
-        log_p: under the model; None where the guide alone has the site.
-        log_q: under the guide; None where the model alone has it: observed, or drawn from the model itself.
-        scale_p: by ``poutine.scale`` around the model; of the plate's subsampling it is free. No part of log_p.
+        log_p: log-probability under the model; None if only the guide has the site.
+        log_q: log-probability under the guide; None if only the model has the site: it is observed, or drawn from the model.
+        scale_p: factor of ``poutine.scale`` around the model, without that of the plate's subsampling. Not applied to log_p.
         scale_q: the same around the guide.
         p: the model's distribution.
-        q: the guide's.
-        value: what was drawn or observed.
+        q: the guide's distribution.
+        value: the drawn or observed value.
         mask: of the guide's site.
     """
 
@@ -61,14 +61,14 @@ class Site:
 
     @property
     def terms(self) -> list[Tensor]:
-        """What the site adds to the log weight."""
+        """The terms of the log weight from this site."""
         if self.log_q is None and not self.observed:
-            return []  # drawn from the model itself, which cancels
+            return []  # drawn from the model: log p - log p cancels
         return [*([] if self.log_p is None else [self.log_p]), *([] if self.log_q is None else [-self.log_q])]
 
     @functools.cached_property
     def closed_kl(self) -> Tensor | None:
-        """KL(q || p) of a latent site in closed form, ``(draws, B)``; None where there is none."""
+        """KL(q || p) of a latent site in closed form, ``(draws, B)``; None if there is no closed form."""
         try:
             kl = kl_divergence(self.q, self.p)
         except NotImplementedError:
@@ -92,7 +92,7 @@ class Weights:
 
     @property
     def log_weights(self) -> Tensor:
-        """log p(x, z) - log q(z | x), ``(draws, B)``; handlers that scale sites are no part of the density."""
+        """log p(x, z) - log q(z | x), ``(draws, B)``, without the factors of ``poutine.scale``."""
         return self._total([term for site in self.sites for term in site.terms])
 
     @property
@@ -101,7 +101,7 @@ class Weights:
         return [site for site in self.sites if site.log_q is not None]
 
     def reconstruction(self, *, scaled: bool = False) -> Tensor:
-        """-log p of what the model observes, given the latents: ``(draws, B)``; times the handlers' scales, if asked for."""
+        """-log p of the observed sites given the latents, ``(draws, B)``; with ``scaled``, times the scales of handlers."""
         observed = [site for site in self.sites if site.observed]
         return self._total([-scale_and_mask(s.log_p, scale=s.scale_p if scaled else 1.0) for s in observed])
 
@@ -109,7 +109,7 @@ class Weights:
         """log q - log p of the latents at their draws, or KL(q || p) in closed form, ``(draws, B)``.
 
         Raises:
-            ValueError: ``analytic``, and a site has no closed form.
+            ValueError: ``analytic`` is set, and the KL of a site has no closed form.
         """
         terms = []
         for site in self.latents:
@@ -129,10 +129,10 @@ class Weights:
         return self._total(terms)
 
     def kl_per_dimension(self, *, analytic: bool = False) -> Tensor:
-        """kl of each latent dimension, averaged over draws and observations: ``(dimensions,)``, of all sites together.
+        """KL of each latent dimension, averaged over draws and observations; ``(dimensions,)``, all sites concatenated.
 
         Raises:
-            ValueError: a latent site whose dimensions are not independent under model and guide.
+            ValueError: the dimensions of a latent site are not independent under model and guide.
         """
         parts = []
         for site in self.latents:
@@ -149,7 +149,7 @@ class Weights:
 
     @property
     def scaled(self) -> bool:
-        """Whether a handler scales a site."""
+        """Whether a ``poutine.scale`` handler applies to any site."""
         return any(torch.is_tensor(s) or s != 1 for site in self.sites for s in (site.scale_p, site.scale_q))
 
     def _total(self, terms: Sequence[Tensor]) -> Tensor:
@@ -158,15 +158,15 @@ class Weights:
 
 
 def weigh(pair: ProgramPair, batch: Sequence[Tensor], num_samples: int = 1) -> Weights:
-    """Draw latents from the guide, ``num_samples`` for each observation, and score them by model and guide.
+    """Draw latents from the guide, ``num_samples`` for each observation, and compute their log-probabilities.
 
-    Several draws stand in a leading dimension, z ``(num_samples, B, ...)``, over which a decoder must broadcast; a single
-    one stands in none. Latent sites that the guide does not have are drawn from the model. Values are not looked at.
+    If there are several draws, z has a leading dimension, ``(num_samples, B, ...)``, over which a decoder must broadcast.
+    Latent sites that the guide does not have are drawn from the model. The weights are not checked for nan or infinity.
 
     Raises:
-        ValueError: a site outside the data plate, or in the guide alone, or of a shape that is not ``(draws, B)``; a guide
-            that observes; a model that does not; or what a distribution raises of values or parameters that it does not
-            take, a few of them shown.
+        ValueError: a site is outside the data plate, in the guide alone, or has log-probabilities of a shape other than
+            ``(draws, B)``; the guide observes a site, or the model observes none; or a distribution rejects its parameters
+            or value (the message is that of the distribution, with a few of the values).
     """
     try:
         return _weigh(pair, batch, num_samples)
@@ -213,11 +213,11 @@ def _site(name: str, p: Any, q: Any, log_p: Tensor | None, log_q: Tensor | None)
 
 
 def log_weights(pair: ProgramPair, batch: Sequence[Tensor], num_samples: int) -> Tensor:
-    """log p(x, z) - log q(z | x) for fresh draws of z, all held at once: ``(num_samples, B)``.
+    """log p(x, z) - log q(z | x) for new draws of z, all in one tensor: ``(num_samples, B)``.
 
     Raises:
-        ValueError: as by :func:`weigh`; a guide without a density where the model has one; or a log weight of nan or +inf,
-            with its site.
+        ValueError: see :func:`weigh`; a site has a density under the model and none under the guide, or the reverse; or a
+            log weight is nan or +inf (the message names the site).
     """
     weights = weigh(pair, batch, num_samples)
     require_densities(weights.sites)
@@ -227,18 +227,18 @@ def log_weights(pair: ProgramPair, batch: Sequence[Tensor], num_samples: int) ->
         names = bad or [site.name for site in weights.sites]
         raise ValueError(
             f"nan or +inf log weight, from site {', '.join(map(repr, names))}, for {int(wrong.any(0).sum())} of the "
-            f"{weights.shape[1]} observations looked at together. Look at that distribution's parameters there."
+            f"{weights.shape[1]} observations of this chunk. Check the parameters of that distribution."
         )
     return total
 
 
 def wrong_weights(log_weights: Tensor) -> Tensor:
-    """Where they are no log weights: nan, or +inf."""
+    """A mask of the invalid log weights: nan or +inf."""
     return log_weights.isnan() | (log_weights == math.inf)
 
 
 def _vectorized(program: Callable[..., Any], num_samples: int) -> Callable[..., Any]:
-    """The program with its draws in a leading dimension, where there are several."""
+    """The program within a plate of the draws, in a leading dimension, if there are several."""
     if num_samples == 1:
         return program
 
@@ -251,8 +251,8 @@ def _vectorized(program: Callable[..., Any], num_samples: int) -> Callable[..., 
                 if _DRAWS not in str(error):
                     raise
                 raise ValueError(
-                    "a plate collides with that of the draws, dimension -2. The plate of the data has dimension -1 and is "
-                    "the only one; declare the dimensions of an observation by .to_event."
+                    "a plate collides with that of the draws, of dimension -2. Use no plate but that of the data, of "
+                    "dimension -1, and declare the dimensions of an observation by .to_event."
                 ) from error
 
     return run
@@ -263,18 +263,18 @@ def _check_structure(p_sites: dict[str, Any], q_sites: dict[str, Any], size: int
         in_guide = q_sites.get(name) is site
         if in_guide and site["is_observed"]:
             raise ValueError(
-                f"the guide observes site {name!r}, but a guide only draws. Leave obs= and pyro.factor to the model."
+                f"the guide observes site {name!r}, but a guide must only draw. Use obs= and pyro.factor in the model alone."
             )
         if in_guide and name not in p_sites and not site["infer"].get("is_auxiliary"):
             raise ValueError(f"site {name!r} is in the guide but not in the model. Draw it in both.")
         if in_guide and name in p_sites and p_sites[name]["is_observed"]:
-            raise ValueError(f"site {name!r} is drawn by the guide and observed by the model. Leave it out of the guide.")
+            raise ValueError(f"site {name!r} is drawn by the guide and observed by the model. Remove it from the guide.")
         if -1 not in [frame.dim for frame in site["cond_indep_stack"]]:
             raise ValueError(
                 f"site {name!r} is outside the data plate, so observations are not independent. Put it into "
                 "with pyro.plate('data', len(x)), of dimension -1."
             )
-        # Unit: pyro.factor, which has no value; Delta: computed from draws by a reparameterisation.
+        # Unit: pyro.factor, which has no value; Delta: a value computed from draws, by pyro.poutine.reparam, say.
         is_data = site["is_observed"] and not isinstance(base_distribution(site["fn"]), dist.Unit | dist.Delta)
         observed = site["value"].shape[: site["value"].dim() - site["fn"].event_dim] if is_data else ()
         if any(length != 1 for length in observed[:-1]):
@@ -296,7 +296,7 @@ def _log_prob(site: Any, num_samples: int, size: int) -> Tensor:
 
 
 def _scale(site: Any) -> Any:
-    """The handlers' scale of a site, without that of subsampling: figures are per observation."""
+    """The scale of a site, without the factor of subsampling: terms are per observation."""
     subsampled = math.prod(frame.full_size / frame.size for frame in site["cond_indep_stack"] if frame.full_size)
     return site["scale"] if subsampled == 1 else site["scale"] / subsampled
 
@@ -309,7 +309,7 @@ def base_distribution(fn: Any) -> Any:
 
 
 def _elements(fn: Any) -> Any:
-    """The distribution of the elements of an observation, where they are independent; else None."""
+    """The distribution of the elements of an event if they are independent; else None."""
     if fn is None or fn.event_dim == 0:
         return fn
     independent = isinstance(fn, torch.distributions.Independent) and fn.base_dist.event_dim == 0
@@ -327,7 +327,7 @@ def require_densities(sites: Sequence[Site]) -> None:
         NoDensityError: a site of which that is not so.
     """
     if any(site.p is None for site in sites):
-        return  # auxiliary sites, of which the others are transforms, as in Pyro's autoguides
+        return  # auxiliary sites, as in Pyro's autoguides: the other sites are transforms of them
     for site in sites:
         if site.q is None:
             continue
@@ -388,5 +388,5 @@ def _support(fn: Any) -> str:
         return "a point mass"
     try:
         return "discrete" if fn.support.is_discrete else "continuous"
-    except NotImplementedError:  # a distribution that does not say
+    except NotImplementedError:  # the distribution defines no support
         return ""

@@ -1,9 +1,9 @@
-"""The decoder and the prior alone, no encoder: Monte-Carlo log-likelihood, and reconstruction by search in the prior.
+"""Estimates with decoder and prior alone, without the encoder: Monte-Carlo log-likelihood, and reconstruction by search.
 
 .. math:: \\log p(x) \\approx \\log \\frac1M \\sum_m p(x \\mid z_m), \\qquad z_m \\sim p(z)
 
-The same M draws serve all images, so the log-likelihoods of all pairs (draw, image) are one matrix product
-(``likelihood.pairwise_log_prob``) and memory is O(M x B), never O(M x B x pixels).
+All observations share the M draws, so that the log-likelihoods of all pairs (draw, observation) are one matrix product
+(``likelihood.pairwise_log_prob``), and memory is O(M x B) rather than O(M x B x elements).
 """
 
 import math
@@ -26,17 +26,17 @@ __all__ = ["DirectLogMarginal", "direct_log_marginal", "direct_log_prob", "pairw
 
 
 def pairwise_log_prob(vae: "VAE") -> Callable[[Tensor, Tensor], Tensor]:
-    """The likelihood's method of that name: decoder outputs ``(M, ...)``, x ``(B, *event_shape)`` -> ``(M, B)``, nats.
+    """The likelihood's ``pairwise_log_prob``: decoder outputs ``(M, ...)``, x ``(B, *event_shape)`` -> ``(M, B)``, nats.
 
     Raises:
-        ValueError: the likelihood has none.
+        ValueError: the likelihood has no such method.
     """
     method: Callable[[Tensor, Tensor], Tensor] | None = getattr(vae.likelihood, "pairwise_log_prob", None)
     if method is None:
         raise ValueError(
             "The direct fit scores all pairs of draws and observations: expected a likelihood with a method "
             f"pairwise_log_prob(output, x), found {vae.likelihood}. Add it, or use NegativeELBO and log_marginal, which do "
-            "without."
+            "not need it."
         )
     return method
 
@@ -48,11 +48,11 @@ def direct_log_prob(vae: "VAE", z: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class DirectLogMarginal(LogMarginal):
-    """:class:`~pyro_vae.estimates.records.LogMarginal` by draws from the prior that all observations share.
+    """:class:`~pyro_vae.estimates.records.LogMarginal` with draws from the prior that all observations share.
 
     Args:
-        mean_error: standard error of the mean over the observations. Their errors are not independent, since the draws are
-            the same, so it is found from the spread of that mean between groups of draws.
+        mean_error: standard error of the mean over the observations. Since they share the draws, their errors are not
+            independent; the standard error is estimated from the variation of the mean between groups of draws.
     """
 
     mean_error: float
@@ -64,10 +64,10 @@ class DirectLogMarginal(LogMarginal):
 
 @torch.no_grad()
 def direct_log_marginal(vae: "VAE", x: Tensor, *, num_samples: int = 10_000) -> DirectLogMarginal:
-    """log p(x) by plain Monte Carlo from the prior, in groups of draws, so that memory stays bounded whatever M.
+    """log p(x) by simple Monte Carlo with draws from the prior, in groups of draws, so that memory does not grow with M.
 
-    Unbiased for p(x), and for log p(x) a lower bound in expectation that is loose while few draws explain x: see ``ess`` and
-    ``pareto_k``. Uses torch's global random state.
+    Unbiased for p(x). For log p(x) it is a lower bound in expectation, which is loose if few of the draws explain x: see
+    ``ess`` and ``pareto_k``. Uses torch's global random state.
 
     Args:
         vae: its decoder, likelihood and prior; the encoder is not used.
@@ -75,8 +75,8 @@ def direct_log_marginal(vae: "VAE", x: Tensor, *, num_samples: int = 10_000) -> 
         num_samples: draws M, shared by all observations.
 
     Raises:
-        ValueError: fewer draws than the 20 groups whose spread gives the error, x is no batch of observations, or the
-            likelihood has no ``pairwise_log_prob``.
+        ValueError: fewer draws than 20, the number of groups of which the error is estimated; x is no batch of observations;
+            or the likelihood has no ``pairwise_log_prob``.
     """
     num_samples = whole_number("num_samples", num_samples, minimum=20)
     vae.check_batch(x)
@@ -85,7 +85,7 @@ def direct_log_marginal(vae: "VAE", x: Tensor, *, num_samples: int = 10_000) -> 
     groups = max(20, math.ceil(num_samples / 5000))
     sizes = [num_samples * (g + 1) // groups - num_samples * g // groups for g in range(groups)]
     draws = vae.prior_of().sample((num_samples,)).split(sizes)
-    images = x.split(max(1, 2**20 // max(sizes)))  # pairs of 4 MB at once: what stays in a cache
+    images = x.split(max(1, 2**20 // max(sizes)))  # 4 MB of pairs at once, to fit into the processor's cache
     accumulators, logs = [Accumulator(num_samples) for _ in images], []
     with evaluating(vae):
         for z in draws:
@@ -93,14 +93,14 @@ def direct_log_marginal(vae: "VAE", x: Tensor, *, num_samples: int = 10_000) -> 
             sums = [a.add(log_prob(output, part)) for a, part in zip(accumulators, images, strict=True)]
             logs.append(torch.cat(sums) - math.log(len(z)))  # (B,)
     value, error, ess, tail = (torch.cat(columns) for columns in zip(*(a.figures() for a in accumulators), strict=True))
-    # Delta method: the mean of log p(x) moves by the mean over images of the relative deviation of p(x), group by group.
+    # Delta method: the deviation of the mean of log p(x) is the mean relative deviation of p(x), of each group.
     deviation = (torch.stack(logs) - value).exp().mean(1)  # (groups,)
     return DirectLogMarginal(value, error, ess, tail, num_samples, (deviation.std() / math.sqrt(groups)).item())
 
 
 @torch.no_grad()
 def prior_search(vae: "VAE", x: Tensor, *, num_samples: int = 20_000) -> tuple[Tensor, Tensor]:
-    """Reconstruct without an encoder: score draws from the prior by p(x | z).
+    """Reconstruct without the encoder: weigh draws from the prior by p(x | z).
 
     Uses torch's global random state.
 
@@ -111,11 +111,11 @@ def prior_search(vae: "VAE", x: Tensor, *, num_samples: int = 20_000) -> tuple[T
 
     Returns:
         (best, average), each ``(B, *event_shape)``: the decoder's mean at the draw of largest p(x | z), and its average over
-        all draws weighted by p(x | z), which is the posterior mean of the reconstruction, self-normalised. Memory is that of
-        the decoder's outputs for all draws and of their log-likelihoods for 500 observations.
+        all draws with weights p(x | z), the self-normalised importance estimate of the posterior mean. Memory: the
+        decoder's outputs for all draws, and their log-likelihoods for 500 observations.
 
     Raises:
-        ValueError: no draws, x is no batch of observations, or the likelihood has no ``pairwise_log_prob``.
+        ValueError: num_samples is below 1, x is no batch of observations, or the likelihood has no ``pairwise_log_prob``.
     """
     vae.check_batch(x)
     vae.check(x)

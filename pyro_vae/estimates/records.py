@@ -1,4 +1,4 @@
-"""Records of Monte-Carlo figures: value, standard error, draws made, and the health of the estimate."""
+"""Records of Monte-Carlo estimates: value, standard error, number of draws, and diagnostics."""
 
 import math
 import warnings
@@ -14,12 +14,12 @@ __all__ = ["Estimate", "ImportanceEstimate", "LogMarginal", "UnreliableEstimateW
 
 @dataclass(frozen=True)
 class Estimate:
-    """A Monte-Carlo figure.
+    """A Monte-Carlo estimate of a mean over a data set.
 
     Args:
-        value: mean over the data, nats per observation.
-        standard_error: how far ``value`` would move if the latents were drawn anew, the data kept: 0 where it is exact.
-        num_samples: latent draws made per observation; 0 where none was needed.
+        value: the estimate, nats per observation.
+        standard_error: standard deviation of ``value`` over new draws of the latents, for the same data; 0 if it is exact.
+        num_samples: latent draws per observation; 0 if it needs none.
     """
 
     value: float
@@ -29,12 +29,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ImportanceEstimate(Estimate):
-    """An :class:`Estimate` by importance sampling, with the health of its weights.
+    """An :class:`Estimate` by importance sampling, with diagnostics of its weights.
 
     Args:
         median_ess: median over the observations of the effective sample size.
-        unreliable: number of observations whose Pareto k says that their error cannot be trusted; None where fewer than 25
-            draws show no tail.
+        unreliable: number of observations for which Pareto k indicates that the standard error is not reliable; None for
+            fewer than 25 draws, too few to estimate it.
     """
 
     median_ess: float
@@ -42,19 +42,19 @@ class ImportanceEstimate(Estimate):
 
 
 class UnreliableEstimateWarning(UserWarning):
-    """Importance weights whose tail is too heavy for the estimate's error to be trusted."""
+    """The importance weights have too heavy a tail for a reliable standard error."""
 
 
 @dataclass(frozen=True, eq=False)
 class LogMarginal:
-    """log p(x) per observation, in nats, estimated from below: E[value] <= log p(x), equal as the draws grow.
+    """log p(x) per observation, in nats, a lower bound in expectation: E[value] <= log p(x), with equality in the limit.
 
     Args:
         value: ``(B,)``, log of the mean importance weight.
         standard_error: ``(B,)``, of ``value``, by the delta method; nan for a single draw.
         ess: ``(B,)``, effective sample size, from 1 to ``num_samples``; 0 where every weight is 0.
-        pareto_k: ``(B,)``, shape of the weights' tail; below 0.5 good, above 0.7 not to be trusted; nan for fewer than
-            25 draws, which show no tail.
+        pareto_k: ``(B,)``, shape of the weights' tail; good below 0.5, unreliable above 0.7; nan if there are too few
+            draws to estimate it, fewer than 25.
         num_samples: draws made per observation.
     """
 
@@ -68,7 +68,7 @@ class LogMarginal:
     def unreliable(self) -> Tensor:
         """``(B,)`` of bool: Pareto k above min(1 - 1 / log10(K), 0.7) (Vehtari et al. 2024); False below 25 draws.
 
-        Where the effective sample size is 0.9 K or more, the weights are too even for the shape of their tail to matter.
+        Also False if the effective sample size is 0.9 K or more: the weights are then so even that their tail is irrelevant.
         """
         if self.num_samples < 25:
             return torch.zeros_like(self.pareto_k, dtype=torch.bool)
@@ -87,7 +87,7 @@ class LogMarginal:
 
     @property
     def mean(self) -> ImportanceEstimate:
-        """The mean over all observations with its error, their draws being independent."""
+        """The mean over all observations, with its standard error for independent draws."""
         error = (self.standard_error**2).sum().sqrt() / len(self.value)
         return ImportanceEstimate(
             value=self.value.mean().item(),

@@ -1,1 +1,1 @@
-"""What is fitted: nets, priors, posteriors, likelihoods, and the Pyro programs made of them."""
+"""Models: nets, priors, posteriors, likelihoods, and the Pyro programs made of them."""

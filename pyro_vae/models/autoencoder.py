@@ -1,4 +1,4 @@
-"""The plain autoencoder, on the same nets as its variational twin: no distribution, no noise, no likelihood."""
+"""The plain autoencoder, on the same nets as the VAE: no distribution, no noise, no likelihood."""
 
 from collections.abc import Sequence
 
@@ -13,12 +13,12 @@ __all__ = ["Autoencoder"]
 class Autoencoder(nn.Module):
     r"""Autoencoder: code = encoder(x), reconstruction = sigmoid(decoder(code)).
 
-    It has no p(x): codes of the data may lie anywhere, so codes drawn at random decode to anything. That is what the
-    :class:`~pyro_vae.models.vae.VAE` mends.
+    It has no p(x): the codes of the data follow no given distribution, so that random codes need not decode to anything
+    like the data. The :class:`~pyro_vae.models.vae.VAE` is the corresponding generative model.
 
     Args:
-        encoder: maps x ``(batch, *event_shape)`` to codes ``(batch, latent_dim)``: a net of ``heads=1``.
-        decoder: maps codes ``(batch, latent_dim)`` to ``(batch, *event_shape)``, squashed into (0, 1) here.
+        encoder: maps x ``(batch, *event_shape)`` to codes ``(batch, latent_dim)``: a net with ``heads=1``.
+        decoder: maps codes ``(batch, latent_dim)`` to logits ``(batch, *event_shape)``.
         latent_dim: number of latent dimensions.
         event_shape: shape of one observation.
 
@@ -42,15 +42,15 @@ class Autoencoder(nn.Module):
         """Codes ``(batch, latent_dim)`` of observations ``(batch, *event_shape)``.
 
         Raises:
-            ValueError: x or the encoder's output is of another shape.
+            ValueError: x or the encoder's output has the wrong shape.
         """
         return _checked("encoder", self.encoder, "x", x, self.event_shape, (self.latent_dim,))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images ``(batch, *event_shape)``, values in (0, 1), of codes ``(batch, latent_dim)``.
+        """Observations ``(batch, *event_shape)``, values in (0, 1), decoded from codes ``(batch, latent_dim)``.
 
         Raises:
-            ValueError: z or the decoder's output is of another shape.
+            ValueError: z or the decoder's output has the wrong shape.
         """
         return _checked("decoder", self.decoder, "z", z, (self.latent_dim,), self.event_shape).sigmoid()
 

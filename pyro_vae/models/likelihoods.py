@@ -1,16 +1,16 @@
 """Likelihoods p(x | z): decoder output -> Pyro distribution over one observation.
 
 A likelihood is any callable ``likelihood(output) -> distribution`` over elements (no event dimensions; the VAE adds them):
-a module, an object or a function. Where it takes context too, ``likelihood(output, *context)``, each context tensor comes
-with the leading dimensions of output. It may have four methods:
+a module, an object or a function. If it takes context, ``likelihood(output, *context)``, each context tensor has the
+leading dimensions of output. It may have four methods:
 
-- ``check(x)``: raises a ``ValueError`` where the density is not defined for such data; ``check(x, *context)`` looks at the
-  context too; without it, x has to lie in the support of the distribution;
-- ``terms(reconstruction, event_shape)``: other names under which the literature reports E[-log p(x | z)];
-- ``pairwise_log_prob(output, x)``: log p(x | z) of ALL pairs by matrix products: no (B, M, elements) tensor exists. Only the
-  direct fit, :mod:`pyro_vae.estimates.prior_sampling`, asks for it;
-- ``standardize(x)``: x as the encoder is given it, numbers of order 1. With it, x comes in float64, and a batch of any
-  floating-point type is taken.
+- ``check(x)`` or ``check(x, *context)``: raises a ``ValueError`` for data on which the density is not defined. Without this
+  method, x must lie in the support of the distribution;
+- ``terms(reconstruction, event_shape)``: quantities related to E[-log p(x | z)] that the literature reports, by name;
+- ``pairwise_log_prob(output, x)``: log p(x | z) of all pairs of z and x by matrix products, without a tensor of shape
+  (B, M, elements). Only the direct fit, :mod:`pyro_vae.estimates.prior_sampling`, needs it;
+- ``standardize(x)``: the standardised x, which is the encoder's input. A VAE with such a likelihood gets x in float64, and
+  accepts any floating-point type.
 """
 
 import math
@@ -39,18 +39,18 @@ __all__ = [
 ]
 
 
-Likelihood: TypeAlias = Callable[..., dist.TorchDistribution]  # see the head of this file
+Likelihood: TypeAlias = Callable[..., dist.TorchDistribution]  # see the module's docstring
 
 
 @dataclass(frozen=True)
 class BernoulliLikelihood:
-    r"""Independent Bernoulli pixels, parametrised by logits l (never by probabilities, which saturate in float32).
+    r"""Independent Bernoulli elements, parametrised by logits l (not by probabilities, which saturate in float32).
 
     .. math:: \log p(x \mid z) = \sum_d x_d \, l_d(z) - \mathrm{softplus}(l_d(z))
 
-    For binary x this is a probability. Grey x in [0, 1] is scored by the same formula, the "relaxed Bernoulli" of most
-    published VAE examples: equal to minus the binary cross-entropy, but not a normalised density over [0, 1]. Compare it
-    only with figures made the same way.
+    For binary x this is a log probability. For grey x in [0, 1] the same formula, minus the binary cross-entropy, is the
+    "relaxed Bernoulli" of most published VAE examples. It is not a normalised density over [0, 1]: compare it only with
+    values of the same formula.
 
     Example:
         >>> p = BernoulliLikelihood()(torch.tensor([200.0]))
@@ -59,7 +59,7 @@ class BernoulliLikelihood:
     """
 
     def __call__(self, output: Tensor) -> dist.TorchDistribution:
-        # Any real logits are valid; checking that they are real would cost a pass over them. Values are still checked.
+        # All real logits are valid, so their validation, a pass over them, is skipped. Values of x are still validated.
         p = RelaxedBernoulli(logits=output, validate_args=False)
         p._validate_args = dist.Bernoulli._validate_args
         return p
@@ -88,13 +88,13 @@ class NormalLikelihood:
     .. math:: -\log p(x \mid z) = \frac{\lVert x - m(z) \rVert^2}{2 \sigma^2} + \frac{D}{2} \log(2 \pi \sigma^2)
 
     With variance 1/2 the first term is the squared error summed over elements: the reconstruction term of the VAE
-    examples that minimise squared error + KL. They drop the second term, the :meth:`constant` (448.73 nats for 784
-    pixels at variance 1/2). Here every reconstruction, ELBO and log-likelihood keeps it, because without it they are no
-    densities, and the squared error is reported beside them as ``squared_error``.
+    examples that minimise squared error + KL. They omit the second term, the :meth:`constant` (448.73 nats for 784
+    pixels at variance 1/2), without which a reconstruction, ELBO or log-likelihood is not that of a normalised density.
+    Here all of them include it, and the squared error is reported in addition, as ``squared_error``.
 
     Args:
         variance: :math:`\sigma^2`, the same for every element.
-        mean: ``"sigmoid"`` squashes the decoder's output into (0, 1); ``"identity"`` takes it as it is.
+        mean: function of the decoder's output that gives m(z): ``"sigmoid"``, with values in (0, 1), or ``"identity"``.
 
     Example:
         >>> likelihood = NormalLikelihood(variance=0.5, mean="identity")
@@ -135,13 +135,13 @@ class NormalLikelihood:
 
 @dataclass(frozen=True)
 class LearnedNormalLikelihood:
-    r"""Independent normal elements, mean and variance both from the decoder: two raw numbers per element.
+    r"""Independent normal elements whose mean and variance are both given by the decoder, two outputs per element.
 
     .. math:: -\log p(x \mid z) = \sum_d \frac{(x_d - m_d(z))^2}{2 \sigma_d^2(z)} + \frac12 \log(2 \pi \sigma_d^2(z))
 
     The decoder's output is ``(*batch, *event_shape, 2)``: mean and log-variance, which is bounded by
-    :func:`~pyro_vae.models.scales.bounded_scale`. On data that lie in a subspace the variance falls towards that bound and
-    the density grows without a maximum.
+    :func:`~pyro_vae.models.scales.bounded_scale`. If the data lie in a subspace, the likelihood has no maximum, and the
+    variance falls towards that bound.
     """
 
     def __call__(self, output: Tensor) -> dist.TorchDistribution:
@@ -154,7 +154,7 @@ class LearnedNormalLikelihood:
         return dist.Normal(mean, bounded_scale(log_variance))
 
     def pairwise_log_prob(self, output: Tensor, x: Tensor) -> Tensor:
-        """The square multiplied out, two matrix products, with 1 / variance and mean / variance: -> ``(M, B)``."""
+        """The expanded square as two matrix products, with 1 / variance and mean / variance: -> ``(M, B)``."""
         p = self(output)
         mean, x = _centered(p.mean.flatten(1), x.flatten(1))
         scale = p.stddev.flatten(1)
@@ -170,19 +170,19 @@ class LearnedNormalLikelihood:
 
 
 class StandardizedNormalLikelihood(nn.Module):
-    r"""A :class:`LearnedNormalLikelihood` of standardised data, as a density of the data in their own units.
+    r"""A :class:`LearnedNormalLikelihood` of standardised data, as a density of the data in their original units.
 
     .. math:: x_d \mid z \sim N\big(a_d + b_d m_d(z), \, b_d^2 \sigma_d^2(z)\big), \qquad
         \log p(x \mid z) = \log p\Big(\frac{x - a}{b} \,\Big|\, z\Big) - \sum_d \log b_d
 
-    The decoder's output is ``(*batch, *event_shape, 2)``: mean and log-variance of :math:`(x - a) / b`, so that its numbers
-    are of order 1 whatever the units of the data; the VAE gives its encoder :math:`(x - a) / b` too. a and b are buffers,
-    saved with the weights, and stay in float64 where a model is converted: what differs by 1 at 1.7e9, seconds, say, is the
-    same number in float32. Draws and means of p(x | z) are in float64 with them.
+    The decoder's output is ``(*batch, *event_shape, 2)``: mean and log-variance of :math:`(x - a) / b`, which are of order 1
+    whatever the units of the data. The encoder's input is :math:`(x - a) / b` too. a and b are buffers, saved with the
+    parameters. They stay in float64 when a model is converted, because float32 cannot resolve differences of 1 at 1.7e9,
+    times in seconds, say. Samples and means of p(x | z) are therefore in float64.
 
     Args:
         loc: a, ``event_shape``: the mean of the training data.
-        scale: b, ``event_shape``, above 0: their standard deviation.
+        scale: b > 0, ``event_shape``: the standard deviation of the training data.
 
     Example:
         >>> likelihood = StandardizedNormalLikelihood(torch.tensor([1000.0]), torch.tensor([50.0]))
@@ -207,7 +207,7 @@ class StandardizedNormalLikelihood(nn.Module):
         self.register_buffer("scale", scale.double())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StandardizedNormalLikelihood":
-        """What ``to``, ``float`` and ``half`` go through: buffers change their device, not their type."""
+        """Called by ``to``, ``float`` and ``half``: buffers follow the device, but stay in float64."""
         kept = {name: buffer for name, buffer in self.named_buffers() if not buffer.is_meta}
         super()._apply(fn, recurse)
         for name, buffer in self.named_buffers():
@@ -223,7 +223,7 @@ class StandardizedNormalLikelihood(nn.Module):
         return StandardizedNormal(p.mean, p.stddev, self.loc, self.scale)
 
     def pairwise_log_prob(self, output: Tensor, x: Tensor) -> Tensor:
-        """As of :class:`LearnedNormalLikelihood`, of standardised x, less the logs of the scales: -> ``(M, B)``."""
+        """That of :class:`LearnedNormalLikelihood` for standardised x, minus the sum of the log scales: -> ``(M, B)``."""
         log_prob = LearnedNormalLikelihood().pairwise_log_prob(output, self.standardize(x).to(output.dtype))
         return log_prob - self.scale.log().sum().to(log_prob.dtype)
 
@@ -240,16 +240,16 @@ class PoissonLikelihood:
 
     .. math:: \log p(x \mid z) = \sum_d x_d \, (\log r_d(z) + \log e_d) - r_d(z) \, e_d - \log x_d!
 
-    The exposure e, 1 unless it is given, is what counts are proportional to: time watched, area, population, the number of
-    reads of a cell. It is known, not modelled: a context tensor of one row per observation. Log rates are their own within
-    +-20 and bend smoothly to stay within +-25, so that no rate overflows.
+    The exposure e, 1 by default, is the known quantity to which expected counts are proportional: time of observation,
+    area, population, sequencing depth of a cell. It is given as a context tensor with one row per observation. Log rates
+    within +-20 are unchanged; beyond, they are bounded smoothly by +-25, so that no rate overflows.
 
     Args:
-        exposure: which of the context tensors is the exposure, counted from 0: ``(B,)``, ``(B, 1)`` or
-            ``(B, *event_shape)``, above 0. None: there is none, and the likelihood takes no context.
+        exposure: index of the exposure among the context tensors, from 0; the tensor is ``(B,)``, ``(B, 1)`` or
+            ``(B, *event_shape)``, above 0. None: no exposure, and the likelihood takes no context.
 
     Raises:
-        ValueError: exposure is no whole number >= 0; in a call, a context without it, or one of another shape.
+        ValueError: exposure is no whole number >= 0; in a call, the exposure is missing or has the wrong shape.
 
     Example:
         >>> output = torch.zeros(2, 3)  # log rates of 2 observations of 3 elements
@@ -286,8 +286,8 @@ class PoissonLikelihood:
         index = self.exposure or 0
         if len(context) <= index:
             raise ValueError(
-                f"PoissonLikelihood: expected context tensor {index}, the exposure, counted from 0, found a context of "
-                f"{len(context)}. Give it, or leave exposure out of the likelihood."
+                f"PoissonLikelihood: expected the exposure as context tensor {index}, counted from 0, found {len(context)} "
+                "context tensors. Pass it, or construct the likelihood without exposure."
             )
         return context[index]
 
@@ -295,16 +295,14 @@ class PoissonLikelihood:
         """x . log r - sum r - sum log x!, one matrix product: ``(M, *event_shape)``, ``(B, *event_shape)`` -> ``(M, B)``."""
         if self.exposure is not None:
             raise ValueError(
-                "PoissonLikelihood: expected no exposure where all pairs of draws and observations are scored, found "
-                f"exposure={self.exposure}. Use NegativeELBO or log_marginal, which score each observation by itself."
+                "PoissonLikelihood: expected no exposure for the pairwise log-likelihood of draws and observations, found "
+                f"exposure={self.exposure}. Use NegativeELBO or log_marginal, which score each observation separately."
             )
         log_rate, x = bent(output, _FREE_LOG_RATE, _LIMIT_LOG_RATE).flatten(1), x.flatten(1)
         return log_rate @ x.T - log_rate.exp().sum(-1, keepdim=True) - (x + 1).lgamma().sum(-1)
 
     def check(self, x: Tensor, *context: Tensor) -> None:
-        _check_all(
-            "x", x, x.isfinite() & (x >= 0) & (x == x.round()), "whole numbers >= 0. Give counts as they are, unscaled"
-        )
+        _check_all("x", x, x.isfinite() & (x >= 0) & (x == x.round()), "whole numbers >= 0. Pass unscaled counts")
         if self.exposure is not None and context:
             e = self._exposure(context)
             _check_all("exposure", e, e.isfinite() & (e > 0), "finite numbers above 0. Drop observations without exposure")
@@ -313,22 +311,22 @@ class PoissonLikelihood:
         return {}
 
 
-# Rates from 2e-9 to 5e8 are exp(output) itself; 7e10, the limit, leaves float32 room for squared gradients.
+# Rates from 2e-9 to 5e8 are exactly exp(output); at the limit, 7e10, squared gradients do not overflow float32.
 _FREE_LOG_RATE, _LIMIT_LOG_RATE = 20.0, 25.0
 
 
 def check_support(p: dist.TorchDistribution, x: Tensor) -> None:
-    """Raise a ``ValueError`` where x, observations, lies outside the support of p(x | z); a few of them are shown."""
+    """Raise a ``ValueError`` with a few of the values if observations x lie outside the support of p(x | z)."""
     try:
         good = p.support.check(x)
-    except NotImplementedError:  # of a distribution that does not say
+    except NotImplementedError:  # the distribution defines no support
         return
     if not good.all():
         some = ", ".join(f"{value:g}" for value in x[~good].flatten()[:3].tolist())
         inner = p.base_dist if isinstance(p, dist.Independent) else p
         raise ValueError(
-            f"expected x that {type(inner).__name__}, the likelihood, takes: {few_values(str(inner.support))}; found "
-            f"observations that it does not, of {some}, ... Scale x, or take another likelihood."
+            f"expected x in the support of the likelihood, {type(inner).__name__}: {few_values(str(inner.support))}; found "
+            f"values outside, {some}, ... Scale x, or use another likelihood."
         )
 
 
@@ -341,7 +339,7 @@ def _check_all(name: str, values: Tensor, good: Tensor, expected: str) -> None:
 
 
 def _centered(mean: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Both less the mean of x: a square multiplied out would lose the digits that they have in common."""
+    """Both minus the mean of x, to avoid cancellation in the expanded square."""
     center = x.mean(0)
     return mean - center, x - center
 

@@ -1,7 +1,7 @@
-r"""Toys whose truth is known: a correlated Gaussian in the plane, and latent-variable models with everything in closed form.
+r"""Toy problems with known truth: a correlated Gaussian in the plane, and latent-variable models in closed form.
 
-The plane: x ~ N(mu, Sigma), mu = (1, 0.5), Sigma = [[1, 0.5], [0.5, 1]]. No model has an expected -log p(x), and no VAE a
--ELBO, below its entropy,
+The Gaussian: x ~ N(mu, Sigma), mu = (1, 0.5), Sigma = [[1, 0.5], [0.5, 1]]. Its entropy is a lower bound of the expected
+-log p(x) of every model, and of the -ELBO of every VAE:
 
 .. math:: H(x) = \tfrac12 \log \big( (2 \pi e)^2 \det \Sigma \big) = 2.694036 \text{ nats}.
 """
@@ -28,12 +28,12 @@ def covariance(dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def truth(dtype: torch.dtype = torch.float64) -> dist.MultivariateNormal:
-    """The density that the data come from; its ``log_prob`` is exact."""
+    """The distribution of the data."""
     return dist.MultivariateNormal(torch.tensor(MEAN, dtype=dtype), covariance(dtype))
 
 
 def sample(n: int, *, seed: int = 0) -> Tensor:
-    """n points of the plane, ``(n, 2)``, float32; torch's global random state is left as found."""
+    """n points of the plane, ``(n, 2)``, float32; does not change torch's global random state."""
     n = whole_number("n", n)
     noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     points = torch.tensor(MEAN, dtype=torch.float64) + noise @ torch.linalg.cholesky(covariance()).T
@@ -42,7 +42,7 @@ def sample(n: int, *, seed: int = 0) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class LinearGaussian:
-    r"""z ~ N(0, I), x | z ~ N(W z + b, s^2 I): probabilistic PCA (Tipping and Bishop 1999), all of it in closed form.
+    r"""z ~ N(0, I), x | z ~ N(W z + b, s^2 I): probabilistic PCA (Tipping and Bishop 1999), in closed form.
 
     Args:
         weight: W, ``(D, latent_dim)``.
@@ -50,7 +50,7 @@ class LinearGaussian:
         variance: s^2.
 
     Raises:
-        ValueError: weight and bias do not fit together, or the variance is not positive.
+        ValueError: the shapes of weight and bias do not match, or the variance is not positive.
     """
 
     weight: Tensor
@@ -84,15 +84,15 @@ class LinearGaussian:
 
     @staticmethod
     def fit(x: Tensor, *, latent_dim: int) -> "LinearGaussian":
-        r"""The maximum-likelihood model of given data ``(N, D)``, latent_dim < D.
+        r"""The maximum-likelihood fit to data ``(N, D)``, latent_dim < D.
 
         .. math:: s^2 = \frac{1}{D - L} \sum_{j > L} \lambda_j, \qquad W = U_L (\Lambda_L - s^2 I)^{1/2}
 
         with eigenvalues lambda (descending) and eigenvectors U of the sample covariance (divided by N).
 
         Raises:
-            ValueError: x is no finite matrix of floating point, latent_dim does not fit it, or nothing varies outside the
-                first latent_dim directions, so that the likelihood has no maximum.
+            ValueError: x is no finite floating-point matrix, latent_dim is not below D, or the data do not vary outside the
+                first latent_dim principal directions, so that the likelihood has no maximum.
         """
         if not torch.is_tensor(x) or x.dim() != 2 or len(x) < 2 or not x.is_floating_point() or not x.isfinite().all():
             found = f"{x.dtype} of shape {tuple(x.shape)}" if torch.is_tensor(x) else type(x).__name__
@@ -107,8 +107,8 @@ class LinearGaussian:
         variance = values[: dim - latent_dim].mean()
         if not variance > torch.finfo(x.dtype).eps * values[-1]:
             raise ValueError(
-                f"LinearGaussian.fit: nothing varies outside {latent_dim} directions of these {len(x)} rows, so the "
-                "likelihood has no maximum. Give more rows, or fewer latent dimensions."
+                f"LinearGaussian.fit: these {len(x)} rows do not vary outside {latent_dim} directions, so the likelihood "
+                "has no maximum. Pass more rows, or fewer latent dimensions."
             )
         weight = vectors[:, dim - latent_dim :] * (values[dim - latent_dim :] - variance).sqrt()
         return LinearGaussian(weight, bias, variance.item())

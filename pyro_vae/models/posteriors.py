@@ -1,10 +1,10 @@
 """Posteriors q(z | x): modules from the encoder's output to a distribution of event shape ``(latent_dim,)``.
 
 A posterior is to the encoder what the likelihood is to the decoder: any callable ``posterior(output) -> distribution``,
-where output is what the encoder returns, a tensor or a tuple of tensors, and may have any leading dimensions.
+where output is the encoder's output, a tensor or a tuple of tensors, with any leading dimensions.
 
-Those here take a tuple of tensors ``(*batch, latent_dim)``, the encoder's heads. ``heads`` is their number, what to give as
-``MLPEncoder(heads=...)``; ``names`` are their names, by which errors speak of them.
+The posteriors defined here take a tuple of tensors ``(*batch, latent_dim)``, the encoder's heads. Their attribute ``heads``
+is the number of heads, the argument of ``MLPEncoder(heads=...)``; ``names`` are the names of the heads in errors.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ __all__ = ["DiagonalNormal", "FullCovarianceNormal", "check_heads"]
 
 
 class DiagonalNormal(nn.Module):
-    r"""Independent normals: the default posterior.
+    r"""A normal with diagonal covariance: the default posterior.
 
     .. math:: q(z \mid x) = N\big(z \mid \mu(x), \mathrm{diag}\, \sigma^2(x)\big)
 
@@ -30,7 +30,7 @@ class DiagonalNormal(nn.Module):
     :func:`~pyro_vae.models.scales.bounded_scale` of the log-variance.
 
     Raises:
-        ValueError: the encoder's output is no such pair.
+        ValueError: in a call, the encoder's output is not such a pair.
 
     Example:
         >>> q = DiagonalNormal()((torch.zeros(5, 2), torch.zeros(5, 2)))
@@ -47,16 +47,17 @@ class DiagonalNormal(nn.Module):
 
 
 class FullCovarianceNormal(nn.Module):
-    r"""A normal with correlations, by the Cholesky factor of its covariance.
+    r"""A normal with full covariance, parametrised by its Cholesky factor.
 
     .. math:: q(z \mid x) = N\big(z \mid \mu(x), L(x) L(x)^\top\big), \qquad L_{jj} = \sigma_j > 0, \quad L_{jk} = 0
         \text{ for } k > j
 
-    Takes ``1 + latent_dim`` tensors ``(*batch, latent_dim)``: loc, and the rows of a matrix. Its strictly lower triangle is
-    that of L; its diagonal is a log-variance, whose :func:`~pyro_vae.models.scales.bounded_scale` is the diagonal of L; what
-    is above the diagonal is not used. With the diagonal alone it is :class:`DiagonalNormal`.
+    Takes ``1 + latent_dim`` tensors ``(*batch, latent_dim)``: loc, and the rows of a matrix. The strictly lower triangle of
+    the matrix is that of L; its diagonal is a log-variance, of which :func:`~pyro_vae.models.scales.bounded_scale` is the
+    diagonal of L; the upper triangle is not used. If the lower triangle is 0, the distribution is that of
+    :class:`DiagonalNormal`.
 
-    Its KL to independent normals, those of the standard normal prior, say, has a closed form, which
+    The KL to a normal with diagonal covariance, such as the standard normal prior, has a closed form, which
     ``torch.distributions.kl_divergence`` and ``NegativeELBO(vae, estimator="mean-field")`` use:
 
     .. math:: \mathrm{KL}\big(N(\mu, L L^\top) \,\|\, N(m, \mathrm{diag}\, s^2)\big)
@@ -66,7 +67,7 @@ class FullCovarianceNormal(nn.Module):
         latent_dim: number of latent dimensions.
 
     Raises:
-        ValueError: the encoder's output is something else.
+        ValueError: in a call, the encoder's output has another form.
 
     Example:
         >>> from pyro_vae import MLPEncoder
@@ -96,10 +97,10 @@ class FullCovarianceNormal(nn.Module):
 
 
 def check_heads(output: Any, names: Sequence[str], shape: Sequence[int] | None = None) -> Sequence[Tensor]:
-    """The encoder's output, once it is found to be one tensor per name, each of this shape (default: that of the first).
+    """The encoder's output, if it is one tensor per name, each of the given shape (default: that of the first).
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the output has another form.
     """
     is_heads = isinstance(output, tuple | list) and all(map(torch.is_tensor, output))
     if not is_heads or len(output) != len(names):
@@ -108,7 +109,7 @@ def check_heads(output: Any, names: Sequence[str], shape: Sequence[int] | None =
         listed = ", ".join(names if len(names) <= 4 else (*names[:2], "...", names[-1]))
         raise ValueError(
             f"VAE: expected the encoder to return {expected} ({listed}), found {found}. Give the encoder "
-            f"heads={len(names)}, or the VAE the posterior that it is made for."
+            f"heads={len(names)}, or the VAE a posterior that matches the encoder."
         )
     expected_shape = tuple(output[0].shape if shape is None else shape)
     for name, part in zip(names, output, strict=True):

@@ -15,9 +15,9 @@ __all__ = ["NormalMixture", "StandardNormal"]
 
 
 class StandardNormal(nn.Module):
-    r"""p(z) = N(z | 0, I): the default prior; nothing to learn.
+    r"""p(z) = N(z | 0, I): the default prior, without parameters.
 
-    A call returns it, batch shape ``()``, event shape ``(latent_dim,)``.
+    A call returns the distribution, batch shape ``()``, event shape ``(latent_dim,)``.
 
     Args:
         latent_dim: number of latent dimensions.
@@ -42,20 +42,20 @@ class StandardNormal(nn.Module):
 
 
 class NormalMixture(nn.Module):
-    r"""Mixture of independent normals, all its parameters learned with the decoder's.
+    r"""Mixture of normals with diagonal covariance; its parameters are learned jointly with the decoder's.
 
     .. math:: p(z) = \sum_k \pi_k \, N(z \mid m_k, \mathrm{diag}\, s_k^2)
 
-    A prior that fits the data's clusters, at the price of a KL without closed form: train it by
-    ``NegativeELBO(vae, estimator="trace")``. At first the weights are equal, the scales 1, and the locs drawn from N(0, I)
-    by torch's global random state. Scales are bounded by :func:`~pyro_vae.models.scales.bounded_scale`. (Dilokthanakul et
-    al. 2016, arXiv:1611.02648, and Tomczak and Welling 2018, arXiv:1705.07120, use mixtures as priors.)
+    It can fit clusters of the data. Its KL has no closed form: train with ``NegativeELBO(vae, estimator="trace")``. The
+    mixing proportions are initialised equal, the scales to 1, and the means by draws from N(0, I) of torch's global random
+    state. Scales are bounded by :func:`~pyro_vae.models.scales.bounded_scale`. (Dilokthanakul et al. 2016,
+    arXiv:1611.02648, and Tomczak and Welling 2018, arXiv:1705.07120, use mixtures as priors.)
 
-    A call returns it, batch shape ``()``, event shape ``(latent_dim,)``.
+    A call returns the distribution, batch shape ``()``, event shape ``(latent_dim,)``.
 
     Args:
         latent_dim: number of latent dimensions.
-        components: number of normals.
+        components: number of mixture components.
 
     Example:
         >>> prior = NormalMixture(2, components=5)

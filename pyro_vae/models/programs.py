@@ -1,4 +1,4 @@
-"""A program pair: a Pyro model and guide, whoever wrote them, as one module that holds all of their parameters."""
+"""A program pair: any Pyro model and guide, as one module that has all of their parameters."""
 
 import functools
 import itertools
@@ -29,7 +29,7 @@ Program = Callable[..., Any]
 
 
 def owner_of(program: Any) -> Any:
-    """The object whose method a program is, under Pyro's handlers and ``functools.partial``; or the program itself."""
+    """The object whose method a program is, without Pyro's handlers and ``functools.partial``; or the program itself."""
     inner: Any = poutine.unwrap(program)
     while isinstance(inner, functools.partial):
         inner = poutine.unwrap(inner.func)
@@ -37,15 +37,15 @@ def owner_of(program: Any) -> Any:
 
 
 class ProgramPair(nn.Module):
-    r"""A model p(x, z) and a guide q(z | x), called alike as ``model(*batch)`` and ``guide(*batch)``.
+    r"""A model p(x, z) and a guide q(z | x) with the same arguments: ``model(*batch)`` and ``guide(*batch)``.
 
-    Each is any Pyro program: a function, a method, a module, with Pyro's handlers around it or not. Sites have names of
-    their own, and stand in one plate of dimension -1 over the observations. Parameters are those of the modules that the
-    programs are, or are methods of; and, from :meth:`prepare` on, those that the programs register in Pyro's store by
-    ``pyro.param`` and ``pyro.module``, constrained ones as the unconstrained tensors that the store holds.
+    Each is any Pyro program: a function, a method or a module, with or without Pyro's handlers around it. Site names are
+    free; all sites are in one plate of dimension -1 over the observations. The parameters of the pair are those of the
+    modules that the programs are, or are methods of, and, after :meth:`prepare`, those that the programs register in Pyro's
+    param store by ``pyro.param`` and ``pyro.module``; of a constrained parameter, the unconstrained tensor in the store.
 
-    A parameter that a module holds is used as it is, without Pyro's store: two modules that register under one name
-    are both trained, and the store keeps no reference to them.
+    A parameter of a module is used directly, without Pyro's store: two modules that register under the same name are both
+    trained, and the store keeps no reference to them.
 
     Args:
         model: the model; or, without a second argument, a module with methods ``model`` and ``guide``, or a pair
@@ -53,13 +53,13 @@ class ProgramPair(nn.Module):
         guide: the guide.
 
     Attributes:
-        module: the module that both programs belong to; None if they do not belong to one. What it says of itself is used
-            where it is there: ``check(*batch)`` raises a ``ValueError`` for data that the model is not defined for,
-            ``terms(reconstruction)`` gives other names under which the literature reports the reconstruction term;
-            ``example()`` is a tensor of whose type and device observations are to be, where that is not a parameter's.
+        module: the module to which both programs belong; None if there is none. It may have three methods:
+            ``check(*batch)`` raises a ``ValueError`` for data on which the model is not defined; ``terms(reconstruction)``
+            returns related quantities of the reconstruction term that the literature reports, by name; ``example()``
+            returns a tensor of the dtype and device that observations must have, if these are not the parameters'.
 
     Raises:
-        ValueError: no pair of programs.
+        ValueError: model and guide are no pair of programs.
     """
 
     def __init__(self, model: Any, guide: Program | None = None) -> None:
@@ -100,7 +100,7 @@ class ProgramPair(nn.Module):
 
     @property
     def holder(self) -> nn.Module:
-        """Whose ``state_dict`` has all parameters: the module that both belong to, or the pair, if there are any others."""
+        """The module whose ``state_dict`` has all parameters: the common module, or the pair if there are any others."""
         return self if self.module is None or self._parameters else self.module
 
     def model(self, *batch: Any) -> Any:
@@ -114,9 +114,9 @@ class ProgramPair(nn.Module):
             return self._programs[1](*batch)
 
     def prepare(self, *batch: Tensor) -> None:
-        """Run both once, so that what is made at the first call is there, and take in parameters from Pyro's store.
+        """Run both programs once, which initialises lazy parameters, and adopt those that they register in Pyro's store.
 
-        Torch's random state is left as found. Without effect on programs whose parameters are all in their modules.
+        torch's random state is restored. Has no effect on programs whose parameters are all in their modules.
         """
         devices = [t.device for t in batch if t.is_cuda][:1]
         with (
@@ -135,40 +135,40 @@ class ProgramPair(nn.Module):
                 tensor = pyro.get_param_store()._params[name]
             if id(tensor) not in held:
                 held.add(id(tensor))
-                # Not by register_parameter, which wants an nn.Parameter: gradients must reach the store's own tensor.
+                # register_parameter accepts only an nn.Parameter, but gradients must reach the store's own tensor.
                 self._parameters[name] = tensor  # type: ignore[assignment]
 
     def check(self, *batch: Tensor) -> None:
-        """What the module says of such data, see above."""
+        """Calls ``check`` of the module, if it has one."""
         if (check := getattr(self.module, "check", None)) is not None:
             check(*batch)
 
     def terms(self, reconstruction: Tensor) -> dict[str, Tensor]:
-        """Other names of the reconstruction term, see above."""
+        """The ``terms`` of the module, if it has any."""
         terms = getattr(self.module, "terms", None)
         return {} if terms is None else terms(reconstruction)
 
     def example(self) -> Tensor | None:
-        """A tensor of whose type and device observations are to be; None if there is none."""
+        """A tensor of the dtype and device that observations must have; None if the pair has no floating-point tensor."""
         example = getattr(self.module, "example", None)
         return example_of(self) if example is None else example()
 
 
 def is_program_pair(model: Any) -> bool:
-    """Whether it is a pair of programs, or has methods ``model`` and ``guide``."""
+    """Whether the argument is a pair of programs, or has methods ``model`` and ``guide``."""
     if isinstance(model, tuple | ProgramPair):
         return True
     return not isinstance(model, type) and all(callable(getattr(model, name, None)) for name in ("model", "guide"))
 
 
 def example_of(module: nn.Module) -> Tensor | None:
-    """The first parameter, or else buffer, of a floating-point type; None if there is none."""
+    """The first floating-point parameter, or else buffer, of a module; None if there is none."""
     tensors = itertools.chain(module.parameters(), module.buffers())
     return next((t for t in tensors if t.is_floating_point()), None)
 
 
 def programs_and_data(model: Any, guide: Any, data: Any) -> tuple[ProgramPair, Any]:
-    """Of the arguments ``(model, guide, data)``, or ``(module, data)``."""
+    """The pair and the data, from the arguments ``(model, guide, data)`` or ``(module, data)``."""
     if data is not None:
         return ProgramPair(model, guide), data
     if callable(guide):
@@ -177,7 +177,7 @@ def programs_and_data(model: Any, guide: Any, data: Any) -> tuple[ProgramPair, A
 
 
 class _OwnParameters(Messenger):
-    """Answers ``pyro.param`` for parameters that the pair holds, in place of Pyro's store."""
+    """A handler that serves ``pyro.param`` from the parameters of the pair instead of Pyro's store."""
 
     def __init__(self, pair: ProgramPair) -> None:
         super().__init__()
@@ -200,11 +200,11 @@ class _OwnParameters(Messenger):
             msg["value"], msg["done"], msg["stop"] = tensor, True, True
 
 
-_running: list[ProgramPair] = []  # pairs whose programs are running, as Pyro's own stack of handlers
+_running: list[ProgramPair] = []  # a stack of the pairs whose programs are running, like Pyro's stack of handlers
 
 
 def is_held(module: nn.Module) -> bool:
-    """Whether a pair that is running holds the parameters of its module itself, which then need no registration."""
+    """Whether a program of a pair with this module is running; then its parameters need no registration in Pyro's store."""
     return any(pair.module is module for pair in _running)
 
 
@@ -228,7 +228,7 @@ _statement = effectful(_in_store, type="param")  # as pyro.param is made
 
 
 def _own_tensor(site: Any) -> Tensor | None:
-    """The parameter that a ``pyro.param`` statement brings along, as ``pyro.module`` and ``PyroModule`` do."""
+    """The ``nn.Parameter`` passed to a ``pyro.param`` statement, as by ``pyro.module`` and ``PyroModule``; else None."""
     initial = site["args"][1] if len(site["args"]) > 1 else None
     constrained = site["kwargs"].get("constraint", constraints.real) is not constraints.real
     return None if constrained or not isinstance(initial, nn.Parameter) else initial
@@ -236,7 +236,7 @@ def _own_tensor(site: Any) -> Tensor | None:
 
 @contextmanager
 def evaluating(*programs: Any) -> Iterator[None]:
-    """Puts modules, and modules whose methods the programs are, into evaluation mode, and back as they were."""
+    """Evaluation mode for modules, and for the modules of which programs are methods; the previous mode is restored."""
     owners = [owner_of(program) for program in programs]
     modules = {module: module.training for owner in owners if isinstance(owner, nn.Module) for module in owner.modules()}
     try:

@@ -1,4 +1,4 @@
-"""The Bernoulli density by logits, for grey values too, in as few passes over the pixels as it takes."""
+"""The Bernoulli distribution by logits, extended to grey values, with few passes over the pixels."""
 
 from typing import Any
 
@@ -31,12 +31,12 @@ class RelaxedBernoulli(dist.Bernoulli):
         return RelaxedBernoulliEvent(self, ndims) if ndims else self
 
 
-class RelaxedBernoulliEvent(dist.Independent):  # the class of to_event, and the same density
-    """Independent pixels whose joint log_prob is computed at once, in about half the time."""
+class RelaxedBernoulliEvent(dist.Independent):  # to_event returns an instance
+    """Independent Bernoulli pixels whose joint log_prob is computed by one fused formula, in about half the time."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         logits, ndims = self.base_dist.logits, self.reinterpreted_batch_ndims
-        half = logits.dtype not in (torch.float32, torch.float64)  # products would leave its range
+        half = logits.dtype not in (torch.float32, torch.float64)  # products below would overflow
         if ndims == 0 or half or logits.shape[-ndims:] != value.shape[-ndims:]:
             return super().log_prob(value)
         if self.base_dist._validate_args:
@@ -49,10 +49,10 @@ class RelaxedBernoulliEvent(dist.Independent):  # the class of to_event, and the
 
 
 class _BernoulliLogProb(torch.autograd.Function):
-    """sum_d x_d l_d - softplus(l_d) with a gradient, by one exponential per pixel for both.
+    """sum_d x_d l_d - softplus(l_d) with its gradient, by one exponential per pixel for both.
 
     softplus(l) = relu(l) - log max(s, 1 - s), s the sigmoid of l, which the gradient x - s needs as well. The maximum lies
-    in [1/2, 1], so that logarithms can be taken of products of up to 126 of them. The second output, s, is for backward.
+    in [1/2, 1], so that one logarithm serves a product of up to 126 of them. The second output, s, is for backward.
     """
 
     generate_vmap_rule = True
@@ -73,7 +73,7 @@ class _BernoulliLogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None]:
         logits, x, s = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for a gradient of the gradient
+        if torch.is_grad_enabled():  # for a second derivative
             s = logits.sigmoid()
         gradient = gradient.unsqueeze(-1)
         to_logits, to_x = ctx.needs_input_grad
@@ -98,7 +98,7 @@ def _finite(logits: Tensor) -> Tensor:
 
 
 def _block(pixels: int) -> int:
-    """How many of these a product is taken of: the largest divisor up to 126, whose powers of 2 float32 can hold."""
+    """Factors per product: the largest divisor of the number of pixels up to 126; 2^-126 is float32's smallest normal."""
     return next(n for n in range(126, 0, -1) if pixels % n == 0)  # 112 for 784 pixels
 
 
@@ -106,9 +106,9 @@ _CACHE = 2**19  # numbers in a buffer; with fewer, calls cost more than the memo
 
 
 def _bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
-    """The same without a gradient, as half of sum_d (2 x_d - 1) l_d - |l_d|, less log(1 + exp(-|l_d|)), some rows at a time.
+    """The same without a gradient, sum_d ((2 x_d - 1) l_d - |l_d|) / 2 - log(1 + exp(-|l_d|)), in blocks of rows.
 
-    Most logarithms are saved by taking them of products of 1 + exp(-|l|), which lies in (1, 2].
+    One logarithm serves a product of factors 1 + exp(-|l|), each in (1, 2].
     """
     signs = (2 * x - 1).expand(torch.broadcast_shapes(logits.shape, x.shape))
     return _bernoulli_rows(logits.expand(signs.shape), signs)
@@ -121,6 +121,6 @@ def _bernoulli_rows(logits: Tensor, signs: Tensor) -> Tensor:
         return torch.cat([_bernoulli_rows(a, b) for a, b in zip(logits.split(rows), signs.split(rows), strict=True)])
     logits = _finite(logits)
     size = torch.copysign(logits, logits.new_tensor(-1.0))  # -|l| in one pass
-    # Pixel by pixel: apart, these two sums would cancel, and lose the digits of a log p that is small beside them.
+    # The terms are added per pixel: two separate sums would cancel, and lose the precision of a small log p.
     linear = torch.addcmul(size, signs, logits).sum(-1)
     return 0.5 * linear - size.exp_().add_(1).unflatten(-1, (-1, _block(logits.shape[-1]))).prod(-1).log_().sum(-1)

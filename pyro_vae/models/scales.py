@@ -1,4 +1,4 @@
-"""Numbers of a net bent smoothly into bounds: scales of normal distributions, rates."""
+"""Smooth bounds for outputs of a net: scales of normal distributions, rates."""
 
 import math
 
@@ -9,9 +9,10 @@ __all__ = ["bent", "bounded_scale"]
 
 
 def bent(value: Tensor, free: float, limit: float) -> Tensor:
-    """The value itself up to +-free, beyond it bent twice differentiably into +-limit, never a zero gradient.
+    """A smooth bound: the identity on [-free, free], continued by atan to the range (-limit, limit).
 
-    atan (not tanh) leaves a gradient large enough to come back.
+    Twice differentiable, with a gradient that is never zero; that of atan decays slower than that of tanh, so that values
+    near the limit can recover.
     """
     inner = value.clamp(-free, free)
     room = (limit - free) * 2 / math.pi
@@ -19,10 +20,10 @@ def bent(value: Tensor, free: float, limit: float) -> Tensor:
 
 
 def bounded_scale(log_variance: Tensor) -> Tensor:
-    """exp(log_variance / 2), with the log-scale bent twice differentiably into +-10, never a zero gradient.
+    """exp(log_variance / 2), with the log-scale bounded smoothly by +-10, see :func:`bent`.
 
-    Exactly the plain value where the log-scale lies within +-7 (scales from 1/1100 to 1100), so it changes nothing in a
-    normal training. At the upper limit the squared scale is 5e8 and the lower one stays above float32's resolution of the
-    mean, so that densities are finite and right on both sides.
+    For log-scales within +-7 (scales from 1/1100 to 1100), the usual range, the value is exact. At the upper limit the
+    squared scale is 5e8, and the lower limit is above float32's resolution of the mean, so that densities are finite and
+    accurate at both ends.
     """
     return bent(0.5 * log_variance, 7.0, 10.0).exp()

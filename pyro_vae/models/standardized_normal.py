@@ -1,4 +1,4 @@
-"""The normal density of numbers in their own units, computed where they are of order 1."""
+"""A normal distribution over values in their original units whose log-density is computed on standardised values."""
 
 from typing import Any, ClassVar
 
@@ -15,17 +15,17 @@ class StandardizedNormal(dist.TorchDistribution):
 
     .. math:: \log p(x) = \log N\Big(\frac{x - a}{b}; m, s^2\Big) - \log b
 
-    a is taken from x before anything is rounded to the type of m and s: with x, a and b in float64, a float32 net models
-    seconds since 1970. Draws and moments are in the type of a and b.
+    x is standardised before it is rounded to the dtype of m and s: with x, a and b in float64, a float32 net can model
+    seconds since 1970. Samples and moments have the dtype of a and b.
 
     Args:
-        mean: m, of u.
-        stddev: s, of u, above 0.
+        mean: m, the mean of u.
+        stddev: s > 0, the standard deviation of u.
         loc: a.
-        scale: b, above 0.
+        scale: b > 0.
     """
 
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}  # those of the normal of u, which checks them
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}  # the distribution of u validates m and s
     support = constraints.real
     has_rsample = True
 

@@ -22,7 +22,7 @@ __all__ = ["VAE"]
 
 
 class VAE(nn.Module):
-    r"""Variational autoencoder (Kingma and Welling 2014, arXiv:1312.6114) as a Pyro model and guide.
+    r"""Variational autoencoder (Kingma and Welling 2014, arXiv:1312.6114), as a Pyro model and guide.
 
     .. math:: p(x, z) = p(z) \, p(x \mid z), \qquad q(z \mid x)
 
@@ -30,21 +30,21 @@ class VAE(nn.Module):
     ``likelihood(decoder(z))`` is p(x | z). By default p(z) = N(0, I), q(z | x) is a normal of independent dimensions, and
     p(x | z) is Bernoulli.
 
-    Sites ``"z"`` (event ``(latent_dim,)``) and ``"x"`` (event ``event_shape``) in one plate ``"data"``. A plain
-    ``nn.Module``: parameters live here, not in Pyro's global store.
+    The sample sites are ``"z"`` (event shape ``(latent_dim,)``) and ``"x"`` (event shape ``event_shape``), in one plate
+    ``"data"``. The VAE is a plain ``nn.Module``: it owns its parameters, and Pyro's global param store is not needed.
 
     **Context.** A model may be conditional: p(x, z | c) and q(z | x, c) (Sohn, Lee and Yan 2015, Learning structured output
     representation using deep conditional generative models). Context tensors c, one row per observation, follow x or z in
-    every call. Encoder, prior, decoder and likelihood each get all of them if they take any: a part's attribute
-    ``takes_context`` says so, or else the signature of its ``forward`` or ``__call__``, by more positional parameters than
-    the one it needs (the prior: none), without a default or with None. Rows belong to the last leading dimension of x or z,
-    and are the same along the others.
+    every call. Encoder, prior, decoder and likelihood each take all of them or none. A part with an attribute
+    ``takes_context`` takes context if that is true. Any other part takes context if its ``forward`` or ``__call__`` has
+    positional parameters after its own input (the prior has no input) that have no default, or the default None. Rows of
+    the context correspond to the last leading dimension of x or z, and are broadcast along the others.
 
     Args:
-        encoder: maps x ``(batch, *event_shape)`` to what posterior takes: a pair ``(loc, log_variance)``, each
+        encoder: maps x ``(batch, *event_shape)`` to the input of the posterior: a pair ``(loc, log_variance)``, each
             ``(batch, latent_dim)``, for the default one.
-        decoder: maps z ``(batch, latent_dim)`` to the likelihood's raw input ``(batch, *event_shape)``. Both see one batch
-            dimension, whatever :meth:`encode` and :meth:`decode` are given.
+        decoder: maps z ``(batch, latent_dim)`` to the input of the likelihood, ``(batch, *event_shape)``. Encoder and
+            decoder are called with a single batch dimension; :meth:`encode` and :meth:`decode` flatten any others into it.
         latent_dim: number of latent dimensions.
         event_shape: shape of one observation.
         prior: p(z), see :mod:`pyro_vae.models.priors`; None: :class:`~pyro_vae.models.priors.StandardNormal`.
@@ -54,7 +54,7 @@ class VAE(nn.Module):
             :class:`~pyro_vae.models.likelihoods.BernoulliLikelihood`.
 
     Raises:
-        ValueError: a part is no callable, or a class in place of an instance; latent_dim or event_shape are no sizes.
+        ValueError: a part is not callable or is a class instead of an instance, or latent_dim or event_shape is invalid.
 
     Example:
         >>> from pyro_vae import MLPDecoder, MLPEncoder
@@ -90,12 +90,12 @@ class VAE(nn.Module):
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the module's type and device: its first parameter, or else buffer, of a floating-point type."""
+        """A tensor of the module's dtype and device: its first floating-point parameter, or else buffer."""
         example = example_of(self)
         return torch.empty(()) if example is None else example
 
     def example(self) -> Tensor:
-        """A tensor of whose type and device observations are to be: float64 where the likelihood standardises them."""
+        """A tensor of the dtype and device that observations must have: float64 if the likelihood standardises them."""
         return torch.empty((), dtype=torch.float64, device=self.like.device) if self._standardize else self.like
 
     @property
@@ -108,8 +108,8 @@ class VAE(nn.Module):
         """q(z | x) for x of shape ``(*batch, *event_shape)``, any leading dimensions; event shape ``(latent_dim,)``.
 
         Raises:
-            ValueError: x is of another shape or type, or the encoder's output is; context is missing, of another length, or
-                no part takes it.
+            ValueError: x or the encoder's output has the wrong shape or dtype; context is missing, has the wrong length, or
+                is given to a model none of whose parts takes it.
         """
         batch = self._batch_shape("x", x, self.event_shape)
         self._check_context(context, batch)
@@ -139,8 +139,8 @@ class VAE(nn.Module):
         """p(x | z) for z of shape ``(*batch, latent_dim)``, any leading dimensions; event shape ``event_shape``.
 
         Raises:
-            ValueError: z is of another shape or type, or the decoder's output is; context is missing, of another length, or
-                no part takes it.
+            ValueError: z or the decoder's output has the wrong shape or dtype; context is missing, has the wrong length, or
+                is given to a model none of whose parts takes it.
         """
         batch = self._batch_shape("z", z, (self.latent_dim,))
         self._check_context(context, batch)
@@ -148,10 +148,11 @@ class VAE(nn.Module):
         return self._likelihood_of(output, batch, context).to_event(len(self.event_shape))
 
     def prior_of(self, *context: Tensor) -> dist.TorchDistribution:
-        """p(z), or p(z | context) where the prior takes context: batch shape ``()`` or ``(n,)``, event ``(latent_dim,)``.
+        """p(z), or p(z | context) if the prior takes context: batch shape ``()`` or ``(n,)``, event shape ``(latent_dim,)``.
 
         Raises:
-            ValueError: the prior is of another shape; context is missing, or no part takes it.
+            ValueError: the prior has the wrong shape; context is missing, or is given to a model none of whose parts takes
+                it.
         """
         n = _length(context[0]) if context else 1
         self._check_context(context, torch.Size([n]))
@@ -165,18 +166,17 @@ class VAE(nn.Module):
         return p
 
     def decoder_output(self, z: Tensor) -> Tensor:
-        """The decoder's raw output for z ``(batch, latent_dim)``, without context: what the likelihood takes.
+        """The decoder's raw output, the input of the likelihood, for z ``(batch, latent_dim)``, without context.
 
         Raises:
-            ValueError: it is not what the likelihood takes for ``batch`` observations, or decoder or likelihood need
-                context.
+            ValueError: the likelihood does not accept it for ``batch`` observations, or decoder or likelihood need context.
         """
         output: Tensor = self._call("decoder", z)
         self._likelihood_of(output, z.shape[:1])
         return output
 
     def _likelihood_of(self, output: Tensor, batch: torch.Size, context: Sequence[Tensor] = ()) -> dist.TorchDistribution:
-        """p(x | z), batch shape ``(*batch, *event_shape)``, once the decoder's output is found to be what it takes."""
+        """p(x | z), batch shape ``(*batch, *event_shape)``, after a check of the decoder's output."""
         n, found = batch.numel(), tuple(output.shape)
         if found[:1] == (n,):
             rows = [c.expand(*batch, *c.shape[1:]) for c in context]
@@ -194,7 +194,7 @@ class VAE(nn.Module):
             f"({n}, {_join(self.event_shape)}) elements, found {found}. Make decoder and event_shape agree."
         )
 
-    # --- checks, and what the likelihood says ---
+    # --- checks and terms of the likelihood ---
 
     def check_batch(self, x: Tensor) -> None:
         """Raise a ``ValueError`` unless x is a batch of observations: floating point, ``(batch, *event_shape)``."""
@@ -206,7 +206,7 @@ class VAE(nn.Module):
             )
 
     def check(self, x: Tensor, *context: Tensor) -> None:
-        """Raise a ``ValueError`` unless x is a batch that the likelihood is defined for, with this context."""
+        """Raise a ``ValueError`` unless x is a batch for which the likelihood is defined, given the context."""
         self.check_batch(x)
         self._check_context(context, x.shape[:1])
         check = getattr(self.likelihood, "check", None)
@@ -219,17 +219,17 @@ class VAE(nn.Module):
             check(x, *(context if takes else ()))
 
     def terms(self, reconstruction: Tensor) -> dict[str, Tensor]:
-        """Other names under which the literature reports the reconstruction, E[-log p(x | z)] in nats, if there are any."""
+        """Related quantities of the reconstruction term E[-log p(x | z)], in nats, that the literature reports, by name."""
         terms = getattr(self.likelihood, "terms", None)
         return terms(reconstruction, self.event_shape) if terms else {}
 
     def _batch_shape(self, name: str, value: Tensor, event_shape: Sequence[int]) -> torch.Size:
-        """The leading dimensions of x or z, once its type and last dimensions are found to be right."""
+        """The leading dimensions of x or z, after a check of its dtype and event shape."""
         leading, dtype = value.dim() - len(event_shape), self.like.dtype
         any_float = name == "x" and self._standardize is not None and value.is_floating_point()
         if leading < 0 or value.shape[leading:] != tuple(event_shape) or not (value.dtype == dtype or any_float):
             raise ValueError(
-                f"VAE: expected {name} of shape (*batch, {_join(event_shape)}) and type {dtype}, found "
+                f"VAE: expected {name} of shape (*batch, {_join(event_shape)}) and dtype {dtype}, found "
                 f"{value.dtype} of shape {tuple(value.shape)}. Reshape it, convert it, and scale uint8 images to [0, 1]."
             )
         return torch.Size(value.shape[:leading])
@@ -253,7 +253,7 @@ class VAE(nn.Module):
             )
 
     def _call(self, name: str, *own: Tensor, context: Sequence[Tensor] = ()) -> Any:
-        """A part, given all of the context if it takes it."""
+        """Call a part, with all of the context if it takes any."""
         part = getattr(self, name)
         least, most = context_sizes(part, _TAKERS[name])
         if (least, most) == (0, 0):
@@ -262,7 +262,7 @@ class VAE(nn.Module):
             expected = f"at least {least}" if most == math.inf else f"{least}" if least >= most else f"{least} to {most}"
             raise ValueError(
                 f"VAE: context tensors for the {name}, which takes them: expected {expected}, found {len(context)}. Pass "
-                "them after x or z, as model(x, *context) or decode(z, *context); where it takes none, set its "
+                "them after x or z, as model(x, *context) or decode(z, *context). If the part takes no context, set its "
                 "takes_context to False."
             )
         try:
@@ -284,10 +284,10 @@ class VAE(nn.Module):
         Args:
             x: observations, or None to draw new ones.
             context: what the model is conditional on, one row per observation.
-            size: number of observations to draw where x is None and there is no context, whose length it is otherwise.
+            size: number of observations to draw if x is None and there is no context; with context, its length.
 
         Raises:
-            ValueError: x is no batch of observations, size is no whole number >= 1, or the context does not suit.
+            ValueError: x is no batch of observations, size is no whole number >= 1, or the context is invalid.
         """
         self._register()
         if x is None:
@@ -304,7 +304,7 @@ class VAE(nn.Module):
         """Pyro guide, with the model's signature: draw z from q(z | x), ``(batch, latent_dim)``.
 
         Raises:
-            ValueError: x is None, since q(z | x) needs it, or the context does not suit.
+            ValueError: x is None, or the context is invalid.
         """
         self._register()
         if x is None:
@@ -317,7 +317,7 @@ class VAE(nn.Module):
             return pyro.sample("z", self.encode(x, *context))
 
     def _register(self) -> None:
-        """As ``pyro.module`` does it, which would warn of parameters that are frozen."""
+        """Registers the parameters in Pyro's store, as ``pyro.module`` does, which would warn about frozen ones."""
         if is_held(self):
             return
         for name, parameter in self.named_parameters():
@@ -336,7 +336,7 @@ class VAE(nn.Module):
         return n
 
 
-# Parts that may take context, and how many inputs of their own they have.
+# The parts that may take context, and the number of their own inputs.
 _TAKERS = {"encoder": 1, "prior": 0, "decoder": 1, "likelihood": 1}
 
 
@@ -352,7 +352,7 @@ def _length(context: Any) -> int:
 
 
 def _flat(context: Sequence[Tensor], batch: torch.Size) -> list[Tensor]:
-    """Context for leading dimensions that are flattened into one: its rows, repeated along all but the last of them."""
+    """Context expanded along the leading dimensions of x or z, which are then flattened into one."""
     return [c.expand(*batch, *c.shape[1:]).reshape(-1, *c.shape[1:]) for c in context]
 
 
@@ -365,9 +365,9 @@ _counter = itertools.count()
 
 
 def _param_prefix(vae: VAE) -> str:
-    """A name in Pyro's param store that no other VAE of this process has or had, copies included.
+    """A prefix in Pyro's param store that is unique to this instance within the process; a copy has another one.
 
-    Under a shared name, SVI silently trains the first module in place of the second.
+    If two modules shared a name, SVI would silently train the first instead of the second.
     """
     if vae not in _prefixes:
         _prefixes[vae] = f"vae{next(_counter)}"

@@ -1,4 +1,4 @@
-"""Runs side by side: which may be compared at all, and which is better beyond the error of its figures."""
+"""Comparison of runs: which are comparable, and which is better by more than the standard error."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,10 +10,10 @@ from pyro_vae.report.texts import MEASURES
 __all__ = ["FigureOfRun", "Group", "compare", "conditions"]
 
 RANKED = {"neg_elbo": 1, "log_marginal": -1, "mean_squared_error": 1}  # 1: lower is better; -1: higher is better
-_ERRORS = 2.0  # combined standard errors that a difference must pass to be told from noise
+_ERRORS = 2.0  # a significant difference, in combined standard errors
 
 _DENSITIES = {
-    ("bernoulli", True): "Bernoulli formula on grey values: a relaxed score, no probability",
+    ("bernoulli", True): "Bernoulli formula on grey values: a relaxed score, not a probability",
     ("bernoulli", False): "Bernoulli on black and white pixels: a probability",
     ("normal", True): "normal with variance 1/2: a density",
     ("normal", False): "normal with variance 1/2: a density, of black and white pixels",
@@ -28,15 +28,15 @@ _DENSITIES = {
 
 @dataclass(frozen=True)
 class FigureOfRun:
-    """A final figure of a run.
+    """A final metric of a run.
 
     Args:
         name: ``neg_elbo``, ``kl``, ...
-        value: nats per image; of squared errors, squared units.
-        standard_error: of the value; 0 where it is exact; None where the run recorded none, or no finite one.
-        num_samples: latent draws per image; 0 where none was needed.
-        median_ess: of importance weights; None of other figures.
-        unreliable: number of images whose importance weights are not to be trusted; None where that is not known.
+        value: nats per observation; for squared errors, squared units.
+        standard_error: of the value; 0 if it is exact; None if the run recorded no finite one.
+        num_samples: latent draws per observation; 0 if it needs none.
+        median_ess: median effective sample size of importance weights; None for other metrics.
+        unreliable: number of observations with unreliable importance weights; None if not known.
 
     Example:
         >>> str(FigureOfRun("neg_elbo", 102.4567, standard_error=0.0123))
@@ -56,18 +56,18 @@ class FigureOfRun:
         if not self.standard_error:
             digits = 2 if abs(self.value) >= 1 else 4
             return f"{self.value:.{digits}f}" + (" (no error given)" if self.standard_error is None else "")
-        digits = min(6, max(1, 1 - math.floor(math.log10(self.standard_error))))  # two of the error
+        digits = min(6, max(1, 1 - math.floor(math.log10(self.standard_error))))  # two significant digits of the error
         return f"{self.value:.{digits}f} ± {self.standard_error:.{digits}f}"
 
 
 def conditions(config: Mapping[str, Any], event_shape: Sequence[int], *, images: int | None = None) -> dict[str, str]:
-    """What two runs must have in common for their figures to be compared, in words.
+    """The conditions that two runs must share for their metrics to be comparable, in words.
 
     Args:
-        config: of the run; its ``dataset``, ``binarization``, ``likelihood`` and ``binary`` (whether the data are 0 and 1 as
-            they are) are looked at.
+        config: of the run; ``dataset``, ``binarization``, ``likelihood`` and ``binary`` (whether the data are all 0 or 1
+            without binarisation) are used.
         event_shape: shape of one observation.
-        images: number of test observations, where the run took a part of them.
+        images: number of test observations, if the run used a part of them.
 
     Example:
         >>> conditions({"dataset": "mnist", "binarization": "none", "likelihood": "bernoulli"}, (1, 28, 28))["size"]
@@ -91,14 +91,14 @@ def conditions(config: Mapping[str, Any], event_shape: Sequence[int], *, images:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs whose figures may be compared with one another, and with those of no other group.
+    """A group of comparable runs.
 
     Args:
-        conditions: what they have in common, see :func:`conditions`.
-        apart: those of the conditions in which it differs from other groups: why it stands apart.
-        rows: per run its name and, per figure, the text and the verdict: ``"best"``, ``"not distinguishable from the
-            best"``, or empty.
-        notes: why a figure is not ranked, and what to beware of.
+        conditions: the conditions that they share, see :func:`conditions`.
+        apart: the conditions in which the group differs from other groups.
+        rows: for each run its name and, for each metric, the text and the verdict: ``"best"``, ``"not distinguishable from
+            the best"``, or empty.
+        notes: why a metric is not ranked, and cautions.
     """
 
     conditions: dict[str, str]
@@ -108,14 +108,14 @@ class Group:
 
 
 def compare(runs: Sequence[tuple[str, Mapping[str, str], Mapping[str, FigureOfRun]]]) -> list[Group]:
-    """Groups of comparable runs, each figure ranked within its group where that can be done.
+    """Groups of comparable runs, with each metric ranked within its group where possible.
 
-    A figure is the best, or not distinguishable from it: within 2 standard errors of the difference, the square root of
-    both errors' squared sum. The error is that of the latent draws on the same test data; another seed of the training
-    moves a figure too, and is not in it.
+    A run is not distinguishable from the best if they differ by at most 2 standard errors of the difference, the root of the
+    sum of both squared errors. The errors are those of the latent draws on the same test data; they do not include the
+    variation between training seeds.
 
     Args:
-        runs: of each the name, the :func:`conditions`, and the figures by name.
+        runs: for each run its name, its :func:`conditions`, and its metrics by name.
     """
     keys = list(dict.fromkeys(tuple(of.items()) for _, of, _ in runs))
     differing = [name for name in dict(keys[0]) if len({dict(key)[name] for key in keys}) > 1] if keys else []
@@ -138,16 +138,16 @@ def compare(runs: Sequence[tuple[str, Mapping[str, str], Mapping[str, FigureOfRu
 
 
 def _rank(name: str, figures: Mapping[str, FigureOfRun]) -> tuple[dict[str, str], str]:
-    """The verdict on each run, and a note; no verdict where there can be none."""
+    """The verdict on each run, if the metric can be ranked, and a note."""
     title = MEASURES[name][0]
     draws = sorted({figure.num_samples or 0 for figure in figures.values()})
     if name == "log_marginal" and len(draws) > 1:
         counts = " and ".join(f"{count:,}" for count in draws)
-        return {}, f"{title} is not ranked: the runs made {counts} draws, and more draws raise it by themselves."
+        return {}, f"{title} is not ranked: the runs made {counts} draws, and more draws alone raise it."
     if lacking := [
         run for run, figure in figures.items() if figure.standard_error is None or not math.isfinite(figure.value)
     ]:
-        return {}, f"{title} is not ranked: no finite figure with an error of {', '.join(lacking)}."
+        return {}, f"{title} is not ranked: no finite value with a standard error for {', '.join(lacking)}."
     best = min(figures, key=lambda run: RANKED[name] * figures[run].value)
     verdicts = {best: "best"}
     for run, figure in figures.items():
@@ -160,5 +160,5 @@ def _rank(name: str, figures: Mapping[str, FigureOfRun]) -> tuple[dict[str, str]
     which = ", ".join(unreliable)
     return (
         verdicts,
-        f"Beware of the order by {title}: importance weights of {which} are unreliable, so the error is too small.",
+        f"The order by {title} is uncertain: importance weights of {which} are unreliable, so the error is too small.",
     )

@@ -1,6 +1,6 @@
-"""A decoder as plain numbers, for ``explorer.js`` to run in a page: no network, no server, no torch.
+"""A decoder as plain numbers, which ``explorer.js`` evaluates in the page: no network, no server, no torch.
 
-What the page computes from them is the mean of p(x | z), as ``vae.decode(z).mean``, in double precision.
+The page computes the mean of p(x | z), ``vae.decode(z).mean``, in double precision.
 """
 
 import base64
@@ -16,28 +16,28 @@ from pyro_vae.models.vae import VAE
 
 __all__ = ["LIMIT", "NoExplorerError", "decoder_record"]
 
-LIMIT = 5_000_000  # bytes of weights; the page carries a third more
-_ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh"}  # those that explorer.js knows
+LIMIT = 5_000_000  # bytes of parameters; a third more in base64
+_ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh"}  # those of explorer.js
 
 
 class NoExplorerError(ValueError):
-    """A model whose decoder the page cannot run; the message says why."""
+    """The decoder of a model cannot be evaluated in the page; the message says why."""
 
 
 def decoder_record(model: VAE | Autoencoder, *, limit: int = LIMIT) -> dict[str, Any]:
-    """What ``explorer.js`` needs to decode: layers, weights, and how the decoder's output becomes an image.
+    """The input of ``explorer.js``: layers, parameters, and the map from the decoder's output to the mean.
 
     Args:
         model: a VAE with an MLP decoder of ReLU or tanh layers.
-        limit: bytes that its weights may take as float32.
+        limit: maximum size of its parameters as float32, in bytes.
 
     Returns:
         ``latent_dim``; ``shape``, (channels, height, width); ``layers``, each with its sizes ``in`` and ``out`` and its
-        ``activation`` or None; ``weights``, base64 of little-endian float32: of each layer the matrix (out, in) row by row,
+        ``activation`` or None; ``weights``, base64 of little-endian float32: of each layer the matrix (out, in), row-major,
         then the bias; ``mean``, ``{"kind": "sigmoid"}`` or ``{"kind": "affine", "loc": a, "scale": b}``: a + b * output.
 
     Raises:
-        NoExplorerError: it is no such model, its weights are too many or not finite, or its data are no images.
+        NoExplorerError: the model is of another kind, its parameters are too many or not finite, or its data are no images.
 
     Example:
         >>> settings = load_preset("bernoulli-z20", hidden=(8,), latent_dim=2)
@@ -46,14 +46,14 @@ def decoder_record(model: VAE | Autoencoder, *, limit: int = LIMIT) -> dict[str,
         [{'in': 2, 'out': 8, 'activation': 'relu'}, {'in': 8, 'out': 16, 'activation': None}]
     """
     if isinstance(model, Autoencoder):
-        raise NoExplorerError("a plain autoencoder has no prior, so there is no telling which codes mean anything")
+        raise NoExplorerError("a plain autoencoder has no prior, so the range of meaningful codes is unknown")
     decoder = model.decoder
     if isinstance(decoder, ConvDecoder):
-        raise NoExplorerError("its decoder is convolutional, and a page computes fully connected ones only")
+        raise NoExplorerError("its decoder is convolutional, and the page supports only fully connected ones")
     if not isinstance(decoder, MLPDecoder):
-        raise NoExplorerError(f"its decoder is a {type(decoder).__name__}, and a page computes an MLPDecoder only")
+        raise NoExplorerError(f"its decoder is a {type(decoder).__name__}, and the page supports only MLPDecoder")
     if decoder.takes_context:
-        raise NoExplorerError("its decoder takes context, which the page has no place for")
+        raise NoExplorerError("its decoder takes context, which the page does not support")
     shape = tuple(model.event_shape)
     shape = (1, *shape) if len(shape) == 2 else shape
     if len(shape) != 3 or shape[0] not in (1, 3):
@@ -63,12 +63,12 @@ def decoder_record(model: VAE | Autoencoder, *, limit: int = LIMIT) -> dict[str,
         _only_means(model.likelihood, layers, tensors)
     if (size := 4 * sum(tensor.numel() for tensor in tensors)) > limit:
         raise NoExplorerError(
-            f"its decoder's weights take {size / 1e6:.1f} MB, and this page has room for {limit / 1e6:.1f} MB; "
+            f"its decoder's parameters take {size / 1e6:.1f} MB, and this page has room for {limit / 1e6:.1f} MB; "
             "smaller images or hidden layers would fit"
         )
     weights = torch.cat([tensor.detach().flatten().float().cpu() for tensor in tensors])
     if not weights.isfinite().all():
-        raise NoExplorerError("its decoder's weights are not all finite numbers: the training has failed")
+        raise NoExplorerError("its decoder's parameters are not all finite: the training has failed")
     return {
         "latent_dim": model.latent_dim,
         "shape": list(shape),
@@ -89,27 +89,27 @@ def _layers(decoder: MLPDecoder) -> tuple[list[dict[str, Any]], list[torch.Tenso
             layers[-1]["activation"] = _ACTIVATIONS[type(module)]
         else:
             raise NoExplorerError(
-                f"its decoder has a layer {type(module).__name__}, and a page computes Linear, ReLU and Tanh"
+                f"its decoder has a layer {type(module).__name__}, and the page supports Linear, ReLU and Tanh"
             )
     return layers, tensors
 
 
 def _only_means(likelihood: StandardizedNormalLikelihood, layers: list[dict[str, Any]], tensors: list[torch.Tensor]) -> None:
-    """Of mean and log-variance by turns, leave the means, in the units of the data."""
+    """Keep the rows of the last layer for the means, drop those for the log-variances, and undo the standardisation."""
     loc, scale = likelihood.loc.flatten(), likelihood.scale.flatten()
     if loc.min() < 0 or loc.max() > 1:
-        raise NoExplorerError(f"its images have means from {loc.min():g} to {loc.max():g}, and a page shows 0 to 1")
+        raise NoExplorerError(f"its images have means from {loc.min():g} to {loc.max():g}, and the page shows 0 to 1")
     weight, bias = tensors[-2:]
     tensors[-2:] = [weight[::2] * scale.unsqueeze(1), bias[::2] * scale + loc]
     layers[-1]["out"] //= 2
 
 
 def _mean(likelihood: Likelihood) -> dict[str, Any]:
-    """How the mean of p(x | z) comes from the decoder's output."""
+    """The map from the decoder's output to the mean of p(x | z)."""
     if isinstance(likelihood, BernoulliLikelihood):
         return {"kind": "sigmoid"}
     if isinstance(likelihood, NormalLikelihood):
         return {"kind": "sigmoid"} if likelihood.mean == "sigmoid" else {"kind": "affine", "loc": 0.0, "scale": 1.0}
     if isinstance(likelihood, StandardizedNormalLikelihood):  # see _only_means
         return {"kind": "affine", "loc": 0.0, "scale": 1.0}
-    raise NoExplorerError(f"its likelihood is a {type(likelihood).__name__}, whose mean the page does not compute")
+    raise NoExplorerError(f"its likelihood is a {type(likelihood).__name__}, whose mean the page does not support")

@@ -1,7 +1,7 @@
-"""Run folders -> one self-contained HTML page: what was run, how good it is, what to beware of, a decoder to play with.
+"""Run folders -> one self-contained HTML page: settings, metrics, cautions, figures and an interactive decoder.
 
-The page asks the network for nothing: pictures, style, script and weights are in it, and its content security policy forbids
-the rest. Whatever a run folder says is shown as text, never taken as HTML.
+The page makes no network requests: images, style sheet, script and the decoder's parameters are embedded, and its content
+security policy forbids anything else. All text from a run folder is escaped.
 """
 
 import base64
@@ -30,13 +30,13 @@ from pyro_vae.training.records import TrainingRecord
 
 __all__ = ["RunRecord", "read_run", "render", "write_report"]
 
-_LIMIT = 7_500_000  # bytes of pictures and weights in a page, base64 included: it stays under 8 MB
+_LIMIT = 7_500_000  # bytes of figures and decoders in a page, in base64, so that it stays below 8 MB
 _POINTS = 500
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG of the run: its name, what it shows, how to read it, and itself."""
+    """A PNG of the run, with its title and an explanation of how to read it."""
 
     name: str
     title: str
@@ -48,21 +48,21 @@ class Picture:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder holds, ready to be shown.
+    """The content of a run folder, prepared for the page.
 
     Args:
-        name: of the folder.
-        facts: what was run, in words, by headline.
-        settings: everything in its config: name, value, and what its preset says where that differs (else empty).
-        conditions: what figures of other runs must have in common with these to be compared.
-        figures: the final figures, of the test set and by name.
-        train: the training's last figures, by name.
-        warnings: what a reader should beware of: headline and explanation.
-        curves: of the training.
-        pictures: of its ``figures/``, but the training curves, which are drawn anew.
-        left_out: names of pictures that the page had no room for.
-        explorer: what ``explorer.js`` reads; None where there is none.
-        no_explorer: why not.
+        name: of the run.
+        facts: a description of the run, by headline.
+        settings: all entries of its config: name, value, and the value of its preset if that differs (else empty).
+        conditions: conditions that runs must share for their metrics to be comparable.
+        figures: the final metrics on the test set, by name.
+        train: the last training metrics, by name.
+        warnings: cautions: headline and explanation.
+        curves: training curves.
+        pictures: the files in ``figures/``, without the training curves, which are redrawn.
+        left_out: names of figures that exceed the size of the page.
+        explorer: the input of ``explorer.js``; None if the run has no explorer.
+        no_explorer: the reason why it has none.
     """
 
     name: str
@@ -80,7 +80,7 @@ class RunRecord:
 
     @property
     def size(self) -> int:
-        """Bytes that its decoder and pictures take in the page."""
+        """The size of its decoder and figures in the page, in bytes."""
         return _size(self.explorer) + sum(len(picture.base64) for picture in self.pictures)
 
 
@@ -89,15 +89,15 @@ def _size(explorer: Mapping[str, Any] | None) -> int:
 
 
 def read_run(folder: str | Path, *, name: str | None = None, limit: int = _LIMIT) -> RunRecord:
-    """Collect what a run folder holds; nothing is trained, no data are loaded, and no code in its files is run.
+    """Read a run folder; nothing is trained, no data are loaded, and no code in its files is run.
 
     Args:
-        folder: as ``scripts/svi_mnist.py`` leaves it; a run that was stopped will do.
-        name: to show; default: the folder's.
-        limit: bytes that its decoder and pictures may take in the page.
+        folder: of a run, complete or stopped.
+        name: to show; default: that of the folder.
+        limit: maximum size of its decoder and figures in the page, in bytes.
 
     Raises:
-        CheckpointError: no run there, or a file of it that is damaged.
+        CheckpointError: the folder is not that of a run, or a file of the run is damaged.
     """
     folder = Path(folder)
     settings, event_shape, config = read_config(folder)
@@ -106,7 +106,7 @@ def read_run(folder: str | Path, *, name: str | None = None, limit: int = _LIMIT
     history = read_records(folder / "metrics.jsonl")
     latents = _latents(folder / "latents.json", None if settings is None else settings.latent_dim)
     if not isinstance(metrics, dict | None):
-        raise CheckpointError(f"{folder}: metrics.json holds no figures of a run. Train again.")
+        raise CheckpointError(f"{folder}: metrics.json has no metrics of a run. Train again.")
     figures = _figures(metrics or {})
     train = (metrics or {}).get("train", {})
     train = {key: float(value) for key, value in train.items() if _is_number(value)} if isinstance(train, dict) else {}
@@ -117,7 +117,7 @@ def read_run(folder: str | Path, *, name: str | None = None, limit: int = _LIMIT
     if isinstance(identity := config.get("test_identity"), str):
         common["data set"] += f", test data {identity}"
     elif config.get("dataset") not in DATASETS or config.get("data") is not None:
-        common["data set"] += f", as {name} read it: nothing recorded tells whether other runs read the same"
+        common["data set"] += f", as read by {name}: it is not recorded whether other runs read the same data"
     return RunRecord(
         name,
         _facts(settings, config, common, metrics),
@@ -144,28 +144,28 @@ def read_run(folder: str | Path, *, name: str | None = None, limit: int = _LIMIT
 
 
 def _still_falls(history: Sequence[TrainingRecord]) -> bool:
-    """Whether the last test figure is the lowest."""
+    """Whether the last test -ELBO is the lowest."""
     tests = [record.test.get("neg_elbo") for record in history if record.test is not None]
     numbers = [value for value in tests if value is not None and _is_number(value)]
     return len(numbers) > 1 and numbers[-1] == min(numbers)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or (type(value) is int and abs(value) < 1e100)  # ints beyond are no floats
+    return isinstance(value, float) or (type(value) is int and abs(value) < 1e100)  # larger ints may overflow a float
 
 
 def _json(path: Path) -> Any:
-    """What a file of JSON holds; None where there is no such file."""
+    """The content of a JSON file; None if it does not exist."""
     try:
         return json.loads(path.read_text()) if path.exists() else None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged, no JSON ({error}). Put it back, or train again.") from error
+        raise CheckpointError(f"{path}: damaged, not JSON ({error}). Restore it, or train again.") from error
 
 
 def _latents(path: Path, latent_dim: int | None) -> dict[str, Any] | None:
-    """``latents.json``: posterior means of some test images, their labels, and the test set's KL per dimension.
+    """``latents.json``: posterior means of some test observations, their labels, and the KL per dimension of the test set.
 
-    Of a model of the user's own, that file says how many dimensions there are; and there may be no KL of each.
+    For a run without settings, the number of dimensions is that of the means, and there may be no KL per dimension.
     """
     found = _json(path)
     if found is None:
@@ -226,7 +226,7 @@ def _facts(
 
 
 def _of_ones_own(config: Mapping[str, Any]) -> tuple[str, str]:
-    """What the config of a run says whose model no settings describe."""
+    """Model and training of a run without settings, from its config."""
     training = config.get("training")
     options = [f"{name} {_text(value)}" for name, value in training.items()] if isinstance(training, dict) else []
     return str(config.get("model")), ", ".join([str(config.get("objective", "an objective not recorded")), *options])
@@ -272,10 +272,10 @@ def _explorer(
     folder: Path, settings: Settings | None, latents: Mapping[str, Any] | None, limit: int
 ) -> tuple[dict[str, Any] | None, str]:
     if settings is None:
-        return None, "its model is not described by settings, so the page cannot build its decoder"
+        return None, "its model is not described by settings, so its decoder cannot be built for the page"
     weights = folder / "checkpoints" / "weights.pt"
     if not weights.exists():
-        return None, "the run holds no weights: it was stopped before its first epoch ended"
+        return None, "the run has no saved parameters: it was stopped before the end of its first epoch"
     try:
         record = decoder_record(load_run(folder), limit=min(LIMIT, limit * 3 // 4))
     except NoExplorerError as error:
@@ -293,14 +293,16 @@ def _pictures(folder: Path, config: Mapping[str, Any], room: int) -> tuple[tuple
     paths = sorted(folder.glob("*.png"), key=lambda p: (order.index(p.stem) if p.stem in order else len(order), p.stem))
     shown, left_out = [], []
     for path in paths:
-        if path.stem == "training_curves":  # drawn anew from metrics.jsonl
+        if path.stem == "training_curves":  # redrawn from metrics.jsonl
             continue
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Mend its rights, or remove it.") from error
+            raise CheckpointError(
+                f"{path}: cannot be read ({error.strerror}). Correct its permissions, or remove it."
+            ) from error
         if not content.startswith(b"\x89PNG\r\n\x1a\n") or len(content) < 24:
-            raise CheckpointError(f"{path}: damaged, no PNG. Remove it, or make the pictures again with --resume.")
+            raise CheckpointError(f"{path}: damaged, not a PNG. Remove it, or draw the figures again with --resume.")
         encoded = base64.b64encode(content).decode()
         if len(encoded) > room:
             left_out.append(path.stem)
@@ -318,7 +320,7 @@ def render(runs: Sequence[RunRecord], *, title: str | None = None) -> str:
     from markupsafe import Markup
 
     def data(content: Any) -> Markup:
-        """JSON that cannot end the script element it stands in."""
+        """JSON that cannot end the script element that contains it."""
         text = json.dumps(content, allow_nan=False, separators=(",", ":"))
         return Markup(text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e"))
 
@@ -343,18 +345,18 @@ def render(runs: Sequence[RunRecord], *, title: str | None = None) -> str:
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path | None = None, *, title: str | None = None) -> Path:
-    """Write the page of these runs, in place of an earlier one, whole or not at all.
+    """Write the page of one or more runs, atomically; an existing file is replaced.
 
     Args:
         folders: of the runs.
-        out: file; default: ``report.html``, of one run in its folder, of several in the working folder.
+        out: file; default: ``report.html`` in the run's folder, or for several runs in the working directory.
         title: of the page.
 
     Returns:
         The file.
 
     Raises:
-        CheckpointError: a folder that holds no run, or a damaged one; or the file cannot be written.
+        CheckpointError: a folder is not that of a run, a run is damaged, or the file cannot be written.
 
     Example:
         >>> write_report(["runs/demo"])  # doctest: +SKIP
@@ -363,15 +365,15 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None, *
     paths = [Path(folder) for folder in folders]
     resolved = [path.resolve() for path in paths]
     if not paths or len(set(resolved)) < len(paths):
-        raise CheckpointError("report: expected one or more different run folders. Name each once.")
+        raise CheckpointError("report: expected one or more different run folders. Pass each once.")
     clash = len({path.name for path in resolved}) < len(paths)
     names = [str(path) if clash else None for path in paths]
     runs = [read_run(path, name=name) for path, name in zip(paths, names, strict=True)]
-    if sum(run.size for run in runs) > _LIMIT:  # then each gets its share
+    if sum(run.size for run in runs) > _LIMIT:  # then each gets an equal part
         runs = [read_run(path, name=name, limit=_LIMIT // len(paths)) for path, name in zip(paths, names, strict=True)]
     if out is None:
         out = paths[0] / "report.html" if len(paths) == 1 else Path("report.html")
     page = render(runs, title=title)
     with whole_file(Path(out)) as stream:
-        stream.write(page.encode(errors="replace"))  # a config can hold half a character
+        stream.write(page.encode(errors="replace"))  # a config may have lone surrogates
     return Path(out)

@@ -1,4 +1,4 @@
-"""Training curves as polylines for a page, which styles them for light and dark; plain numbers and strings only."""
+"""Training curves as SVG polylines, as plain numbers and strings; the page's style sheet colours them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,21 +11,21 @@ __all__ = ["Panel", "panels"]
 
 WIDTH, HEIGHT = 300, 170
 LEFT, RIGHT, TOP, BOTTOM = 44, 8, 10, 30  # margins of the drawing
-_LARGEST = 1e100  # numbers beyond it, and NaN, are not drawn
+_LARGEST = 1e100  # larger numbers, and NaN, are not drawn
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One figure over the training.
+    """The curves of one metric.
 
     Args:
-        name: of the figure.
+        name: of the metric.
         unit: of the horizontal axis: ``epoch`` or ``step``.
-        train: ``x,y x,y ...`` in a drawing of 300 by 170.
-        test: the same; empty where the run recorded none.
-        across: ticks of the horizontal axis, each its place and its text.
-        up: of the vertical axis.
-        summary: first and last values, for those who cannot see it.
+        train: points ``x,y x,y ...`` in a view box of 300 by 170.
+        test: the same; empty if the run recorded none.
+        across: ticks of the horizontal axis, each a position and its text.
+        up: ticks of the vertical axis.
+        summary: first and last values, as the text alternative of the drawing.
     """
 
     name: str
@@ -59,7 +59,7 @@ def panels(history: Sequence[TrainingRecord]) -> list[Panel]:
 
 
 def _points(places: Sequence[int], terms: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
-    """Those that can be drawn: a file that is read may hold anything."""
+    """The points that can be drawn; a file may have invalid values."""
     pairs = zip(places, [each.get(name) for each in terms], strict=True)
     return [
         (float(x), float(y))
@@ -79,7 +79,7 @@ def _panel(name: str, unit: str, train: list[tuple[float, float]], test: list[tu
         return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - y_low) / ((y_high - y_low) or 1), 1)
 
     def line(points: list[tuple[float, float]]) -> str:
-        points = points * 2 if len(points) == 1 else points  # a line of one point is drawn as its round end
+        points = points * 2 if len(points) == 1 else points  # a single point is drawn as the round cap of a line
         return " ".join(f"{across(x)},{up(y)}" for x, y in points)
 
     said = [

@@ -1,56 +1,54 @@
-"""What a report says of each picture and figure: how to read it, in a sentence or two."""
+"""Explanations of each figure and metric in a report."""
 
 from collections.abc import Mapping
 from typing import Any
 
 __all__ = ["FIGURES", "MEASURES", "UNKNOWN_FIGURE", "title_and_reading"]
 
-# Name of the file -> title, how to read it; in the order in which a page shows them.
+# Name of the file -> title, explanation; in the order of the page.
 FIGURES = {
     "reconstructions": (
         "Test images and their reconstructions",
-        "Top: images the model has not seen; below: what the decoder makes of their latent means. What is lost from one row "
-        "to the next is what the latents did not carry: look for what is gone or blurred. Where there is a row "
-        "of Bernoulli samples, it shows what the model says a real image looks like, pixel by pixel on its own, hence the "
-        "grain.",
+        "Top: test images; below: their reconstructions, decoded from the posterior means. Details that are missing or "
+        "blurred are not encoded in the latents. A row of Bernoulli samples, if there is one, shows draws from "
+        "p(x | z); its pixels are independent given z, hence the grain.",
     ),
     "prior_samples": (
-        "Drawn from the prior",
-        "Latents drawn at random, decoded: what the model makes up by itself. Where they look like data, the codes of real "
-        "images fill the prior; hybrids and smears come from gaps that no image's code covers.",
+        "Samples from the prior",
+        "Latents drawn from the prior, decoded. If they look like data, the posteriors of the data cover the prior; hybrids "
+        "and smears come from regions of the prior with no data.",
     ),
     "samples_by_label": (
         "Samples like a label",
-        "Each row starts from images of one label: encode one, draw from its posterior, decode. A row that strays into "
-        "other shapes shows labels whose codes overlap.",
+        "Each row is made from images of one label: encode, draw from the posterior, decode. A row with other shapes shows "
+        "labels whose latents overlap.",
     ),
     "interpolation": (
-        "From one image to another",
-        "Top: a straight way in latent space; below: the same way in pixels. Cross-fading two images is no model of what "
-        "lies between them: a good latent space passes through plausible images instead.",
+        "Interpolation",
+        "Top: linear interpolation in latent space; below: in pixel space. The latter only cross-fades the two images; in "
+        "a good latent space the images in between are plausible.",
     ),
     "denoising": (
         "Denoising",
-        "Pixels are flipped at random, then the image is encoded and decoded. The model knows no such noise, so it answers "
-        "with the nearest image it can make: noise goes, and so may details.",
+        "Pixels are flipped at random, and the image is encoded and decoded. The model was not trained on such noise; the "
+        "reconstruction removes the noise, and possibly details.",
     ),
     "tsne": (
         "Latent means in two dimensions, by t-SNE",
-        "Each point is an observation, coloured by its label if it has one, which the training never saw: islands of one "
-        "colour mean that the latents found the labels by themselves. Neighbourhoods can be trusted; distances between "
-        "islands, and their sizes, cannot.",
+        "Each point is an observation, coloured by its label, if any. Training does not use the labels: clusters of one "
+        "colour mean that the latents separate the labels without supervision. Neighbourhoods are meaningful; distances "
+        "between clusters, and their sizes, are not.",
     ),
     "latent_pairs": (
         "Latent means, two axes at a time",
-        "Each point is an observation, seen along the axes that vary most. Compare with the prior, a round cloud of "
-        "standard deviation 1: an axis whose points all lie near 0 says little about the data.",
+        "Each point is an observation, on pairs of the axes with the largest variance. Compare with the prior, of standard "
+        "deviation 1 on each axis: an axis on which all means are near 0 has little information about the data.",
     ),
     "reconstructions_train": (
         "Training images and reconstructions",
-        "As for the test images. Where these look clearly better than those, the model has learned its training set by "
-        "heart.",
+        "As for the test images. If these are clearly better, the model overfits.",
     ),
-    "training_curves": ("Training curves", "Drawn anew in the page from metrics.jsonl."),
+    "training_curves": ("Training curves", "Redrawn in the page from metrics.jsonl."),
 }
 
 # Of a model that is given more than x in training.
@@ -79,21 +77,20 @@ def title_and_reading(name: str, config: Mapping[str, Any]) -> tuple[str, str]:
 
 UNKNOWN_FIGURE = "A picture that the run left behind; the script that made it says what it shows."
 
-# Name of a figure -> title, which way is better, what it is (the last two make a sentence).
+# Name of a metric -> title, which direction is better, definition (the last two make a sentence).
 MEASURES = {
     "neg_elbo": ("-ELBO", "Lower is better: ", "reconstruction + KL, an upper bound on -log p(x)."),
     "reconstruction": (
         "Reconstruction",
         "A part of -ELBO: ",
-        "-log p(x | z) at latents of the data, what the decoder still gets wrong. Of a normal likelihood it holds the "
-        "density's constant.",
+        "the expected -log p(x | z) under the posterior. For a normal likelihood it includes the density's constant.",
     ),
-    "kl": ("KL", "A part of -ELBO: ", "how far the latents are from the prior, the nats that they say about the data."),
+    "kl": ("KL", "A part of -ELBO: ", "the divergence of the posterior from the prior."),
     "squared_error": ("Squared error", "Lower is better: ", "summed over the elements of x."),
     "mean_squared_error": ("Mean squared error", "Lower is better: ", "per element of x."),
     "log_marginal": (
         "log p(x)",
         "Higher is better: ",
-        "by importance sampling; a lower bound in expectation, tighter than the ELBO, and rising with the draws.",
+        "by importance sampling; a lower bound in expectation, tighter than the ELBO, which rises with the draws.",
     ),
 }

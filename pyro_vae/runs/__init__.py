@@ -1,1 +1,1 @@
-"""A run: its settings, its folder, what stops it and what it logs."""
+"""Runs: settings, folders, signals and loggers."""

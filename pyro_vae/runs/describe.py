@@ -1,4 +1,4 @@
-"""What ``config.json`` says of a run, for people: the names of its parts, and where its figures come from."""
+"""The description of a run in ``config.json``: the names of its parts, and the provenance of its metrics."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ __all__ = ["described", "further", "model_of", "name_of", "parts_of", "prepared"
 
 
 def model_of(objective: Objective) -> Any:
-    """The model that an objective fits: a module or a pair with model and guide, or an autoencoder; None if it has none."""
+    """The model of an objective: a module or a pair with model and guide, or an autoencoder; None if it has none."""
     found: list[nn.Module] = []
     for module in objective.modules():
         if isinstance(module, ProgramPair | VAE | Autoencoder) and not any(module in set(m.modules()) for m in found):
@@ -44,7 +44,7 @@ def _whole(module: nn.Module) -> Any:
 
 
 def provenance(train: Data, test: Data | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the figures come from."""
+    """The provenance of the metrics: seed, data, hardware, versions."""
     return {
         "seed": options.get("seed", 0),
         "dataset": train.name,
@@ -64,9 +64,9 @@ def provenance(train: Data, test: Data | None, options: Mapping[str, Any]) -> di
 
 
 def prepared(objective: Objective, model: Any, train: Data, batch_size: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """What holds the parameters, all of which are there now; and a batch."""
+    """The module with all parameters, after these were initialised; and a batch."""
     rows = min(batch_size, len(train))
-    # The whole is checked by fit; without this a batch that does not suit would fail somewhere in the model.
+    # fit checks all data; without this check an invalid batch would fail somewhere in the model.
     train.subset(slice(rows)).check(objective.check, objective.forward)
     with torch.random.fork_rng(devices=[train.x.device] if train.x.is_cuda else []):
         batch = train.batch(torch.arange(rows, device=train.x.device))
@@ -82,7 +82,7 @@ def prepared(objective: Objective, model: Any, train: Data, batch_size: int) -> 
 def described(
     objective: Objective, model: Any, train: Data, batch: Sequence[Tensor], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a run is that no settings describe, in words, and what its model is called with."""
+    """The description of a run without settings: model, objective, training options, and the shapes of a batch."""
     return {
         "model": "none" if model is None else _model_name(model),
         "objective": objective.identity(),
@@ -97,7 +97,7 @@ _SAID = ("seed", "verbose", "on_record", "stop", "checkpoint_every", "device")  
 
 
 def _likelihood(model: Any, batch: Sequence[Tensor]) -> str:
-    """The distributions of what the model observes."""
+    """The distributions of the observed sites."""
     if not is_program_pair(model):
         return "none" if isinstance(model, Autoencoder) else "of no model of random variables"
     pair = ProgramPair(model)
@@ -125,7 +125,7 @@ def parts_of(model: Any) -> dict[str, str]:
 
 
 def _model_name(model: Any) -> str:
-    """The model's class and those of its parts, for people."""
+    """The names of the model's class and of its parts."""
     if isinstance(model, VAE):
         parts = ("encoder", "decoder", "prior", "posterior", "likelihood")
         return f"{name_of(model)}({', '.join(f'{part} {name_of(getattr(model, part))}' for part in parts)})"
@@ -145,7 +145,7 @@ def name_of(part: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it, or in words."""
+    """The value if JSON can represent it, else a description."""
     if isinstance(value, bool | int | float | str | None):
         return value
     if hasattr(value, "item"):  # a number of NumPy

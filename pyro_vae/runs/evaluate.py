@@ -1,4 +1,4 @@
-"""Figures of a run that is there: of its own test set, or of other data."""
+"""Evaluation of an existing run, on its own test set or on other data."""
 
 import json
 import warnings
@@ -87,7 +87,7 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> tuple[str, dict[str,
 
 
 def _other_data(path: str, run: RunSettings, settings: Settings, config: Mapping[str, Any]) -> Data:
-    """All observations of a file or folder, read as those of the run were."""
+    """All observations of a file or folder, read in the same way as the data of the run."""
     size, event_shape = settings.image_size, config["event_shape"]
     if size is None and Path(path).expanduser().is_dir() and event_shape[-1] == event_shape[-2:][0]:
         size = event_shape[-1]

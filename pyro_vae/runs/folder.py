@@ -1,6 +1,6 @@
 """A run is a folder: config.json, metrics.jsonl (a line per record), metrics.json, latents.json, checkpoints/, figures/.
 
-JSON files and weights are written whole or not at all. One process at a time writes to a folder.
+JSON files and parameters are written atomically. Only one process at a time writes to a folder.
 """
 
 import io
@@ -53,10 +53,10 @@ _LOCK = ".lock"
 
 
 def lock_run(folder: Path) -> None:
-    """Keep other processes from writing to a folder, for as long as this one lives.
+    """Lock a folder against other processes until the end of this one.
 
     Raises:
-        CheckpointError: another process does, or the folder cannot be written.
+        CheckpointError: another process has locked it, or it cannot be written.
     """
     lock = _LOCKS.setdefault(folder.resolve(), FileLock(folder / _LOCK))
     try:
@@ -73,10 +73,10 @@ _LOCKS: dict[Path, FileLock] = {}  # held to the end of the process
 
 
 def reopen_run(folder: Path) -> None:
-    """Lock the folder of a run that goes on, and make what is missing of its folders, before anything is written.
+    """Lock the folder of a run to resume, and create missing subfolders, before anything is written.
 
     Raises:
-        CheckpointError: another process writes to it, or it cannot be written.
+        CheckpointError: another process has locked it, or it cannot be written.
     """
     lock_run(folder)
     for part in ("checkpoints", "figures"):
@@ -88,7 +88,7 @@ def reopen_run(folder: Path) -> None:
 
 
 def check_new_run(folder: str | Path | None, *, overwrite: bool = False) -> None:
-    """Raise what :func:`new_run` would, before anything is loaded or computed, and try whether files can be written."""
+    """Raise the errors of :func:`new_run` before anything is loaded or computed, and check that files can be written."""
     path = Path("runs" if folder is None else folder)
     if folder is not None and path.is_dir():
         _check_empty(path, overwrite)
@@ -96,12 +96,12 @@ def check_new_run(folder: str | Path | None, *, overwrite: bool = False) -> None
 
 
 def new_run(folder: str | Path | None, *, name: str, overwrite: bool = False) -> Path:
-    """Make the folder of a new run, and lock it (see :func:`lock_run`).
+    """Create the folder of a new run, and lock it (see :func:`lock_run`).
 
     Args:
-        folder: where; default: ``runs/<name>-<date>-<time>`` under the working directory, never one that exists.
+        folder: default: a new ``runs/<name>-<date>-<time>`` in the working directory.
         name: of the run.
-        overwrite: empty a folder that holds an earlier run; anything else in it stays.
+        overwrite: delete the files of an earlier run in the folder; other files are not deleted.
 
     Raises:
         CheckpointError: the folder is not empty, or cannot be written.
@@ -145,7 +145,7 @@ def _check_empty(path: Path, overwrite: bool) -> None:
 
 
 def _is_left_by_a_start(part: Path) -> bool:
-    """Whether it is no more than what a run that was killed before its config was written leaves behind."""
+    """Whether a file or folder may be left by a run that was killed before its config was written."""
     if part.is_dir():
         return part.name in ("checkpoints", "figures") and not any(part.iterdir())
     return part.name in (_LOCK, f".{CONFIG}.tmp")
@@ -160,16 +160,16 @@ def _clear(path: Path) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run, ended or not."""
+    """Whether a folder is that of a run, finished or not."""
     return (folder / CONFIG).is_file()
 
 
 def withdraw_run(folder: Path, earlier: bytes | None) -> None:
-    """Leave the folder of a run that was refused before its first step as it was.
+    """Restore the folder of a run that failed before its first step.
 
     Args:
         folder: of the run.
-        earlier: the config of the run that was to go on, which is put back; None: a new one, whose folder can then be used
+        earlier: the previous config of a run to resume, which is restored; None: a new run, whose folder can then be used
             again.
     """
     records = folder / "metrics.jsonl"
@@ -182,19 +182,19 @@ def withdraw_run(folder: Path, earlier: bytes | None) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     with whole_file(path) as stream:
         stream.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
-    """Write a file of JSON lines, whole or not at all."""
+    """Write a file of JSON lines atomically."""
     with whole_file(path) as stream:
         stream.writelines((json.dumps(record) + "\n").encode() for record in records)
 
 
 def append_jsonl(path: Path, record: Any) -> None:
-    """Add one line to a file of JSON lines."""
+    """Append a line to a file of JSON lines."""
     try:
         with path.open("a") as stream:
             stream.write(json.dumps(record) + "\n")
@@ -205,10 +205,10 @@ def append_jsonl(path: Path, record: Any) -> None:
 
 
 def read_records(path: Path) -> list[TrainingRecord]:
-    """The records of a metrics.jsonl, of an earlier version's too; none where there is no such file.
+    """The records of a metrics.jsonl, also in the format of earlier versions; none if the file does not exist.
 
     Raises:
-        CheckpointError: it cannot be read, or holds something else.
+        CheckpointError: the file cannot be read, or its lines are no records.
     """
     if not path.exists():
         return []
@@ -223,12 +223,12 @@ def read_records(path: Path) -> list[TrainingRecord]:
 
 
 def write_config(run: Path, settings: Settings | None, *, event_shape: tuple[int, ...], **provenance: Any) -> None:
-    """Write ``config.json``: what ``load_run`` needs to build the model again, and where it comes from.
+    """Write ``config.json``: the settings from which ``load_run`` rebuilds the model, and the provenance of the run.
 
     Args:
         run: folder.
-        settings: of the model; None where no settings describe it, and ``provenance`` has ``model``, what it is in words,
-            and ``batch``, shape and type of the tensors that it is called with, by name.
+        settings: of the model; None for a model without settings, for which ``provenance`` has ``model``, a description, and
+            ``batch``, shape and dtype of its arguments by name.
         event_shape: shape of one observation.
         provenance: further entries, plain values.
     """
@@ -237,10 +237,10 @@ def write_config(run: Path, settings: Settings | None, *, event_shape: tuple[int
 
 
 def save_weights(run: Path, model: nn.Module, name: str = "weights", *, durable: bool = True) -> None:
-    """Write the weights, in place of those of the same name: by default those that ``load_run`` reads.
+    """Write the parameters and buffers, replacing a file of the same name; ``load_run`` reads that of the default name.
 
     Args:
-        durable: wait until they are on the disk, safe from a loss of power.
+        durable: wait until they are on the disk, so that they survive a power failure.
     """
     write_tensors(run / WEIGHTS.with_stem(name), model.state_dict(), durable=durable)
 
@@ -254,10 +254,10 @@ def save_figure(run: Path, name: str, figure: "Figure") -> None:
 
 
 def read_settings(folder: Path, *, remedy: str) -> tuple[Settings, tuple[int, ...], dict[str, Any]]:
-    """:func:`read_config` of a run whose model settings describe.
+    """:func:`read_config` of a run with settings.
 
     Raises:
-        CheckpointError: as by :func:`read_config`; or none do, and the message ends with the remedy.
+        CheckpointError: see :func:`read_config`; or the run has no settings (the message ends with the remedy).
     """
     settings, event_shape, config = read_config(folder)
     if settings is None:
@@ -266,10 +266,10 @@ def read_settings(folder: Path, *, remedy: str) -> tuple[Settings, tuple[int, ..
 
 
 def read_config(folder: Path) -> tuple[Settings | None, tuple[int, ...], dict[str, Any]]:
-    """What :func:`write_config` has written: the settings, the shape of an observation, and all of it as it stands there.
+    """Read a file of :func:`write_config`: the settings, the shape of an observation, and the whole content.
 
     Raises:
-        CheckpointError: missing, damaged, or no settings that a model can be built with.
+        CheckpointError: the file is missing or damaged, or its settings are invalid.
     """
     path = folder / CONFIG
     if not path.is_file():

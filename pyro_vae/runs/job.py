@@ -27,7 +27,7 @@ FEWEST_STEPS = 2000  # on your own data, by default: fewer leave the pictures bl
 
 
 def train_job(job: Job, signals: Signals) -> Path:
-    """Load the data, build model and objective as the job says, and train them, or go on with that.
+    """Load the data, build model and objective of the job, and train or resume the run.
 
     Args:
         job: see :func:`~pyro_vae.runs.settings.make_job`.
@@ -37,7 +37,7 @@ def train_job(job: Job, signals: Signals) -> Path:
         The run folder.
 
     Raises:
-        SettingError, DataError: settings that do not suit one another or the data; or data that are missing or damaged.
+        SettingError, DataError: settings do not match each other or the data; or the data are missing or damaged.
         CheckpointError, NonFiniteError, RunStoppedError: see :func:`~pyro_vae.runs.train.train_run`.
     """
     options = job.options
@@ -85,7 +85,7 @@ def train_job(job: Job, signals: Signals) -> Path:
 
 
 def _check_folder(job: Job) -> None:
-    """Before anything is loaded or computed."""
+    """Check the run folder before anything is loaded or computed."""
     out, resume = job.options.out, job.options.resume
     if resume is None:
         processes.first(lambda: check_new_run(out, overwrite=job.options.overwrite))
@@ -100,7 +100,7 @@ def _warn_loudly(message: str) -> None:
 
 
 def _build(job: Job, train: Data, device: str) -> tuple[Settings, VAE]:
-    """The settings, fitted to the data, and a new VAE that takes them."""
+    """The settings, adapted to the data, and a new VAE."""
     settings = job.settings
     torch.manual_seed(job.run.seed)
     try:
@@ -122,7 +122,7 @@ def _build(job: Job, train: Data, device: str) -> tuple[Settings, VAE]:
 
 
 def _as_taken(job: Job, data: Data, vae: VAE) -> Data:
-    """The data with batches of the type that the VAE takes, once its likelihood is found to be defined for them."""
+    """The data with batches of the VAE's dtype, after a check that its likelihood is defined for them."""
     data = data.to("cpu", vae.example().dtype)
     try:
         data.check(vae.check)
@@ -144,7 +144,7 @@ def _check_same(job: Job, test: Data) -> None:
 
 
 def _fitted(job: Job, train: Data) -> tuple[Settings, str]:
-    """Settings that suit your own data where nothing else was asked for, and what they are."""
+    """Settings for your own data, chosen by the data unless given, and a description of them."""
     settings, asked = job.settings, job.asked
     changes: dict[str, Any] = {}
     reason = "as asked for"
@@ -163,6 +163,6 @@ def _fitted(job: Job, train: Data) -> tuple[Settings, str]:
 
 
 def _of_columns(settings: Settings, train: Data) -> str:
-    """What to say of the columns of a table that the density of these settings does not suit."""
+    """A caution about columns of a table that have no density; empty if there are none."""
     normal = settings.likelihood in ("normal", "learned-normal") and len(train.event_shape) == 1
     return caution_of_columns(train.x, train.columns) if normal else ""

@@ -1,4 +1,4 @@
-"""A run's model with its weights: built again from its settings, or given."""
+"""Loading the model of a run: rebuilt from its settings, or passed by the caller."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,21 +25,21 @@ def load_run(folder: str | Path, *, model: None = None, device: torch.device | s
 @overload
 def load_run(folder: str | Path, *, model: Any, device: torch.device | str | None = None) -> Any: ...
 def load_run(folder: str | Path, *, model: Any = None, device: torch.device | str | None = None) -> Any:
-    """The model of a run folder, with the weights of its last record, in evaluation mode.
+    """Load the model of a run folder, with the parameters of its last record, in evaluation mode.
 
     Args:
         folder: of the run.
-        model: of a run whose model no settings describe: one that is built like it, a module, a pair ``(model, guide)``, or
-            the objective where it has no model. Its parameters get the values of the run, those in Pyro's store too.
-        device: where to; default: the CPU, or where a given model is.
+        model: for a run without settings: a model that is built in the same way, a module, a pair ``(model, guide)``, or the
+            objective if it has no model. Its parameters are set to those of the run, including those in Pyro's param store.
+        device: of the result; default: the CPU, or the device of the given model.
 
     Returns:
-        The VAE, or the autoencoder, that the run's settings describe; or the given model, a pair as a
+        The VAE or autoencoder that the run's settings describe; or the given model, a pair as a
         :class:`~pyro_vae.models.programs.ProgramPair`.
 
     Raises:
-        CheckpointError: no run there, or a file of it that is damaged or does not fit the others or the given model; or no
-            settings describe the model, and none is given.
+        CheckpointError: the folder is not that of a run; a file is damaged, or does not match the others or the given model;
+            or the run has no settings, and no model is given.
 
     Example:
         >>> from pyro.infer import Predictive
@@ -85,7 +85,7 @@ def _built(folder: Path) -> VAE | Autoencoder:
     """The model that the settings describe."""
     remedy = "Pass one that is built like it: load_run(folder, model=...)."
     settings, event_shape, _ = read_settings(folder, remedy=remedy)
-    with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten: leave the caller's stream alone
+    with torch.random.fork_rng(devices=[]):  # the initial parameters are overwritten: restore the caller's random state
         try:
             return settings.build_model(event_shape)
         except (RuntimeError, ValueError) as error:  # RuntimeError: torch's answer to a model larger than the memory
@@ -111,7 +111,7 @@ def _as_now(weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prepared(pair: ProgramPair, weights: Mapping[str, Any], config: Mapping[str, Any]) -> nn.Module:
-    """What holds the parameters of a pair, once those in Pyro's store are there as the run had them."""
+    """The module with all parameters of a pair, after those in Pyro's store were initialised as in the run."""
     own = pair.holder.state_dict()
     if "batch" not in config or (own.keys() == weights.keys() and not any(map(is_lazy, own.values()))):
         return pair.holder
@@ -149,7 +149,7 @@ def _fill(model: nn.Module, weights: Any, path: Path, what: str) -> None:
 
 
 def _copy(weights: dict[str, Tensor], into: dict[str, Tensor]) -> None:
-    """Each tensor into that of its name."""
+    """Copy each tensor to the one with the same name."""
     saved, given = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (weights, into))
     names = {**saved, **given}
     wrong = [f"{name} {saved.get(name)} -> {given.get(name)}" for name in names if saved.get(name) != given.get(name)]

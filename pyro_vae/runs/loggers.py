@@ -1,4 +1,4 @@
-"""What a run shows in TensorBoard; any other tracker is a function given to ``fit(on_record=...)``."""
+"""Logging to TensorBoard; any other tracker is a function passed to ``fit(on_record=...)``."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +21,10 @@ __all__ = ["TensorBoard"]
 
 
 class TensorBoard:
-    """Writes event files; look at them with ``tensorboard --logdir FOLDER``.
+    """Writes event files, to be viewed with ``tensorboard --logdir FOLDER``.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
 
     Raises:
         DataError: the package tensorboard cannot be imported.

@@ -45,9 +45,9 @@ _FIXED: dict[str, Likelihood] = {
 @described
 @dataclass(frozen=True)
 class Settings:
-    """All that defines a model and its training, but the data.
+    """All settings of a model and its training, except the data.
 
-    With the likelihood none they are a plain autoencoder's. A value that no model can be built with is refused, by a
+    With the likelihood none the model is a plain autoencoder. An invalid value raises a
     :class:`~pyro_vae._checks.SettingError` that names it.
     """
 
@@ -116,16 +116,16 @@ class Settings:
             raise SettingError("beta", f"expected 1 with objective iwae, which has no KL to weigh, found {self.beta!r}.")
 
     def build_vae(self, event_shape: Sequence[int], *, moments: tuple[Tensor, Tensor] | None = None) -> VAE:
-        """A new VAE of these settings for observations of this shape, weights drawn from torch's global random state.
+        """A new VAE with these settings for observations of this shape, initialised from torch's global random state.
 
         Args:
             event_shape: shape of one observation.
             moments: mean and standard deviation of the training data, :meth:`~pyro_vae.data.dataset.Data.moments`: the
-                likelihood learned-normal standardises by them (None: 0 and 1), and the rates of poisson begin at the mean
-                (None: at about 1).
+                likelihood learned-normal standardises by them (None: 0 and 1), and the rates of poisson are initialised to
+                the mean (None: to about 1).
 
         Raises:
-            ValueError: these are settings of an autoencoder, or the nets do not suit event_shape.
+            ValueError: these are settings of an autoencoder, or the nets do not support event_shape.
         """
         if self.likelihood == "none":
             raise ValueError(f"{self.preset} is a plain autoencoder, which has no likelihood: use build_model.")
@@ -140,12 +140,12 @@ class Settings:
         if self.likelihood == "poisson":
             encoder = nn.Sequential(Log1p(), encoder)
             if moments is not None and isinstance(decoder, MLPDecoder):
-                with torch.no_grad():  # rates that begin far from the counts overflow, or take thousands of steps
+                with torch.no_grad():  # initial rates far from the counts would overflow, or need thousands of steps
                     decoder.output.bias.copy_(moments[0].clamp_min(1e-3).log().flatten())
         return VAE(encoder, decoder, latent_dim=self.latent_dim, event_shape=event_shape, likelihood=likelihood)
 
     def build_model(self, event_shape: Sequence[int], *, moments: tuple[Tensor, Tensor] | None = None) -> VAE | Autoencoder:
-        """:meth:`build_vae`, or the autoencoder where the settings say so."""
+        """:meth:`build_vae`, or the autoencoder if the likelihood is none."""
         if self.likelihood != "none":
             return self.build_vae(event_shape, moments=moments)
         return Autoencoder(*self._nets(event_shape, heads=1), latent_dim=self.latent_dim, event_shape=event_shape)
@@ -169,7 +169,7 @@ class Settings:
         )
 
     def build_objective(self, model: VAE | Autoencoder) -> Objective:
-        """The objective of these settings for a model of them."""
+        """The objective of these settings for a model."""
         if isinstance(model, Autoencoder):
             return ReconstructionError(model)
         if self.objective == "iwae":
@@ -213,7 +213,7 @@ def load_preset(name: str, **changes: Any) -> Settings:
     """Settings of a reference system, with the given fields changed.
 
     Raises:
-        ValueError: no such preset, no such setting, or a value that does not fit.
+        ValueError: the preset or a setting is unknown, or a value is invalid.
 
     Example:
         >>> settings = load_preset("bernoulli-z20", latent_dim=2)
@@ -235,14 +235,14 @@ def load_preset(name: str, **changes: Any) -> Settings:
 
 
 def fitting_likelihood(data: Data) -> tuple[str, str]:
-    """The likelihood that suits the data, of those in :data:`LIKELIHOODS`, and why.
+    """The default likelihood for the data, of those in :data:`LIKELIHOODS`, and the reason.
 
-    - Values that are 0 or 1, or will be made so: ``"bernoulli"``.
-    - Grey pixels, uint8 or images in [0, 1]: ``"bernoulli"`` too, as most published examples have it; a relaxed one, whose
-      figures compare only with others of the kind.
+    - Values 0 and 1, with or without binarisation: ``"bernoulli"``.
+    - Grey pixels, uint8 or images in [0, 1]: ``"bernoulli"`` too, as in most published examples; a relaxed one, whose values
+      are comparable only with each other.
     - Colours: ``"normal"``, a density over colours.
-    - All else, tables and numbers beyond [0, 1]: ``"learned-normal"``. Whole numbers may be counts, categories or neither,
-      which nothing tells; the reason names ``"poisson"`` for counts.
+    - Everything else, tables and values outside [0, 1]: ``"learned-normal"``. Whether whole numbers are counts or categories
+      cannot be determined; the reason suggests ``"poisson"`` for counts.
     """
     shape, x = data.event_shape, data.x
     pixels = data.are_pixels

@@ -1,4 +1,4 @@
-"""Draws from the prior of a run's model, as a file."""
+"""Samples from the prior of a run's model, written to a file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from pyro_vae.runs.load import load_run
 __all__ = ["SampleOptions", "sample_run"]
 
 _CHUNK = 1000  # draws decoded at once
-_SIDE = 64  # pixels that an image in a grid has at least, where whole factors bring it there
+_SIDE = 64  # images in a grid are enlarged by the largest integer factor up to this width
 
 
 @described
@@ -41,15 +41,15 @@ class SampleOptions:
 
 
 def sample_run(folder: Path, options: SampleOptions) -> Path:
-    """Draw z from the prior, and x given z; torch's global random state is left as found.
+    """Draw z from the prior, and x given z; torch's global random state is restored.
 
     Returns:
         The file: ``.npz`` with ``z``, ``(num, latent_dim)``, ``mean`` and ``x``, ``(num, *event_shape)``; or ``.png``, a
         grid of the means.
 
     Raises:
-        CheckpointError: no run there, or a damaged one; or the file is there already, or cannot be written.
-        DataError: a plain autoencoder, which has no prior; or a picture of what are no images.
+        CheckpointError: the folder is not that of a run, or the run is damaged; the file exists, or cannot be written.
+        DataError: the model is a plain autoencoder, which has no prior; or a .png of observations that are no images.
     """
     if options.out.exists() and not options.overwrite:
         raise CheckpointError(f"{options.out}: already there. Name another file, or pass --overwrite to replace it.")
@@ -74,7 +74,7 @@ def sample_run(folder: Path, options: SampleOptions) -> Path:
 
 
 def _save_grid(images: Tensor, stream: Any) -> None:
-    """A PNG, as square as can be; of values beyond [0, 1], from the least to the greatest."""
+    """A PNG of a square grid; values outside [0, 1] are scaled by their range."""
     from torchvision.utils import save_image  # heavy, and only needed here
 
     if images.min() < 0 or images.max() > 1:

@@ -1,4 +1,4 @@
-"""What a run is made of: the settings of its model, those beside them, and how it is carried out."""
+"""Settings of a run: of its model, of its data and training, and options of its execution."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -37,9 +37,9 @@ _MAY_GROW = ("epochs", "steps")
 @described
 @dataclass(frozen=True)
 class RunSettings:
-    """What defines a run beside the settings of its model; ``config.json`` keeps it, and a run that goes on has the same.
+    """Settings of a run other than those of its model, saved in ``config.json`` and unchanged when the run is resumed.
 
-    A value that none can have is refused, by a :class:`~pyro_vae._checks.SettingError` that names it.
+    An invalid value raises a :class:`~pyro_vae._checks.SettingError` that names it.
     """
 
     dataset: str = option("auto", help="auto: mnist if it can be had, else digits", choices=DATASETS)
@@ -91,7 +91,7 @@ class RunSettings:
 
     @staticmethod
     def of_config(folder: Path, config: Mapping[str, Any]) -> "RunSettings":
-        """As ``config.json`` has them.
+        """The settings in a ``config.json``.
 
         Raises:
             CheckpointError: one is missing, or has a value that it cannot have; or train_run has written them, for data that
@@ -125,7 +125,7 @@ class DataOptions:
 @described
 @dataclass(frozen=True)
 class FolderOptions:
-    """The folder that a run leaves, and what it holds."""
+    """The folder of a run, and its content."""
 
     out: Path | None = option(None, help="run folder", default_text="a new one, runs/NAME-DATE-TIME")
     overwrite: bool = option(False, help="replace the earlier run that --out holds", default_text="refuse")
@@ -139,7 +139,7 @@ class FolderOptions:
 @described
 @dataclass(frozen=True)
 class MeasureOptions(DataOptions):
-    """Where figures are computed, and how many draws they take."""
+    """Device and number of draws of an evaluation."""
 
     device: str = option("auto", help="auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
     importance_samples: int = option(100, help="draws per test image for log p(x) by importance sampling; 0: leave it out")
@@ -162,7 +162,7 @@ class MeasureOptions(DataOptions):
 @described
 @dataclass(frozen=True)
 class TrainOptions(FolderOptions, MeasureOptions):
-    """How a run is carried out; another time it may be another way."""
+    """Options of the execution of a run, which may change when it is resumed."""
 
     resume: Path | None = option(
         None,
@@ -193,14 +193,14 @@ class TrainOptions(FolderOptions, MeasureOptions):
 
 @dataclass(frozen=True)
 class Job:
-    """A run to be made, or to go on.
+    """A new run, or one to resume.
 
     Args:
         settings: of the model and its training.
-        run: what else defines the run.
-        options: how it is carried out.
-        asked: names of the settings that were asked for; of others, own data may choose the values that fit them.
-        requested_dataset: what was asked for where the run began; None with own data.
+        run: all other settings of the run.
+        options: of its execution.
+        asked: names of the settings that were given; with your own data, the others are chosen by the data.
+        requested_dataset: the data set requested for the new run; None with your own data.
     """
 
     settings: Settings
@@ -214,8 +214,8 @@ def make_job(given: Mapping[str, Any]) -> Job:
     """The job of these options, by name, of :class:`Settings`, :class:`RunSettings` and :class:`TrainOptions`.
 
     Raises:
-        SettingError: a value that cannot be.
-        CheckpointError: the run to be resumed is none, or has other settings.
+        SettingError: a value is invalid.
+        CheckpointError: the folder to resume is not that of a run, or the run has other settings.
 
     Example:
         >>> job = make_job({"epochs": 3, "dataset": "digits"})
@@ -254,7 +254,7 @@ def _resumed(folder: Path, asked_for: Mapping[str, Any], options: TrainOptions) 
             differ.append(f"{name}: {saved} -> {asked}")
     if differ:
         raise CheckpointError(
-            f"{folder}: this run has other settings (saved -> asked): {'; '.join(differ)}. Leave these options away "
+            f"{folder}: this run has other settings (saved -> requested): {'; '.join(differ)}. Leave these options away "
             "(--epochs or --steps may grow), or start a new run in another folder."
         )
     run = replace(RunSettings.of_config(folder, config), **moved)

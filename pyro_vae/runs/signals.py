@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first lets a step be finished and saved, the second ends the process at once."""
+"""SIGINT and SIGTERM: after the first the current step is completed and saved, the second ends the process immediately."""
 
 import os
 import signal
@@ -10,14 +10,14 @@ __all__ = ["SignalledError", "Signals"]
 
 
 class SignalledError(KeyboardInterrupt):
-    """A SIGINT or SIGTERM that came when there was nothing to be finished."""
+    """A SIGINT or SIGTERM outside of training, where there is no step to complete."""
 
 
 class Signals:
-    """Handles SIGINT and SIGTERM while it is entered; then the handlers from before are back.
+    """A context manager that handles SIGINT and SIGTERM, and restores the previous handlers at the end.
 
     Attributes:
-        number: of the first signal that came; None before.
+        number: of the first signal received; None before.
     """
 
     def __init__(self) -> None:
@@ -34,14 +34,14 @@ class Signals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None:
-            os._exit(128 + number)  # the second: whatever hangs may hang
+            os._exit(128 + number)  # the second: immediately, even if something hangs
         self.number = number
         if not self._awaited:
             raise SignalledError
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
-        """Within, a signal does nothing but make :meth:`came` true."""
+        """Within this context a signal only makes :meth:`came` true."""
         self._awaited = True
         try:
             yield
@@ -49,7 +49,7 @@ class Signals:
             self._awaited = False
 
     def came(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal was received."""
         return self.number is not None
 
     @property

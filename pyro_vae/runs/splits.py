@@ -1,4 +1,4 @@
-"""The data of a run, as its settings name them."""
+"""Loading the data of a run from its settings."""
 
 import warnings
 from dataclasses import replace
@@ -20,7 +20,7 @@ PIXELS = {None: None, "yes": True, "no": False}
 
 
 def load_splits(run: "RunSettings", settings: Settings, data_dir: str | None) -> tuple[Data, Data, str]:
-    """Training and test data, and what to tell if they are not MNIST as they should be (empty if they are)."""
+    """Training and test data, and a warning if MNIST was requested and is not available (else empty)."""
     if run.data is not None:
         train, test = (
             replace(part, binarization=settings.binarization)
@@ -37,6 +37,6 @@ def load_splits(run: "RunSettings", settings: Settings, data_dir: str | None) ->
 
 
 def set_threads(data: Data) -> None:
-    """One thread where the matrices are too small for more, which would only wait for one another."""
+    """Use a single thread for small observations, whose matrices do not benefit from more."""
     if data.event_shape.numel() <= 64:
         torch.set_num_threads(1)

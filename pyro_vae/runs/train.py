@@ -1,4 +1,4 @@
-"""A run from beginning to end: training with its checkpoints, figures, pictures; all of it in a run folder."""
+"""A complete run: training with checkpoints, evaluation and figures, written to a run folder."""
 
 import inspect
 import warnings
@@ -50,7 +50,7 @@ __all__ = ["RunStoppedError", "train_run"]
 
 
 class RunStoppedError(KeyboardInterrupt):
-    """A signal ended the training of the run in ``folder``, after a step that its last checkpoint holds."""
+    """A signal ended the training of the run in ``folder``, after a checkpoint was written."""
 
     def __init__(self, message: str, folder: Path) -> None:
         super().__init__(message)
@@ -100,40 +100,40 @@ def train_run(
     signals: Signals | None = None,
     **options: Any,
 ) -> Path:
-    """Train any objective on any data into a run folder, evaluate and draw its model, and tell of it on stdout.
+    """Train any objective on any data, evaluate its model, draw figures, and write a run folder; progress is on stdout.
 
-    The folder gets ``config.json``, ``metrics.jsonl`` (a line per record), ``checkpoints/``, the weights as of the last
-    record, ``metrics.json`` (final figures, of the test data), ``latents.json`` and ``figures/``. Nothing in it is code. A
-    model of your own is named in ``config.json`` for people; ``load_run(folder, model=...)`` loads its weights into one that
-    you have built.
+    The folder has ``config.json``, ``metrics.jsonl`` (a line per record), ``checkpoints/`` with the parameters at the last
+    record, ``metrics.json`` (final metrics on the test data), ``latents.json`` and ``figures/``. It contains no code: for a
+    model of your own, ``config.json`` has a description, and ``load_run(folder, model=...)`` loads its parameters into a
+    model that you build.
 
     Args:
         folder: of the run; None: a new one, ``runs/NAME-DATA-DATE-TIME`` under the working directory.
-        objective: what is minimised; trained in place.
+        objective: to minimise; trained in place.
         data: training data.
-        test: held-out data. Without them there are no final figures, and pictures show training data.
-        model: what is measured and drawn: a module with model and guide, a pair of these, or an autoencoder. None: that of
-            the objective, found among its modules. An objective without one is trained, and its own weights are kept.
-        settings: those that have built the model, of which ``load_run(folder)`` builds it again; ``fit`` gets what they say
-            of the training. None: the model is one of your own.
-        importance_samples: draws per test observation for log p(x); 0: leave it out.
-        figures: whether to draw pictures.
+        test: held-out data. Without them there are no final metrics, and figures show training data.
+        model: to evaluate: a module with model and guide, a pair of these, or an autoencoder. None: that of the objective,
+            found among its modules. An objective without a model is trained, and its own parameters are saved.
+        settings: those from which the model was built, and from which ``load_run(folder)`` rebuilds it; they also provide
+            arguments of ``fit``. None: the model is one of your own.
+        importance_samples: draws per test observation for log p(x); 0: log p(x) is not estimated.
+        figures: whether to draw figures.
         tensorboard: whether to write ``tensorboard/`` too.
-        resume: go on with the run in the folder from its last checkpoint, or begin it if there is none yet.
+        resume: resume the run in the folder from its last checkpoint, or start it if there is none yet.
         overwrite: replace an earlier run in the folder.
         about: further entries of ``config.json``: plain values.
-        signals: entered; the first one that comes in training ends it after a step, whose checkpoint is written.
-        options: all that :func:`~pyro_vae.training.fit.fit` takes, except ``checkpoints``.
+        signals: an entered context; the first signal during training ends it after the current step, with a checkpoint.
+        options: arguments of :func:`~pyro_vae.training.fit.fit`, except ``checkpoints``.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: unusable options, or data that do not suit the objective; a new folder can then be used again.
-        CheckpointError: the folder holds something else, or cannot be written; or a checkpoint cannot be read.
+        ValueError: options are invalid, or data are invalid for the objective; a new folder can then be used again.
+        CheckpointError: the folder has other content, or cannot be written; or a checkpoint cannot be read.
         NonFiniteError: loss or gradient became NaN or infinite.
-        TrainingStoppedError: ``stop`` answered True.
-        RunStoppedError: a signal came in training.
+        TrainingStoppedError: ``stop`` returned True.
+        RunStoppedError: a signal was received during training.
 
     Example:
         >>> train_run("runs/mine", NegativeELBO(vae), train, test=test, epochs=20, resume=True)  # doctest: +SKIP
@@ -173,7 +173,7 @@ def train_run(
 
 
 def _checked(objective: Any, settings: Settings | None, options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of fit, those that the settings say among them."""
+    """The arguments of fit, including those from the settings."""
     if not isinstance(objective, Objective):
         hint = "NegativeELBO(vae)" if hasattr(objective, "guide") else "a subclass of pyro_vae.Objective"
         raise ValueError(f"train_run: expected an objective, found {type(objective).__name__}. Use {hint}.")
@@ -196,7 +196,7 @@ def _checked(objective: Any, settings: Settings | None, options: dict[str, Any])
 
 
 def _on_device(objective: Objective, data: DataLike, test: DataLike | None, device: Any) -> tuple[Data, Data | None]:
-    """Data of the type and on the device of the objective, as fit takes them."""
+    """The data in the dtype and on the device of the objective."""
     train, held_out = as_data(data), None if test is None else as_data(test)
     example = objective.example()
     place = usable_device(device) if device is not None else (train.x if example is None else example).device
@@ -207,7 +207,7 @@ def _on_device(objective: Objective, data: DataLike, test: DataLike | None, devi
 
 
 def _open(folder: str | Path | None, name: str, resume: bool, overwrite: bool) -> tuple[Path, dict[str, Any] | None]:
-    """A new folder, or that of the run to go on with and its last checkpoint."""
+    """A new folder, or that of the run to resume with its last checkpoint."""
     path = None if folder is None or not resume else Path(folder)
     if path is None or not processes.first(lambda: is_run(path)):
         return processes.first(lambda: new_run(folder, name=name, overwrite=overwrite)), None
@@ -220,7 +220,7 @@ def _open(folder: str | Path | None, name: str, resume: bool, overwrite: bool) -
 
 
 def _begin(run: _Run, checkpoint: dict[str, Any] | None, resume: bool) -> None:
-    """Write what is known before training, and say it."""
+    """Write the config and print a summary before training."""
     train, say = run.train, run.say
     progress = None if checkpoint is None else progress_of(checkpoint)
     parts = parts_of(run.objective if run.model is None else run.model)
@@ -251,7 +251,7 @@ def _fit(
     board: TensorBoard | None,
     signals: Signals | None,
 ) -> list[TrainingRecord]:
-    """The training; each record is a line of metrics.jsonl, and what the model has learned until then is kept."""
+    """Train; at each record, append a line to metrics.jsonl and save the parameters."""
     options = dict(run.options)
     also, stop, has_begun = options.pop("on_record", None), options.pop("stop", None), False
 
@@ -292,7 +292,7 @@ def _fit(
 
 
 def _evaluated(run: _Run, importance_samples: int) -> dict[str, Estimate]:
-    """Figures of the test data; none where there are no such data, or no model."""
+    """Metrics on the test data; none if there are no test data or no model."""
     if run.test is None or run.model is None:
         return {}
     try:

@@ -1,1 +1,1 @@
-"""What is minimised, step by step, and what a run's state is."""
+"""Training: objectives, steps, checkpoints and the loop."""

@@ -1,4 +1,4 @@
-"""Checkpoints: the whole state of a training run, each a file that is whole or not there, verified when it is read."""
+"""Checkpoints: the state of a training run, written atomically and verified when read."""
 
 import re
 import warnings
@@ -15,33 +15,33 @@ _NAME = re.compile(r"step-(\d+)\.pt")
 
 
 class _NewerFormatError(CheckpointError):
-    """A checkpoint of a later version of this package, which is no reason to go back to an earlier one."""
+    """A checkpoint of a later version of this package; falling back to an earlier checkpoint would lose steps."""
 
 
 class DamagedCheckpointWarning(UserWarning):
-    """A damaged checkpoint, in whose place an earlier one is used."""
+    """A checkpoint is damaged, and the previous one is used instead."""
 
 
 class Checkpoints:
     """The checkpoints of a run in a folder: the last two, ``step-<number>.pt``, and ``best.pt``.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     def paths(self) -> list[Path]:
-        """Of the last ones, the newest first."""
+        """Paths of the ``step-*.pt`` files, newest first."""
         found = [(int(match[1]), path) for path in self.folder.glob("step-*.pt") if (match := _NAME.fullmatch(path.name))]
         return [path for _, path in sorted(found, reverse=True)]
 
     def save(self, step: int, content: dict[str, Any]) -> None:
-        """Write the checkpoint of that step, and remove what is older than the last two, or of a later step (given up).
+        """Write the checkpoint of a step; then delete all but the last two, and those of later steps (an abandoned run).
 
         Raises:
-            CheckpointError: it cannot be written; earlier ones are still there.
+            CheckpointError: the checkpoint cannot be written; earlier ones are unchanged.
         """
         path = self.folder / f"step-{step:09d}.pt"
         self._write(path, content)
@@ -62,13 +62,13 @@ class Checkpoints:
         write_tensors(path, {"format": FORMAT, **content})
 
     def load(self) -> dict[str, Any] | None:
-        """The newest checkpoint that is whole; None if the folder holds none.
+        """The newest intact checkpoint; None if the folder has none.
 
         Raises:
-            CheckpointError: there are some, none of which can be read; or the newest is of a newer format.
+            CheckpointError: none of the checkpoints can be read, or the newest has a newer format.
 
         Warns:
-            DamagedCheckpointWarning: the newest is damaged, and the one before it is used.
+            DamagedCheckpointWarning: the newest is damaged, and the previous one is used.
         """
         problems = []
         for path in self.paths():

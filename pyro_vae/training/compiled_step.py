@@ -1,8 +1,8 @@
-"""A step of training as one compiled graph.
+"""A training step as one compiled graph.
 
-It traces the objective once per batch size, Pyro's handlers, plates and distributions included, down to the
-tensor operations of loss, gradient and update, and compiles these by Inductor. Nothing of Pyro is left in it. It draws the
-same noise from the same generator as the eager step, and the two may take turns on the same optimiser.
+The objective is traced once per batch size, Pyro's handlers, plates and distributions included, to the tensor operations of
+loss, gradient and update, which are compiled by Inductor. A compiled step draws the same noise from the same generator as
+the eager step, and both can be interleaved on the same optimiser.
 """
 
 import copy
@@ -25,27 +25,27 @@ __all__ = ["CompiledStep"]
 
 
 class CompiledStep(EagerStep):
-    """The same as one graph per batch size, traced and compiled when that size is first seen.
+    """The same step as one graph per batch size, traced and compiled at the first batch of that size.
 
     What Python decides while it is traced stays decided. :meth:`begin` compares the Python state that it depends on: where
     that has changed, steps are eager until it has stayed the same from one ``begin`` to the next; then they are traced anew.
     Tensors are live, wherever they are. :class:`~pyro_vae.engine.calls.Calls` says how compiled steps are verified against
     eager ones, and what happens where they differ.
 
-    So that the weights do not depend on when there was a check, what counts is the compiled step. The steps since
-    the last check are made again, eagerly, where a loss is not finite, or Adam's first moments are not, which keep every
-    NaN and infinity of a gradient, so that a look at them tells of all steps since the last.
+    A verified step keeps the compiled result, so that the parameters do not depend on when steps are verified. If a loss is
+    not finite, the state is rolled back and the steps since the last verification are re-run eagerly; likewise if Adam's
+    first moments are not finite, in which NaN and infinity of all gradients since the last check persist.
 
     The update is part of the graph for :class:`torch.optim.Adam` and :class:`torch.optim.AdamW`; any other optimiser steps
-    after the compiled gradient, as it is.
+    after the compiled gradient.
 
     Args:
-        sizes: batch sizes to compile; the others are stepped eagerly. None: all.
-        say: called with a line for people when something has been compiled.
+        sizes: batch sizes to compile; steps of other sizes run eagerly. None: all.
+        say: called with a message after each compilation.
         All others: as for :class:`EagerStep`.
 
     Attributes:
-        compile_seconds: spent on tracing and compiling so far.
+        compile_seconds: total time of tracing and compilation.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class CompiledStep(EagerStep):
 
 @dataclass
 class _Batch:
-    """A step: the places in the data, the steps before it, and the options of the optimiser."""
+    """The argument of a step: indices of the batch, number of previous steps, and options of the optimiser."""
 
     index: Tensor
     count: int
@@ -103,7 +103,7 @@ class _Batch:
 
 @dataclass
 class _About:
-    """What is kept of a graph."""
+    """Data about a graph."""
 
     size: int
     names: list[str]  # of the terms
@@ -121,7 +121,7 @@ class _Step(Program[_Batch, dict[str, float]]):
         self._updates: list[AdamInGraph | AfterGraph] = []
 
     def settle(self) -> None:
-        """Looks whether the Python state is that of the last time, or one that was compiled."""
+        """Check whether the Python state is unchanged since the last call, or is one that was compiled for."""
         token = self.python.token()
         self._settled = token in self._known or self._last in (-1, token)
         self._last = token
@@ -157,7 +157,7 @@ class _Step(Program[_Batch, dict[str, float]]):
         found = torch.autograd.grad(terms["loss"], step.parameters, allow_unused=True)
         pairs = [(p, g) for p, g in zip(step.parameters, found, strict=True) if g is not None]
         gradients = [g for _, g in pairs]
-        if step.clip_grad_norm is not None:  # as torch's clip_grad_norm_ does it
+        if step.clip_grad_norm is not None:  # as in torch's clip_grad_norm_
             norm = torch.stack([g.norm() for g in gradients]).norm()
             scale = (step.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
             gradients = [g * scale for g in gradients]
@@ -169,7 +169,7 @@ class _Step(Program[_Batch, dict[str, float]]):
         self._known.add(self._last)
         numbers = [*terms.values()]
         if not in_graph:
-            numbers.append(torch.stack([g.sum() for g in gradients]).sum())  # which NaN and infinity survive
+            numbers.append(torch.stack([g.sum() for g in gradients]).sum())  # through which NaN and infinity propagate
         return numbers, [] if in_graph else gradients, _About(len(call.index), [*terms], update)
 
     def _update(self, parameters: Sequence[Tensor]) -> AdamInGraph | AfterGraph:
@@ -204,7 +204,7 @@ class _Step(Program[_Batch, dict[str, float]]):
 
     def difference(self, found: dict[str, float], expected: dict[str, float]) -> str:
         if not all(map(math.isfinite, expected.values())):
-            return ""  # for fit to tell
+            return ""  # reported by fit
         for name, value in expected.items():
             if not math.isclose(found.get(name, math.nan), value, rel_tol=1e-4, abs_tol=1e-5):
                 return f"its {name} is {found.get(name)}, where the eager step has {value}"
@@ -248,5 +248,5 @@ class _Step(Program[_Batch, dict[str, float]]):
         return [torch.zeros_like(p) if p.grad is None else share * p.grad for p in parameters]
 
 
-# One eager step and a copy in so many compiled ones: 0.5 % of the time.
+# Steps between verifications: an eager step and a snapshot then take 0.5 % of the time.
 _CHECK_EVERY = 1000

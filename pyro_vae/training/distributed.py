@@ -1,4 +1,4 @@
-"""A step of training on several processes."""
+"""A training step on several processes."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ __all__ = ["DistributedStep"]
 
 
 class DistributedStep(EagerStep):
-    r"""A step on all processes: each has its share of the batch, and all make the same update.
+    r"""A data-parallel step: each rank has its shard of the batch, and all ranks make the same update.
 
-    With :math:`n_r` of the batch's :math:`n` images, process r minimises its mean loss times :math:`n_r R / n`. The mean of
-    that over the R processes, whose gradient DistributedDataParallel makes, is the mean loss of the batch, unequal shares
-    included. Where forward() mixes the images of a batch, as batch norm does, it mixes those of a share.
+    With :math:`n_r` of the batch's :math:`n` observations, rank r minimises its mean loss times :math:`n_r R / n`. The mean
+    of that over the R ranks, of which DistributedDataParallel computes the gradient, is the mean loss of the batch, also for
+    shards of unequal size. If forward() depends on the whole batch, as batch norm does, it depends on the shard here.
 
     Args and attributes: as for :class:`~pyro_vae.training.step.EagerStep`.
     """
@@ -28,7 +28,7 @@ class DistributedStep(EagerStep):
         self.module = DistributedDataParallel(self.objective, find_unused_parameters=self._some_unused())
 
     def _some_unused(self) -> bool:
-        """Whether a parameter has no gradient, as the encoder has none in a direct fit: to be said beforehand."""
+        """Whether a parameter gets no gradient, as the encoder's in a direct fit: DistributedDataParallel must know."""
         training = self.objective.training
         first = torch.arange(1, device=self.data.x.device)
         with torch.random.fork_rng(devices=[first.device] if first.is_cuda else []):
@@ -39,7 +39,7 @@ class DistributedStep(EagerStep):
     def _backward(self, index: Tensor) -> dict[str, Tensor]:
         part = index.tensor_split(processes.count())[processes.rank()]
         weight = len(part) / len(index)
-        # DistributedDataParallel waits for every process, so one without a share takes an image along, at weight 0.
+        # DistributedDataParallel waits for every rank, so one with an empty shard takes one observation at weight 0.
         terms: dict[str, Tensor] = self.module(*self.data.batch(part if len(part) else index[:1]))
         (terms["loss"] * (weight * processes.count())).backward()
         totals = torch.stack([value.detach() * weight for value in terms.values()])

@@ -1,4 +1,4 @@
-"""The one training loop."""
+"""The training loop."""
 
 import itertools
 import math
@@ -37,7 +37,7 @@ SCHEDULE_UNITS = ("epoch", "step")
 
 
 class NonFiniteError(FloatingPointError):
-    """Loss or gradient became NaN or infinite; the weights are those of the last good step."""
+    """Loss or gradient became NaN or infinite; the parameters are those after the last finite step."""
 
 
 def fit(
@@ -68,22 +68,22 @@ def fit(
 ) -> list[TrainingRecord]:
     """Minimise ``objective(*batch)["loss"]`` over the parameters of the objective, by Adam or another optimiser.
 
-    Data order and noise are functions of (seed, epoch), and do not depend on when records are made; torch's global random
-    state is left as found. Parameters that do not require a gradient stay fixed.
+    Shuffling and noise are functions of (seed, epoch), and do not depend on when records are made; torch's global random
+    state is restored. Parameters that do not require a gradient are not changed.
 
-    With ``checkpoints``, the same call goes on where an earlier one was stopped or killed, from its last checkpoint, and
-    ends with the same weights, bit for bit, as if it had never stopped::
+    With ``checkpoints``, the same call resumes a run that was stopped or killed from its last checkpoint, and ends with the
+    same parameters, bit for bit, as an uninterrupted run::
 
         checkpoints = Checkpoints("runs/mine")
         fit(objective, data, epochs=40, checkpoints=checkpoints, resume=checkpoints.load())
 
-    Under ``torchrun``, in a process group, each process trains on its share of every batch, and all have the same weights;
-    see :class:`~pyro_vae.training.distributed.DistributedStep`. Then call it on every process alike.
+    In a process group (``torchrun``), every rank must make the same call. Each trains on its shard of every batch, and all
+    have the same parameters; see :class:`~pyro_vae.training.distributed.DistributedStep`.
 
     Args:
-        objective: what is minimised; moved to ``device`` and trained in place.
-        data: training data; batches are made in the type of the objective's parameters. Each epoch visits every
-            observation once, in a new random order.
+        objective: to minimise; moved to ``device`` and trained in place.
+        data: training data; batches are converted to the dtype of the objective's parameters. The data are shuffled in each
+            epoch.
         epochs: passes over the data.
         steps: steps of the optimiser, in place of epochs: the last pass may be cut short.
         record_every: steps from record to record; default: a record at the end of each epoch. The last record, at the end,
@@ -93,42 +93,43 @@ def fit(
         optimizer: called as ``optimizer(parameters, lr=lr)``: a class of :mod:`torch.optim`, or one with arguments,
             ``functools.partial(torch.optim.SGD, momentum=0.9)``. None: Adam, which is the fastest when compiled.
         schedule: called with the optimiser: a class of :mod:`torch.optim.lr_scheduler` with its arguments,
-            ``functools.partial(CosineAnnealingLR, T_max=40)``. None: the learning rate stays.
-        schedule_by: ``"epoch"``: the schedule takes a step at the end of each epoch (``ReduceLROnPlateau`` at each record,
-            with its test loss, of the training loss without ``test``); ``"step"``: after each step of the optimiser.
-        patience: stop after so many records without a lower test loss (``neg_elbo`` where there is one) than the best, the
-            weights being those of the last step. None: never.
+            ``functools.partial(CosineAnnealingLR, T_max=40)``. None: a constant learning rate.
+        schedule_by: ``"epoch"``: the scheduler steps at the end of each epoch (``ReduceLROnPlateau`` at each record, on the
+            test loss, or on the training loss without ``test``); ``"step"``: after each optimiser step.
+        patience: early stopping: stop after this many records without an improvement of the test loss (``neg_elbo`` if it
+            exists). The parameters are those of the last step. None: no early stopping.
         compile: trace each step once per batch size, Pyro's handlers included, and run it as one compiled graph: the same
-            values, gradients and noise at two to four times the speed, after some seconds of compiling. None: on the CPU,
-            for batch sizes of which there are at least 4,000 steps to make. What cannot be compiled is trained eagerly,
-            with a :class:`~pyro_vae.engine.tracing.NotCompiledWarning`. Needs a C++ compiler.
-        precision: of matrix products in float32, for the time of training: ``"highest"``, or ``"high"`` or ``"medium"``, see
-            :func:`torch.set_float32_matmul_precision`: faster where the hardware has units for it.
-        seed: of data order and noise, a whole number >= 0; not of the initial weights, which are drawn
-            where the model is built.
-        clip_grad_norm: scale the gradient down to this norm, over all parameters together, where it is longer. None: never.
-        test: held-out data; the objective is evaluated on all of it for each record, with the same noise every time.
-        device: where to train; default: where the objective's parameters are.
-        on_record: called with each record as soon as it exists.
-        checkpoints: where to keep the state of the run: its last two, and as ``best.pt`` that after the record of the lowest
-            test loss (``neg_elbo`` where there is one; of the training loss without ``test``).
-        checkpoint_every: steps from checkpoint to checkpoint; None: about every 10 seconds, and for no more than 2 % of the
-            time. There is always one at the end.
-        resume: a checkpoint of the same settings, to go on from; None: start anew. Only epochs, steps, device and what is
-            said or called may change. What ``on_record`` changes other than parameters and buffers is not in it.
-        stop: asked after each step; when it answers True, a checkpoint is written and training ends.
+            values, gradients and noise, two to four times as fast, after some seconds of compilation. None: on the CPU, for
+            batch sizes with at least 4,000 steps to make. Falls back to eager execution, with a
+            :class:`~pyro_vae.engine.tracing.NotCompiledWarning`, if the objective cannot be compiled. Needs a C++ compiler.
+        precision: of float32 matrix products during training: ``"highest"``, ``"high"`` or ``"medium"``, see
+            :func:`torch.set_float32_matmul_precision`; the lower ones are faster on hardware that supports them.
+        seed: of shuffling and noise, a whole number >= 0; not of the initial parameters, which are drawn when the model is
+            constructed.
+        clip_grad_norm: maximum norm of the gradient of all parameters, to which a longer one is scaled down. None: no limit.
+        test: held-out data, on all of which the objective is evaluated for each record, always with the same noise.
+        device: to train on; default: that of the objective's parameters.
+        on_record: called with each record as soon as it is made.
+        checkpoints: for the state of the run: the last two checkpoints, and ``best.pt``, the state at the record with the
+            lowest test loss (``neg_elbo`` if it exists; the training loss without ``test``).
+        checkpoint_every: steps between checkpoints; None: about every 10 seconds, and for no more than 2 % of the time. The
+            last step always writes one.
+        resume: a checkpoint of the same settings to resume from; None: start a new run. Only epochs, steps, device, verbose
+            and the callbacks may change. A checkpoint has the parameters and buffers, but no other state that ``on_record``
+            may change.
+        stop: called after each step; if it returns True, a checkpoint is written and training ends.
         verbose: print a line per record on stdout and, on a terminal, a progress bar on stderr.
 
     Returns:
-        One :class:`~pyro_vae.training.records.TrainingRecord` per epoch, or per ``record_every`` steps. Those made before
-        ``resume`` come first.
+        One :class:`~pyro_vae.training.records.TrainingRecord` per epoch, or per ``record_every`` steps, including those
+        before ``resume``.
 
     Raises:
-        ValueError: unusable settings, or data that do not suit the objective.
-        NonFiniteError: loss or gradient became NaN or infinite; raised before the optimiser steps.
-        CheckpointError: a checkpoint cannot be written, or ``resume`` is of another run; or ``checkpoints`` holds some that
-            are not resumed.
-        TrainingStoppedError: ``stop`` answered True.
+        ValueError: a setting is invalid, or the data are invalid for the objective.
+        NonFiniteError: loss or gradient became NaN or infinite; raised before the optimiser step.
+        CheckpointError: a checkpoint cannot be written; ``resume`` is a checkpoint of another run; or ``checkpoints`` has
+            some, and ``resume`` is None.
+        TrainingStoppedError: ``stop`` returned True.
 
     Warns:
         NotTheSameWarning: ``resume`` was made with another number of threads or processes, another version of torch, or
@@ -143,7 +144,7 @@ def fit(
     one_of("precision", precision, PRECISIONS)
     one_of("schedule_by", schedule_by, SCHEDULE_UNITS)
     if patience is not None and test is None:
-        raise ValueError("patience: expected test data, whose loss tells when to stop, found none. Pass test=...")
+        raise ValueError("patience: expected test data, on whose loss early stopping depends, found none. Pass test=...")
     data, held_out = _prepare(objective, data, test, device, batch_size)
     length = _length(len(data), batch_size, epochs, steps, record_every)
     compile = compile_choice(compile, data.x.device, processes.count())
@@ -177,13 +178,13 @@ def fit(
     with _training(objective, data.x.device, precision):
         while progress.step < length.last and not progress.has_stalled(patience):
             record = _train(step, batches, length, progress, keeper, schedules, verbose)
-            with _apart(data.x.device):  # the noise of training goes on as if nothing had been drawn here
+            with _apart(data.x.device):  # so that the noise of training does not depend on draws made here
                 if held_out is not None:
                     torch.manual_seed(streams(seed, 0)[1])
                     record = replace(record, test=_mean_terms(objective, held_out, batch_size=1024))
                 schedules.after_record(record)
                 progress.note(record)
-                if on_record is not None:  # before the line, so that a record that was announced has been kept
+                if on_record is not None:  # before it is printed, so that a printed record has been saved
                     on_record(record)
             keeper.recorded()
             keeper.look(last=progress.step == length.last or progress.has_stalled(patience))
@@ -193,7 +194,7 @@ def fit(
 
 
 def _check_parts(objective: Any, checkpoints: Any, **functions: Any) -> None:
-    """Each is of the kind that it should be."""
+    """Check the types of the arguments."""
     if not isinstance(objective, Objective):
         hint = "NegativeELBO(vae)" if hasattr(objective, "guide") else "a subclass of pyro_vae.Objective"
         raise ValueError(f"fit: expected an objective, found {type(objective).__name__}. Use {hint}.")
@@ -207,14 +208,14 @@ def _check_parts(objective: Any, checkpoints: Any, **functions: Any) -> None:
 
 @dataclass(frozen=True)
 class _Length:
-    """How long a run is."""
+    """The length of a run."""
 
     per_epoch: int  # steps
     last: int  # step
     every: int  # steps from record to record
     batch_size: int
     observations: int
-    by_steps: bool  # whether it is measured in them
+    by_steps: bool  # whether steps rather than epochs are shown
 
 
 def _length(size: int, batch_size: int, epochs: int | None, steps: int | None, record_every: int | None) -> _Length:
@@ -229,7 +230,7 @@ def _length(size: int, batch_size: int, epochs: int | None, steps: int | None, r
 def _prepare(
     objective: Objective, data: DataLike, test: DataLike | None, device: torch.device | str | None, batch_size: int
 ) -> tuple[Data, Data | None]:
-    """Data as the objective takes them, checked; the objective on their device, with all of its parameters."""
+    """Convert and check the data; move the objective to their device, and initialise all of its parameters."""
     like, train = objective.example(), as_data(data)
     dtype = None if like is None else like.dtype
     place = (train.x if like is None else like).device if device is None else usable_device(device)
@@ -257,11 +258,11 @@ def _prepare(
 def _progress(
     checkpoints: Checkpoints | None, resume: dict[str, Any] | None, settings: dict[str, Any], length: _Length, *parts: Any
 ) -> Progress:
-    """How far the run has come: not at all, or as the checkpoint says."""
+    """The progress at the start: none, or that of the checkpoint, whose state is restored."""
     if checkpoints is not None and resume is None and checkpoints.paths():
         raise CheckpointError(
-            f"{checkpoints.folder}: holds the checkpoints of an earlier run, which a new one would replace. Name another "
-            "folder, or go on from them with resume=checkpoints.load()."
+            f"{checkpoints.folder}: has checkpoints of an earlier run, which a new one would overwrite. Name another "
+            "folder, or resume that run with resume=checkpoints.load()."
         )
     if checkpoints is not None:
         folder = checkpoints.folder
@@ -269,10 +270,10 @@ def _progress(
     progress = Progress() if resume is None else restore(resume, settings, *parts)
     if progress.step > length.last:
         raise CheckpointError(
-            f"resume: {progress.step:,} steps were made, and only {length.last:,} are asked for. Ask for more."
+            f"resume: {progress.step:,} steps were made, and only {length.last:,} are requested. Request more."
         )
     if len(found := set(processes.gather_objects(progress.step))) > 1:
-        raise CheckpointError(f"resume: the processes go on after different steps, {sorted(found)}. Give all one folder.")
+        raise CheckpointError(f"resume: the ranks resume from different steps, {sorted(found)}. Give all the same folder.")
     return progress
 
 
@@ -296,14 +297,14 @@ def _make_step(
 
 @contextmanager
 def _apart(device: torch.device) -> Iterator[None]:
-    """With torch's random state put back at the end."""
+    """Restores torch's random state at the end."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
 
 
 @contextmanager
 def _training(objective: Objective, device: torch.device, precision: str) -> Iterator[None]:
-    """Training mode, precision and random state; all as found afterwards."""
+    """Training mode, precision and random state; all are restored at the end."""
     was_training, was_precision = objective.training, torch.get_float32_matmul_precision()
     try:
         # The data have been checked as a whole, so Pyro need not check them in every step.
@@ -316,12 +317,12 @@ def _training(objective: Objective, device: torch.device, precision: str) -> Ite
         objective.train(was_training)
 
 
-# Steps of one batch size for which compiling pays by default: it takes 8 to 15 seconds and then saves some 5 ms a step.
+# The number of steps of one batch size from which compilation pays: it takes 8 to 15 seconds and saves some 5 ms a step.
 _PAYS = 4000
 
 
 def _worth_compiling(observations: int, batch_size: int, steps: int) -> set[int]:
-    """Batch sizes that come up often enough in so many steps. A rule, not a measurement: the same run does the same."""
+    """Batch sizes with enough steps to compile for. A fixed rule rather than a measurement, for reproducibility."""
     per_epoch, rest = math.ceil(observations / batch_size), observations % batch_size
     short = steps // per_epoch if rest else 0  # one at the end of each epoch
     counts = {min(batch_size, observations): steps - short, rest: short}
@@ -373,24 +374,24 @@ def _train(
 
 
 def _describe(objective: Objective, batch: tuple[Tensor, ...], epoch: int, step: int, loss: float) -> str:
-    # A loss that is not finite is NaN or infinite by the order of sums, so which of them is not told.
+    # Whether such a loss is NaN or infinite depends on the order of sums, so the message does not say which.
     what, value = ("the gradient", f"loss {loss:g}, ") if np.isfinite(loss) else ("the loss", "")
     first = step == 1
-    advice = "No step was taken yet: look at the nets and the data." if first else "Lower the learning rate."
+    advice = "No step was made yet: check the nets and the data." if first else "Lower the learning rate."
     return (
-        f"{what} is not finite in epoch {epoch}, step {step}: {value}{objective.diagnose(*batch)}. The weights are "
-        f"those before this batch. {advice}"
+        f"{what} is not finite in epoch {epoch}, step {step}: {value}{objective.diagnose(*batch)}. The parameters are "
+        f"those before this step. {advice}"
     )
 
 
 def _mean_terms(objective: Objective, data: Data, *, batch_size: int) -> dict[str, float]:
-    """The objective's terms averaged over all observations, in evaluation mode; a short last batch weighs what it holds."""
+    """The objective's terms averaged over all observations, in evaluation mode; batches are weighted by their size."""
     objective.eval()
     totals: dict[str, float] = {}
     with torch.no_grad():
         for index in processes.share(torch.arange(len(data), device=data.x.device)).split(batch_size):
-            if len(index):  # a process may have no share
+            if len(index):  # a shard may be empty
                 for name, value in objective(*data.batch(index)).items():
                     totals[name] = totals.get(name, 0.0) + value.item() * len(index)
-    shares = processes.gather_objects(totals)  # the first process has a share
+    shares = processes.gather_objects(totals)  # that of rank 0 is never empty
     return {name: sum(share.get(name, 0.0) for share in shares) / len(data) for name in shares[0]}

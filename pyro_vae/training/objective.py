@@ -1,4 +1,4 @@
-"""What training knows of what is minimised."""
+"""The interface between objectives and the training loop."""
 
 from torch import Tensor, nn
 
@@ -8,9 +8,10 @@ __all__ = ["Objective"]
 
 
 class Objective(nn.Module):
-    """Base of all objectives: ``objective(*batch) -> {"loss": ..., ...}``, scalars, mean nats per observation.
+    """Base class of all objectives: ``objective(*batch) -> {"loss": ..., ...}``, scalars, mean nats per observation.
 
-    A batch is what :meth:`pyro_vae.Data.batch` gives: tensors with one leading dimension, ``(x,)`` or ``(x, y)``, say.
+    A batch is the result of :meth:`pyro_vae.Data.batch`: tensors with a common leading dimension, such as ``(x,)`` or
+    ``(x, y)``.
     """
 
     def forward(self, *batch: Tensor) -> dict[str, Tensor]:
@@ -19,11 +20,11 @@ class Objective(nn.Module):
         )
 
     def example(self) -> Tensor | None:
-        """A tensor of whose type and device batches are to be; None: of those of the data."""
+        """A tensor of the dtype and device that batches must have; None: those of the data."""
         return example_of(self)
 
     def prepare(self, *batch: Tensor) -> None:
-        """Make what is made at the first call, parameters in Pyro's store, say; called once, before training."""
+        """Initialise lazy parameters, such as those in Pyro's param store; called once, before training."""
 
     def check(self, *batch: Tensor) -> None:
         """Raise a ``ValueError`` if the objective is not defined for these observations; called before training."""
@@ -43,9 +44,9 @@ class Objective(nn.Module):
         """
 
     def diagnose(self, *batch: Tensor) -> str:
-        """What to tell of a batch whose loss or gradient is not finite.
+        """A diagnosis of a batch whose loss or gradient is not finite, for the error message.
 
-        It says what holds on every processor: of the data, say. What a net makes of them after an overflow, 10, -10 or NaN,
-        depends on the order of sums.
+        Describe only what is reproducible on every processor, such as the data. The output of a net after an overflow, 10,
+        -10 or NaN, depends on the order of sums.
         """
         return f"largest |x| {batch[0].abs().max().item():g}"

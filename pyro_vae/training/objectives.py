@@ -1,7 +1,7 @@
-"""What is minimised: modules that map a batch to a dict of scalar tensors, mean nats per image.
+"""Objectives: modules that map a batch to a dict of scalar tensors, mean nats per observation.
 
-``"loss"`` is what is minimised (lower is better); the other entries are its parts, logged under their own names. The
-training loop knows nothing else of an objective.
+``"loss"`` is minimised; the other entries, its terms, are recorded under their names. The training loop depends on nothing
+else of an objective.
 """
 
 import math
@@ -37,7 +37,7 @@ ESTIMATORS = ("trace", "mean-field")
 
 
 class _ScaleLatents(ScaleMessenger):
-    """Pyro's scale handler, on the latent sites alone."""
+    """Pyro's scale handler, for the latent sites alone."""
 
     def _process_message(self, msg: Any) -> None:
         if msg["type"] == "sample" and not msg["is_observed"]:
@@ -45,15 +45,15 @@ class _ScaleLatents(ScaleMessenger):
 
 
 def scale_latents(fn: Callable[..., Any], scale: float) -> Callable[..., Any]:
-    """Scale the log-probability of every latent site of a Pyro program; observed sites keep theirs.
+    """Scale the log-probability of every latent site of a Pyro program, but not of observed sites.
 
-    Applied to model and guide alike it gives the KL term that weight (beta-VAE: Higgins et al. 2017), also under Pyro's
-    own SVI: ``SVI(scale_latents(vae.model, 4.0), scale_latents(vae.guide, 4.0), optimizer, Trace_ELBO())``.
+    Applied to both model and guide, it multiplies the KL term (beta-VAE: Higgins et al. 2017), also under Pyro's own SVI:
+    ``SVI(scale_latents(vae.model, 4.0), scale_latents(vae.guide, 4.0), optimizer, Trace_ELBO())``.
     """
     return _ScaleLatents(scale)(fn)
 
 
-LEAST_BETA = 1e-30  # a KL times less is 0 in float32, and would be recorded as nan
+LEAST_BETA = 1e-30  # a smaller factor of the KL would underflow in float32
 
 
 class NegativeELBO(Objective):
@@ -63,20 +63,18 @@ class NegativeELBO(Objective):
         + \underbrace{\mathrm{KL}(q(z \mid x) \,\|\, p(z))}_{\text{kl}}, \qquad
         \text{loss} = \text{reconstruction} + \beta \, \text{kl}
 
-    For any Pyro model and guide with one data plate, see :class:`~pyro_vae.models.programs.ProgramPair`: with several latent
-    sites, kl is the sum over them. The value and gradient of ``loss`` are those of Pyro's
-    ``differentiable_loss`` divided by the batch size, for the same noise. Differently from it, the terms are kept apart
-    and per observation, and nothing is read back from the device. Where ``poutine.scale`` stands around model or guide,
-    ``loss`` has its factors; the other terms are those of the densities.
+    For any Pyro model and guide with one data plate, see :class:`~pyro_vae.models.programs.ProgramPair`; with several latent
+    sites, kl is the sum over them. The value and gradient of ``loss`` are those of Pyro's ``differentiable_loss`` divided
+    by the batch size, for the same noise. In addition, the terms are returned separately, and nothing is copied from the
+    device. Factors of ``poutine.scale`` around model or guide apply to ``loss`` alone, not to the other terms.
 
     Args:
-        model: the model; or a module with methods ``model`` and ``guide``, a :class:`~pyro_vae.VAE`, say, without a second
-            argument. Normalising constants of its likelihood are part of ``reconstruction``.
+        model: the model; or a module with methods ``model`` and ``guide``, such as a :class:`~pyro_vae.VAE`, without a
+            second argument. ``reconstruction`` includes the normalising constants of the likelihood.
         guide: the guide. Its draws must be reparameterised (``rsample``).
         estimator: ``"trace"`` estimates kl by log q(z | x) - log p(z) at the drawn z (:class:`pyro.infer.Trace_ELBO`);
-            ``"mean-field"`` uses the closed form (:class:`pyro.infer.TraceMeanField_ELBO`), and is refused where there is
-            none.
-        num_particles: latent draws per observation, evaluated in one vectorised pass, in a leading dimension.
+            ``"mean-field"`` uses the closed form (:class:`pyro.infer.TraceMeanField_ELBO`), which must exist.
+        num_particles: latent draws per observation, vectorised in a leading dimension.
         beta: weight of kl in the loss (Higgins et al. 2017); or a schedule of it, such as
             :class:`~pyro_vae.training.schedules.LinearWarmup`. ``neg_elbo`` is always the unweighted bound.
         free_bits: nats of each latent dimension's kl, averaged over the batch, that cost nothing more when lowered: the
@@ -84,8 +82,8 @@ class NegativeELBO(Objective):
             each process averages over its own share of the batch, so that the loss depends on their number: the mean of
             maxima is at least the maximum of the mean.
 
-    A call on a batch returns the scalars ``loss``, ``neg_elbo``, ``reconstruction``, ``kl``, and
-    what the likelihood adds (``squared_error`` for :class:`~pyro_vae.models.likelihoods.NormalLikelihood`).
+    A call on a batch returns the scalars ``loss``, ``neg_elbo``, ``reconstruction``, ``kl``, and terms of the likelihood
+    (``squared_error`` for :class:`~pyro_vae.models.likelihoods.NormalLikelihood`).
 
     Raises:
         ValueError: no model and guide, unknown estimator, fewer than one particle, beta not positive. Before training: a
@@ -113,14 +111,14 @@ class NegativeELBO(Objective):
         self.num_particles = whole_number("num_particles", num_particles)
         self.schedule = beta if callable(beta) else None
         first = beta(0) if callable(beta) else number("beta", beta, least=LEAST_BETA)
-        # A buffer, so that a compiled step takes it as it is at each step.
+        # A buffer, so that a compiled step reads its current value.
         like = example_of(self.pair)
         kind: dict[str, Any] = {} if like is None else {"dtype": like.dtype, "device": like.device}
         self.register_buffer("beta", torch.tensor(float(first), **kind), persistent=False)
         self.free_bits = number("free_bits", free_bits) if free_bits else 0.0
 
     def per_observation(self, *batch: Tensor, num_particles: int | None = None) -> tuple[Tensor, Tensor]:
-        """reconstruction and kl per draw and observation, each ``(num_particles, batch)``, nats."""
+        """``reconstruction`` and ``kl`` of each draw and observation, ``(num_particles, batch)`` each, nats."""
         weights = self._weigh(batch, num_particles)
         return weights.reconstruction(), weights.kl(analytic=self.estimator == "mean-field")
 
@@ -131,7 +129,7 @@ class NegativeELBO(Objective):
         if weights.scaled:
             if self.free_bits:
                 raise ValueError(
-                    "NegativeELBO: free_bits have no meaning under poutine.scale around model or guide. Use one of the two."
+                    "NegativeELBO: free_bits is not defined under poutine.scale around model or guide. Use one of the two."
                 )
             loss = weights.reconstruction(scaled=True).mean() + self.beta * weights.kl(analytic=analytic, scaled=True).mean()
         elif self.free_bits:
@@ -173,10 +171,10 @@ class NegativeELBO(Objective):
     def at_step(self, step: int, steps: int) -> None:
         if self.schedule is None:
             return
-        if step == 0 and (final := self.schedule(steps - 1)) < 0.999:  # some only come near 1
+        if step == 0 and (final := self.schedule(steps - 1)) < 0.999:  # some schedules only approach 1
             warnings.warn(
-                f"the schedule of beta ends this run of {steps:,} steps at {final:g}, below 1: what is fitted is not the "
-                "ELBO. Train longer, or shorten the warm-up.",
+                f"the schedule of beta is at {final:g}, below 1, at the end of this run of {steps:,} steps: the loss is not "
+                "the negative ELBO. Train longer, or shorten the warm-up.",
                 UserWarning,
                 stacklevel=3,
             )
@@ -184,7 +182,7 @@ class NegativeELBO(Objective):
 
 
 def _name(schedule: Schedule) -> str:
-    """The same in every process, as the address of a function is not."""
+    """A name that is the same in every process, unlike the repr of a function, which has its address."""
     return repr(schedule) if is_dataclass(schedule) else getattr(schedule, "__qualname__", type(schedule).__name__)
 
 
@@ -194,15 +192,15 @@ class NegativeIWAE(NegativeELBO):
     .. math:: \mathcal L_K(x) = E_{z_1 \dots z_K \sim q(z|x)} \Big[ \log \frac1K \sum_k
         \frac{p(x, z_k)}{q(z_k \mid x)} \Big], \qquad \mathrm{ELBO} = \mathcal L_1 \le \mathcal L_K \le \log p(x)
 
-    The weights are normalised per observation. (:class:`pyro.infer.RenyiELBO` with alpha = 0 is the same on a batch of one;
-    on a larger one it weighs the batch as a whole, which is looser.)
+    Each observation has its own importance weights. (:class:`pyro.infer.RenyiELBO` with alpha = 0 is equal for a batch of
+    one; for a larger batch it has one weight for the whole batch, which is a looser bound.)
 
     Args:
         model: the model, or a module with methods ``model`` and ``guide``; see :class:`NegativeELBO`.
         guide: the guide.
         num_particles: draws per observation, K.
 
-    A call returns ``loss``, the negative bound, and ``neg_elbo``, ``reconstruction``, ``kl`` of the same draws.
+    A call returns ``loss``, the negative bound, and ``neg_elbo``, ``reconstruction`` and ``kl`` for the same draws.
     """
 
     def __init__(self, model: Any, guide: Callable[..., Any] | None = None, *, num_particles: int = 5) -> None:
@@ -217,24 +215,24 @@ class NegativeIWAE(NegativeELBO):
 
 
 class NegativeDirectLogLikelihood(Objective):
-    r"""Direct Monte-Carlo maximum likelihood: decoder and prior alone, no encoder. Nats per image.
+    r"""Direct Monte-Carlo maximum likelihood with decoder and prior, without the encoder. Nats per observation.
 
     .. math:: \text{loss} = -\frac1B \sum_i \log \frac1M \sum_m p(x_i \mid z_m), \qquad z_m \sim p(z)
 
-    The draws are shared by all images, so that all pairs are one matrix product. Two ways to draw, both biased for log p(x)
-    from below by Jensen's inequality, by about Var(p-hat) / (2 p^2):
+    All observations share the draws, so that all pairs are one matrix product. There are two ways to draw; by Jensen's
+    inequality both estimates of log p(x) are biased low, by about Var(p-hat) / (2 p^2):
 
-    - fixed once (the default): the loss is then the exact negative log-likelihood of another model, the mixture of M
-      components p(x | z_m), and can be minimised without noise. It fits these M points and need not be good between them:
-      the same decoder under fresh draws scores worse.
-    - redrawn at each step: the gradient is noisy, with a few draws dominating each image, but no fixed set of points can be
-      fitted, and the decoder must be good all over the prior.
+    - fixed (the default): the loss is the exact negative log-likelihood of another model, the mixture of M components
+      p(x | z_m), and is minimised without noise. The decoder overfits these M points: with new draws its likelihood is
+      lower.
+    - redrawn at each step: the gradient is noisy, because a few draws dominate each observation, but the decoder cannot
+      overfit the draws and must fit under the whole prior.
 
     Args:
-        vae: its decoder, likelihood and prior are used; the encoder's parameters get no gradient, nor do those of a prior
-            whose draws carry none, such as :class:`~pyro_vae.models.priors.NormalMixture`.
+        vae: its decoder, likelihood and prior are used. The encoder's parameters get no gradient; neither do those of a
+            prior without reparameterised draws, such as :class:`~pyro_vae.models.priors.NormalMixture`.
         num_draws: number of draws, M.
-        redraw: draw anew at each call, instead of once, here, from torch's global random state.
+        redraw: draw at each call, instead of once in the constructor, from torch's global random state.
 
     Raises:
         ValueError: the likelihood has no ``pairwise_log_prob``.
@@ -270,9 +268,10 @@ class ReconstructionError(Objective):
     r"""Mean squared error of a plain autoencoder, per element: :math:`\frac{1}{D} \lVert x - \hat x \rVert^2`, no nats.
 
     Args:
-        autoencoder: what is trained.
+        autoencoder: to train.
 
-    A call returns ``loss`` and ``squared_error``, D times as much: the sum over elements, as for a VAE of normal likelihood.
+    A call returns ``loss`` and ``squared_error``, D times the loss: the sum over elements, as for a VAE with a normal
+    likelihood.
     """
 
     def __init__(self, autoencoder: Autoencoder) -> None:

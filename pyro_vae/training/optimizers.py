@@ -1,4 +1,4 @@
-"""Optimisers and schedules of the learning rate, as they are asked for."""
+"""Construction of optimisers and learning-rate schedulers from the arguments of ``fit``."""
 
 import functools
 import inspect
@@ -52,36 +52,36 @@ def make_optimizer(
     ensure_cache()
     made = torch.optim.Adam(parameters, lr=lr, fused=True) if optimizer is None else optimizer(parameters, lr=lr)
     if not isinstance(made, torch.optim.Optimizer):
-        raise ValueError(f"optimizer: expected what makes an optimiser of torch.optim, found {type(made).__name__}.")
+        raise ValueError(f"optimizer: expected a function that returns an optimizer, found {type(made).__name__}.")
     closure = inspect.signature(made.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(
-            f"optimizer: expected one that steps on the gradient of one batch, found {type(made).__name__}, which evaluates "
-            "the loss several times a step. Use Adam or SGD, say."
+            f"optimizer: expected one whose step needs no closure, found {type(made).__name__}, which evaluates the loss "
+            "several times a step. Use Adam or SGD, say."
         )
     scheduler = None if schedule is None else schedule(made)
     if not (scheduler is None or (hasattr(scheduler, "step") and hasattr(scheduler, "state_dict"))):
         found = type(scheduler).__name__
-        raise ValueError(f"schedule: expected what makes a schedule of torch.optim.lr_scheduler, found {found}.")
+        raise ValueError(f"schedule: expected a function that returns a torch.optim.lr_scheduler, found {found}.")
     return made, scheduler
 
 
 def describe(thing: Any, settings: dict[str, Any]) -> str:
-    """Its class and those settings that are numbers, flags or words: what tells one from another in a checkpoint."""
+    """The class and those settings that are numbers, flags or strings, to compare with the ones in a checkpoint."""
 
     def is_plain(value: Any) -> bool:
         if isinstance(value, list | tuple):
             return all(map(is_plain, value))
         return isinstance(value, bool | int | float | str)
 
-    how = ("fused", "foreach")  # of the same arithmetic
+    how = ("fused", "foreach")  # implementations of the same arithmetic
     kept = {name: v for name, v in settings.items() if name not in how and not name.startswith("_") and is_plain(v)}
     return f"{type(thing).__name__}({', '.join(f'{name}={value}' for name, value in sorted(kept.items()))})"
 
 
 @dataclass(frozen=True)
 class Scheduler:
-    """Steps a scheduler of the learning rate when its time has come."""
+    """Steps a learning-rate scheduler after each optimiser step, epoch or record."""
 
     scheduler: Any
     unit: str
@@ -92,6 +92,6 @@ class Scheduler:
             self.scheduler.step()
 
     def after_record(self, record: TrainingRecord) -> None:
-        """``ReduceLROnPlateau`` goes by the score of a record."""
+        """Step ``ReduceLROnPlateau`` with the score of a record."""
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(record.score)

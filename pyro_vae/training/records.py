@@ -1,4 +1,4 @@
-"""What training leaves behind at each record: a line of metrics.jsonl."""
+"""Records of training, the lines of metrics.jsonl."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,16 +9,16 @@ __all__ = ["TrainingRecord", "drawn_terms", "horizontal_axis"]
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """Figures of training since the last record.
+    """Metrics of training since the last record.
 
     Args:
-        epoch: in which it was made, from 1.
-        step: steps of the optimiser made so far.
-        train: the objective's terms, averaged over the observations since the last record, made while the parameters move;
-            nats per observation.
-        test: the same terms on the held-out data, where there are any.
-        timing: ``seconds`` of training and ``observations_per_second`` since the last record, and ``compile_seconds``,
-            which are no part of them.
+        epoch: the current epoch, from 1.
+        step: number of optimiser steps so far.
+        train: the objective's terms, averaged over the observations since the last record while the parameters change; nats
+            per observation.
+        test: the same terms on the held-out data, if there are any.
+        timing: since the last record: ``seconds`` of training, ``observations_per_second``, and ``compile_seconds``, which
+            ``seconds`` does not include.
     """
 
     epoch: int
@@ -29,20 +29,20 @@ class TrainingRecord:
 
     @property
     def score(self) -> float:
-        """What tells the best record, lower is better: ``neg_elbo`` where there is one, else ``loss``; on the test data."""
+        """The criterion of the best record, lower is better: ``neg_elbo``, or else ``loss``; on the test data, if any."""
         terms = self.train if self.test is None else self.test
         return terms["neg_elbo" if "neg_elbo" in terms else "loss"]
 
     def to_json(self) -> dict[str, Any]:
-        """As a line of metrics.jsonl."""
+        """The content of a line of metrics.jsonl."""
         return asdict(self)
 
     @staticmethod
     def from_json(line: Any) -> "TrainingRecord":
-        """Of a line of metrics.jsonl; of earlier versions too, which had all numbers side by side.
+        """The record of a line of metrics.jsonl, also in the flat format of earlier versions.
 
         Raises:
-            ValueError: no such line.
+            ValueError: the line is no record.
 
         Example:
             >>> TrainingRecord.from_json({"epoch": 1, "loss": 3.5, "seconds": 2.0, "images_per_second": 30.0}).timing
@@ -62,7 +62,7 @@ _TIMING = {"seconds": "seconds", "images_per_second": "observations_per_second",
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """A record of an earlier version in the form of today."""
+    """A record of an earlier version in the current format."""
     whole: dict[str, Any] = {name: flat[name] for name in ("epoch", "step", "test") if name in flat}
     timing = {new: flat[old] for old, new in _TIMING.items() if old in flat}
     train = {name: value for name, value in flat.items() if name not in whole and name not in _TIMING}
@@ -70,13 +70,13 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def horizontal_axis(history: Sequence[TrainingRecord]) -> tuple[str, list[int]]:
-    """What to draw records over: ``"epoch"`` where each ends one, else ``"step"``; and the place of each.
+    """The horizontal axis of training curves: ``"epoch"`` if each record ends one, else ``"step"``; and its values.
 
     Example:
         >>> horizontal_axis([TrainingRecord(1, 250, {}), TrainingRecord(1, 500, {})])
         ('step', [250, 500])
     """
-    # Records at the ends of epochs, and those of earlier versions by epochs, which do not say their step.
+    # True of records at the ends of epochs, and of those of earlier versions, which have no step.
     if all(record.step * history[0].epoch == history[0].step * record.epoch for record in history):
         return "epoch", [record.epoch for record in history]
     return "step", [record.step for record in history]
@@ -107,9 +107,9 @@ _LABELS = {"reconstruction": "rec", "kl": "kl", "neg_elbo": "-ELBO", "squared_er
 
 
 def format_record(record: TrainingRecord, *, by_steps: bool = False) -> str:
-    """One line for people: ``epoch  1  rec=150.72  kl=14.92  -ELBO=165.64  test -ELBO=...``; by steps, ``step   250  ...``.
+    """A line to print: ``epoch  1  rec=150.72  kl=14.92  -ELBO=165.64  test -ELBO=...``; by steps, ``step   250  ...``.
 
-    ``loss`` is shown where it is not the negative ELBO already shown.
+    ``loss`` is included if it differs from the negative ELBO.
     """
     train = record.train
     names: list[str] = [name for name in ("reconstruction", "squared_error", "kl", "neg_elbo") if name in train]

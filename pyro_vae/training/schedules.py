@@ -1,7 +1,5 @@
-"""What changes in the course of training, as functions of how far it has come.
-
-:class:`LinearWarmup` and :class:`CyclicWarmup` are schedules of the KL's weight, functions of the number of steps that were
-made; :func:`falling_stages` is one of the learning rate, a function of the number of epochs.
+"""Schedules: :class:`LinearWarmup` and :class:`CyclicWarmup` of the KL's weight, functions of the number of steps;
+:func:`falling_stages` of the learning rate, a function of the number of epochs.
 """
 
 from collections.abc import Callable
@@ -12,17 +10,17 @@ from pyro_vae._checks import number, whole_number
 __all__ = ["CyclicWarmup", "LinearWarmup", "Schedule", "falling_stages"]
 
 Schedule = Callable[[int], float]
-"""From the number of steps made to the weight of the KL in the next."""
+"""A function from the number of steps made to the weight of the KL in the next step."""
 
 
 @dataclass(frozen=True)
 class LinearWarmup:
-    r"""The weight of the KL rises in a straight line, then stays (Sønderby et al. 2016, arXiv:1602.02282).
+    r"""Linear warm-up of the KL's weight, which is constant afterwards (Sønderby et al. 2016, arXiv:1602.02282).
 
     .. math:: \beta(t) = \beta_0 + (\beta_1 - \beta_0) \min(t / T, 1)
 
     Args:
-        steps: T, steps of the rise.
+        steps: T, steps of the warm-up.
         start: :math:`\beta_0`; may be 0.
         final: :math:`\beta_1`.
 
@@ -45,16 +43,16 @@ class LinearWarmup:
 
 @dataclass(frozen=True)
 class CyclicWarmup:
-    r"""Periods of a rise and a rest at the top (Fu et al. 2019, arXiv:1903.10145).
+    r"""Cyclical annealing of the KL's weight (Fu et al. 2019, arXiv:1903.10145): a linear rise in each cycle, then constant.
 
     .. math:: \beta(t) = \beta_0 + (\beta_1 - \beta_0) \min\Big(\frac{t \bmod T}{r T}, 1\Big)
 
     Args:
-        steps: T, steps of a period.
-        rise: r, the part of a period in which the weight rises, above 0 and up to 1.
+        steps: T, steps of a cycle.
+        rise: r, the fraction of a cycle in which the weight rises, above 0 and up to 1.
         start: :math:`\beta_0`; may be 0.
         final: :math:`\beta_1`.
-        cycles: periods, after which the weight stays at the top.
+        cycles: number of cycles, after which the weight stays at :math:`\beta_1`.
 
     Example:
         >>> schedule = CyclicWarmup(100, cycles=2)
@@ -81,15 +79,15 @@ class CyclicWarmup:
 
 
 STAGES = 8
-"""Of :func:`falling_stages`."""
+"""Number of stages of :func:`falling_stages`."""
 
 
 def falling_stages(epochs: int) -> float:
-    """The learning rate, as a part of the first one, after so many epochs (Burda et al. 2016, arXiv:1509.00519).
+    """The learning rate after a number of epochs, relative to the initial one (Burda et al. 2016, arXiv:1509.00519).
 
-    Stage i of 8 lasts 3^(i-1) epochs, 3,280 in all, at 10^(-(i-1)/7). The last one has no end.
+    Stage i of 8 lasts 3^(i-1) epochs, 3,280 in all, with the factor 10^(-(i-1)/7). The last stage is not limited.
 
-    For :class:`torch.optim.lr_scheduler.LambdaLR`, stepped by the epoch.
+    For :class:`torch.optim.lr_scheduler.LambdaLR`, stepped once per epoch.
 
     Example:
         >>> [round(falling_stages(epoch), 2) for epoch in (0, 1, 3, 4, 12, 13)]

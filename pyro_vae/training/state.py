@@ -1,4 +1,4 @@
-"""How far a run has come: all of its state, which checkpoints keep and a run goes on from."""
+"""The state of a training run: progress, checkpoints of it, and their restoration."""
 
 import copy
 import math
@@ -40,7 +40,7 @@ __all__ = [
 
 
 class TrainingStoppedError(Exception):
-    """``stop`` was true after the step ``step``, and training ended there, its checkpoint written."""
+    """``stop`` returned True after step ``step``; a checkpoint was written and training ended."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped after step {step:,}")
@@ -48,12 +48,12 @@ class TrainingStoppedError(Exception):
 
 
 class NotTheSameWarning(UserWarning):
-    """A run that goes on under other conditions, so that its last digits will not be those of an uninterrupted one."""
+    """A run is resumed under other conditions, so that its results will differ by rounding from an uninterrupted run's."""
 
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """The progress of a run."""
 
     step: int = 0
     totals: dict[str, float] = field(default_factory=dict)  # since the last record: terms summed over observations
@@ -65,14 +65,14 @@ class Progress:
     since_best: int = 0  # records
 
     def add(self, terms: dict[str, float], size: int) -> None:
-        """A step on so many observations was made."""
+        """Count a step on ``size`` observations."""
         for name, value in terms.items():
             self.totals[name] = self.totals.get(name, 0.0) + value * size
         self.seen += size
         self.step += 1
 
     def record(self, epoch: int) -> TrainingRecord:
-        """What came since the last record; counting begins anew."""
+        """The record of the steps since the last one; resets the totals."""
         train = {name: total / self.seen for name, total in self.totals.items()}
         timing = {"seconds": self.seconds, "observations_per_second": self.seen / self.seconds}
         timing["compile_seconds"] = self.compile_seconds
@@ -87,12 +87,12 @@ class Progress:
             self.best, self.since_best = record.score, 0
 
     def has_stalled(self, patience: int | None) -> bool:
-        """Whether so many records have gone by since the best one."""
+        """Whether there have been ``patience`` records since the best one."""
         return patience is not None and self.since_best >= patience
 
 
 class Keeper:
-    """After each step: whether training is to stop, or a checkpoint is due."""
+    """Writes checkpoints when they are due, and stops training on request; called after each step."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Keeper:
         self._written, self._took = time.monotonic(), 0.0
 
     def look(self, *, last: bool = False) -> None:
-        """Write a checkpoint if one is due, or this is the last step; end training if that is asked for."""
+        """Write a checkpoint if one is due or this is the last step; end training if ``stop`` returns True."""
         if self._checkpoints is None and self._stop is None:
             return
         flags = (self._stop is not None and self._stop(), self._checkpoints is not None and self._is_due())
@@ -122,7 +122,7 @@ class Keeper:
             raise TrainingStoppedError(self._progress.step)
 
     def recorded(self) -> None:
-        """Keep the weights after a record, if they are the best so far."""
+        """Snapshot the state after a record, if it is the best so far."""
         if self._checkpoints is not None and self._progress.since_best == 0:
             self._best = copy.deepcopy(self._content())
 
@@ -152,19 +152,19 @@ class Keeper:
             if self._best is not None:
                 checkpoints.save_best(self._best)
 
-        processes.first(save)  # the others wait, and hear of an error
+        processes.first(save)  # the other ranks wait, and raise the same error
         self._best = None
         self._written = time.monotonic()
         self._took = self._written - start
 
 
 def _tensors(objective: Objective) -> dict[str, Tensor]:
-    """Parameters and buffers, those that are not part of the state_dict too."""
+    """Parameters and buffers, including the non-persistent ones."""
     return {name: tensor.detach() for name, tensor in (*objective.named_parameters(), *objective.named_buffers())}
 
 
 def identity(data: Data) -> str:
-    """What tells one data set from another, as its batches have it."""
+    """A description of a data set by shape, binarisation and checksums, to compare with that in a checkpoint."""
     x, *others = data.held
     text = f"{len(data):,} of shape {tuple(data.event_shape)}, binarization {data.binarization}, CRC-32 {_digest(x)}"
     if x.dtype == torch.uint8 and not data.scaled:
@@ -179,7 +179,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def processor() -> str:
-    """The processor's name: figures differ in their last digits, and seconds in their first, from one to another."""
+    """The processor's name: results differ by rounding between processors, and timings differ substantially."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -222,14 +222,14 @@ def restore(
             changed.append(f"shape of {name}: {found.get(name)} -> {now}")
     if changed:
         raise CheckpointError(
-            f"resume: the checkpoint is of a run with other settings (saved -> asked): {'; '.join(changed)}. Ask for "
-            "the same, or start a new run in another folder."
+            f"resume: the checkpoint is of a run with other settings (saved -> requested): {'; '.join(changed)}. Use the "
+            "same settings, or start a new run in another folder."
         )
     here = _conditions(next(iter(expected.values())).device)
     known = [name for name in here if name in conditions]  # fewer of them in a checkpoint of an earlier version
     if others := [f"{name}: {conditions[name]} -> {here[name]}" for name in known if conditions[name] != here[name]]:
         warnings.warn(
-            f"resume: not under the same conditions ({'; '.join(others)}), so that the last digits will differ from those "
+            f"resume: the conditions have changed ({'; '.join(others)}), so that results will differ by rounding from those "
             "of an uninterrupted run.",
             NotTheSameWarning,
             stacklevel=3,

@@ -14,12 +14,12 @@ __all__ = ["FLUSH_EVERY", "EagerStep", "NonFiniteStepError"]
 
 
 class NonFiniteStepError(Exception):
-    """A loss or gradient that is not finite; parameters and moments are those before that step.
+    """A loss or gradient is not finite; parameters and optimiser state are those before that step.
 
     Attributes:
-        index: of the batch.
-        loss: on it.
-        ago: steps made after it, and undone with it.
+        index: indices of the batch.
+        loss: on the batch.
+        ago: number of later steps, which were rolled back with it.
     """
 
     def __init__(self, index: Tensor, loss: float) -> None:
@@ -28,18 +28,18 @@ class NonFiniteStepError(Exception):
 
 
 class EagerStep:
-    """``step(index)``: one step of the optimiser on the batch at these places of the data. Returns the objective's terms.
+    """``step(index)``: one optimiser step on the batch of the given indices. Returns the objective's terms.
 
     Args:
         objective: see :class:`~pyro_vae.training.objective.Objective`.
         data: observations, on the device of the parameters.
-        optimizer: of the parameters that are trained; after steps made before, its state is theirs.
-        clip_grad_norm: the gradient is scaled down to this norm, over all parameters, where it is longer. None: it is not.
-        done: steps made before.
-        steps: steps that the run will have made at its end, for what changes in its course.
+        optimizer: of the trained parameters; if training is resumed, with its restored state.
+        clip_grad_norm: maximum norm of the gradient of all parameters, to which a longer one is scaled down. None: no limit.
+        done: number of steps made before.
+        steps: total number of steps of the run, for schedules.
 
     Attributes:
-        not_compiled: why an objective that was to be compiled is trained eagerly, if it is.
+        not_compiled: the reason for falling back to eager execution; empty if there was none.
 
     Raises:
         NonFiniteStepError: by a step, or by :meth:`end`.
@@ -62,10 +62,10 @@ class EagerStep:
         self.not_compiled = ""
 
     def begin(self) -> None:
-        """Before steps in which nothing but the parameters, buffers and learning rate changes."""
+        """Called before a sequence of steps during which only parameters, buffers and learning rate change."""
 
     def end(self) -> None:
-        """After them: the optimiser's state is all up to date, and every step was finite."""
+        """Called after such a sequence: brings the optimiser's state up to date; raises if a step was not finite."""
 
     def __call__(self, index: Tensor) -> dict[str, float]:
         self._next()
@@ -79,13 +79,13 @@ class EagerStep:
         self.count += 1
 
     def _at_step(self, count: int) -> None:
-        """What changes in the course of training is set for the step after so many."""
+        """Apply the objective's schedules for the step after ``count`` steps."""
         self.objective.at_step(count, count + 1 if self.steps is None else self.steps)
 
     def _eager(self, index: Tensor) -> dict[str, float]:
         self.optimizer.zero_grad(set_to_none=True)
         terms = self._backward(index)
-        # NaN and infinity survive a sum, so one number tells, and one read brings everything here.
+        # NaN and infinity propagate through sums, so one number shows them, and a single transfer reads all values.
         total = torch.stack([terms["loss"], *(p.grad.sum() for p in self.parameters if p.grad is not None)]).sum()
         *numbers, total = torch.stack([*terms.values(), total]).detach().tolist()
         values = dict(zip(terms, numbers, strict=True))
@@ -97,7 +97,7 @@ class EagerStep:
         return values
 
     def _backward(self, index: Tensor) -> dict[str, Tensor]:
-        """The objective's terms on a batch; the gradient of its loss goes into the parameters."""
+        """The objective's terms on a batch; accumulates the gradient of the loss in the parameters."""
         terms = self.objective(*self.data.batch(index))
         if self.count == 1:
             _check_terms(self.objective, terms)
@@ -105,7 +105,7 @@ class EagerStep:
         return terms
 
 
-# What is flushed every so many steps; see flush_moments.
+# Steps between calls of flush_moments.
 FLUSH_EVERY = 200
 
 

@@ -1,4 +1,4 @@
-"""The optimiser's part of a compiled step: Adam's update as tensor operations in the graph; any other after its gradient."""
+"""The optimiser in a compiled step: Adam's update as part of the graph; any other optimiser steps after the graph."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ __all__ = ["AdamInGraph", "AfterGraph", "Slot", "adam_takes", "flush_moments", "
 
 @dataclass
 class Slot:
-    """A parameter, and what its optimiser has of it.
+    """A parameter, with its optimiser and parameter group.
 
     Args:
         parameter: the parameter.
         optimizer: the optimiser.
-        group: of its ``param_groups``, that of the parameter.
+        group: the one of its ``param_groups`` with the parameter.
     """
 
     parameter: Tensor
@@ -27,23 +27,23 @@ class Slot:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The optimiser's state of the parameter; empty before its first gradient."""
+        """The optimiser's state for the parameter; empty before its first gradient."""
         return self.optimizer.state.get(self.parameter, {})
 
 
 def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What a schedule may change from step to step: the learning rate, and momentum or betas in some."""
+    """The options that a scheduler may change between steps: the learning rate, in some also momentum or betas."""
     return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
 def set_options(optimizer: torch.optim.Optimizer, options: Sequence[Mapping[str, Any]]) -> None:
-    """Put back what :func:`options_of` has given."""
+    """Restore options returned by :func:`options_of`."""
     for group, values in zip(optimizer.param_groups, options, strict=True):
         group.update(values)
 
 
 def adam_takes(slots: Sequence[Slot]) -> bool:
-    """Whether :class:`AdamInGraph` does what the optimisers of these parameters do."""
+    """Whether :class:`AdamInGraph` implements the optimisers of these parameters."""
     plain = {"amsgrad": False, "maximize": False, "differentiable": False}
     kinds = torch.optim.Adam, torch.optim.AdamW, ClippedAdam
     return all(
@@ -60,14 +60,15 @@ class AdamInGraph:
     .. math:: m \leftarrow m + (1 - \beta_1)(g - m), \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
         \theta \leftarrow \theta - \frac{\eta}{1 - \beta_1^t} \frac{m}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
-    (Kingma and Ba 2015, arXiv:1412.6980). The learning rate, the betas and the count t are tensors, which take up what
-    Python holds before compiled steps, so that schedules work; ClippedAdam's decay of the rate is part of the graph.
+    (Kingma and Ba 2015, arXiv:1412.6980). The learning rate, the betas and the count t are tensors, which are set from the
+    optimiser's options before compiled steps, so that schedules work; ClippedAdam's decay of the learning rate is part of
+    the graph.
 
     Args:
-        slots: parameters that have a gradient.
+        slots: parameters with a gradient.
 
     Attributes:
-        share: of a change of the gradient that :meth:`moved` shows.
+        share: the factor of the gradient in :meth:`moved`.
     """
 
     def __init__(self, slots: Sequence[Slot]) -> None:
@@ -95,7 +96,7 @@ class AdamInGraph:
         return [*firsts, *seconds, *self._counts, self._options]
 
     def before(self) -> None:
-        """Take up what Python holds."""
+        """Copy the options and counts from the optimisers to the tensors, if they have changed."""
         if (python := self._held_by_python()) != self._python:
             self._options.copy_(torch.tensor([[lr, *betas] for lr, betas in python[0]], dtype=torch.float64).reshape(-1, 3))
             for count, number in zip(self._counting, python[1], strict=True):
@@ -139,7 +140,7 @@ class AdamInGraph:
                 tensor.copy_(new)
 
     def after(self, times: int, gradients: Sequence[Tensor]) -> None:
-        """Python takes up what so many compiled steps have changed."""
+        """Copy the counts and learning rates after ``times`` compiled steps to the optimisers."""
         if not self._counting:
             return
         for group in self._groups:
@@ -151,16 +152,16 @@ class AdamInGraph:
         self._python = self._held_by_python()
 
     def moved(self) -> list[Tensor]:
-        """Copies of what shows the last gradient, parameter by parameter."""
+        """Copies of the first moments, which depend on the last gradient, one per parameter."""
         return [state["exp_avg"].clone() for state in self._states]
 
     def finite(self) -> bool:
-        """Whether every gradient so far was: first moments keep NaN and infinity."""
+        """Whether all gradients so far were finite: NaN and infinity persist in the first moments."""
         return bool(torch.stack([state["exp_avg"].sum() for state in self._states]).sum().isfinite())
 
 
 def _make_state(slot: Slot) -> None:
-    """The state that the optimiser makes at the first gradient."""
+    """Initialise the state of a parameter, as the optimiser does at its first gradient."""
     if not slot.state:
         step = 0 if isinstance(slot.optimizer, ClippedAdam) else torch.zeros((), dtype=torch.float32)
         zeros = (torch.zeros_like(slot.parameter, memory_format=torch.preserve_format) for _ in range(2))
@@ -168,11 +169,11 @@ def _make_state(slot: Slot) -> None:
 
 
 class AfterGraph:
-    """Any optimisers, which step on the gradients that the graph returns. Methods as of :class:`AdamInGraph`.
+    """Any optimisers, which step on the gradients returned by the graph. Same methods as :class:`AdamInGraph`.
 
     Args:
-        slots: parameters that have a gradient.
-        step: lets the optimisers make a step.
+        slots: parameters with a gradient.
+        step: a function that steps the optimisers.
     """
 
     share = 1.0
@@ -198,15 +199,16 @@ class AfterGraph:
         return [torch.zeros_like(s.parameter) if s.parameter.grad is None else s.parameter.grad.clone() for s in self.slots]
 
     def finite(self) -> bool:
-        return True  # each step has looked
+        return True  # checked at each step
 
 
 def flush_moments(optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Set Adam's smallest moments to zero, as must be done every so many steps.
+    """Set Adam's smallest moments to zero, before they become denormal; to be called after every ``steps`` steps.
 
-    Moments of a parameter without gradient decay until they are denormal, and Adam then takes ten times as long: on MNIST,
-    whose outer pixels are almost never set, twice as long from the second epoch on. What is left decays by no more than
-    0.9^steps until the next time, and what is set to zero would not change any parameter by more than 1e-22.
+    Moments of a parameter without gradient decay until they are denormal, on which operations take ten times as long: on
+    MNIST, whose outer pixels are almost always 0, Adam takes twice as long from the second epoch. Until the next call the
+    remaining moments decay by a factor of at least 0.9^steps; those set to zero would not change any parameter by more than
+    1e-22.
     """
     if isinstance(optimizer, torch.optim.Adam):
         for state in optimizer.state.values():

@@ -275,11 +275,11 @@ def test_what_is_not_defined_is_refused():
         decoder_mean(with_guide(normal, observed=2), torch.zeros(3, 2), like=X)
     with pytest.raises(ValueError, match="of the sites z of 2; found"):
         decoder_mean(with_guide(normal), torch.zeros(3, 3), like=X)
-    with pytest.raises(ValueError, match=r"decoder_mean: the model does not say the shape.*like=x\[:1\]"):
+    with pytest.raises(ValueError, match=r"decoder_mean: the shape of an observation is not known.*like=x\[:1\]"):
         decoder_mean(with_guide(normal), torch.zeros(3, 2))
     with pytest.raises(ValueError, match="expected two of the 1 latent dimensions"):
         manifold_grid(make_vae(latent_dim=1), size=3)
-    with pytest.raises(UndefinedError, match="the guide draws nothing"):
+    with pytest.raises(UndefinedError, match="the guide has no latent site"):
         latent_means((with_guide(normal)[0], lambda x: None), X)
 
 

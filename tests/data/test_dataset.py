@@ -106,7 +106,7 @@ DAMAGE = {
     lengthen: (TEST, "too long: expected 64 bytes, found 66"),
     flip: (TEST, "damaged: expected SHA-256"),
     compress: (TRAIN_LABELS, "still compressed by gzip. Rename it to .*gz and run gunzip"),
-    swap: (TRAIN_LABELS, f"swapped: it holds the content of {TEST_LABELS}. Give each file its own name, or delete"),
+    swap: (TRAIN_LABELS, f"swapped: it has the content of {TEST_LABELS}. Rename the files, or delete"),
     remove: (TEST_LABELS, "download failed.*no network.*PYRO_VAE_DATA"),
     empty: (TRAIN, "truncated: expected 112 bytes, found 0"),
     directory: (TRAIN, "cannot be read"),
@@ -300,7 +300,7 @@ def test_all_tensors_are_carried_along():
     moved = data.to("cpu", torch.float32)
     assert moved.tensors["weight"].data_ptr() == data.tensors["weight"].data_ptr()  # held as it came
     assert [value.dtype for value in moved.batch(torch.tensor([0]))] == [torch.float32, torch.int64, torch.float32]
-    with pytest.raises(DataError, match="expected places from 0 to 5: .*out of"):
+    with pytest.raises(DataError, match="expected indices from 0 to 5: .*out of"):
         data.subset(torch.tensor([6]))
     with pytest.raises(DataError, match="at least one observation"):
         data.subset(slice(0))
@@ -340,9 +340,9 @@ def test_images_of_uint8_are_pixels_unless_told(shape):
 @pytest.mark.parametrize("shape", [(1, 4), (1, 2, 1, 2), (1, 1, 1, 1, 4)])
 def test_other_uint8_must_be_told(shape):
     x = BYTES.reshape(shape)
-    with pytest.raises(DataError, match=r"pixels=True \(scaled by 1/255\) or pixels=False \(kept as whole numbers\)"):
+    with pytest.raises(DataError, match=r"pixels=True \(scaled by 1/255\) or pixels=False \(unscaled whole numbers\)"):
         Data(x)
-    with pytest.raises(DataError, match="Say which"):
+    with pytest.raises(DataError, match="Pass pixels=True .* or pixels=False"):
         as_data(x.numpy())
     (pixels,), (counts,) = (Data(x, pixels=answer).batch(torch.tensor([0])) for answer in (True, False))
     assert torch.equal(pixels, x.float() / 255)
@@ -454,9 +454,9 @@ def test_check_of_large_observations_takes_few_at_once():
 
 def test_check_says_what_a_function_takes():
     data = of_all_kinds(inputs=("x", "labels"))
-    with pytest.raises(DataError, match=r"all: a batch has x, labels, which does not suit .*check\(x\): too many"):
+    with pytest.raises(DataError, match=r"all: a batch has x, labels, which does not match .*check\(x\): too many"):
         data.check(BernoulliLikelihood().check)
-    with pytest.raises(DataError, match=r"does not suit .*<lambda>\(x, y, z\): missing a required argument: 'z'"):
+    with pytest.raises(DataError, match=r"does not match .*<lambda>\(x, y, z\): missing a required argument: 'z'"):
         data.check(lambda *batch: None, lambda x, y, z: None)
     as_data((torch.ones(2, 2), torch.ones(2, 2))).check(torch.add)  # which has no signature to look at
 
@@ -527,15 +527,15 @@ def test_tuples_and_mappings_of_tensors():
 
 
 REFUSED = {
-    "of different lengths": ((torch.zeros(4, 2), torch.zeros(3, 2)), "a tuple of lengths 4, 3. Pass its parts apart: train"),
-    "a pair of Data": ((Data(torch.zeros(4, 2)),) * 2, "found a tuple. Pass its parts apart: train, test"),
+    "of different lengths": ((torch.zeros(4, 2), torch.zeros(3, 2)), "lengths 4, 3. Pass training and test data separately"),
+    "a pair of Data": ((Data(torch.zeros(4, 2)),) * 2, "found a tuple. Pass training and test data separately"),
     "a list of images": ([torch.zeros(2, 2)] * 3, r"a list of 3 tensors of one shape. Stack observations: torch.stack"),
     "an empty mapping": ({}, "expected at least x"),
     "a mapping of lists": ({"x": [1.0]}, "found list"),
     "a tuple of numbers and an array": ((torch.zeros(4, 2), 1), "found a tuple"),
     "an empty tuple": ((), "found a tuple"),
     "list": ([[1.0]], "found list"),
-    "the pair of load_data": ((1, 2), "Pass its parts apart: train, test"),
+    "the pair of load_data": ((1, 2), "Pass training and test data separately: train, test"),
     "masked": (np.ma.masked_array([[1.0]]), "without a mask"),
     "objects": (np.array([[object()]]), "expected an array of numbers, found object"),
     "words": (np.array([["a"]]), "expected an array of numbers"),

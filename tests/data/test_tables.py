@@ -42,7 +42,7 @@ BAD = {
     "missing": ("a,b\n1,2\n3,\n", "row 2, column b: missing"),
     "nan": ("a,b\n1,NaN\n3,4\n", "row 1, column b: missing"),
     "NA without names": ("1,2\n3,NA\n", "row 2, column 1: missing"),
-    "text": ("a,b\n1,2\n3,red\n", "row 2, column b: expected a number, found 'red'. Leave the column out, or encode it"),
+    "text": ("a,b\n1,2\n3,red\n", "row 2, column b: expected a number, found 'red'. Drop the column, or encode it"),
     "a column of text": ("name,b\nann,2\nbob,4\n", "row 1, column name: expected a number, found 'ann'"),
     "python's own numbers": ("a,b\n1_000,2\n", "row 1, column a: expected a number"),
     "infinite": ("a,b\n1,inf\n", "row 1, column b: expected a finite number, found inf"),
@@ -127,5 +127,5 @@ def test_frames_of_pandas():
     ):
         with pytest.raises(DataError, match=match):
             as_data(frame.assign(**change))
-    with pytest.raises(DataError, match="different names, found t twice"):
+    with pytest.raises(DataError, match="unique column names, found t twice"):
         as_data(pandas.concat([frame, frame], axis=1))

@@ -218,7 +218,7 @@ def test_guide_needs_data(vae):
     "x", [torch.rand(5, 4, 4), torch.rand(5, 16), torch.zeros(5, 1, 4, 4, dtype=torch.uint8), torch.rand(4)]
 )
 def test_encode_names_both_shapes(vae, x):
-    with pytest.raises(ValueError, match=r"\(\*batch, 1, 4, 4\) and type torch.float32, found torch\."):
+    with pytest.raises(ValueError, match=r"\(\*batch, 1, 4, 4\) and dtype torch.float32, found torch\."):
         vae.encode(x)
 
 

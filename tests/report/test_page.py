@@ -141,13 +141,13 @@ def test_a_run_that_was_stopped(run, report):
     page = (run / "report.html").read_text()
     assert "This run is not finished" in page
     assert "the run was not evaluated" in page
-    assert "(--no-figures)" in page
+    assert "--no-figures" in page
     assert "<polyline" in page
     shutil.rmtree(run / "checkpoints")
     (run / "metrics.jsonl").write_text("")
     assert report(run)[0] == 0
     page = (run / "report.html").read_text()
-    assert "stopped before its first epoch ended" in page
+    assert "stopped before the end of its first epoch" in page
     assert "Training curves" not in page
 
 
@@ -169,7 +169,7 @@ def test_pictures_beyond_the_limit_are_left_out_by_name(run):
     assert record.left_out
     assert sum(len(picture.base64) for picture in record.pictures) <= 30_000
     page = render([record])
-    assert "Left out to keep this page small" in page
+    assert "Omitted to limit the size of this page" in page
     assert all(name in page for name in record.left_out)
 
 
@@ -179,7 +179,7 @@ def test_several_runs_share_the_room_only_where_it_is_short(run, tmp_path, monke
     for limit, whole in ((sum(both), True), (sum(both) - 1, False)):
         monkeypatch.setattr(pyro_vae.report.page, "_LIMIT", limit)
         page = write_report([run, twin], tmp_path / "page.html").read_text()
-        assert ("Left out" not in page) == whole
+        assert ("Omitted to limit" not in page) == whole
         assert len(page) < limit + 60_000
 
 
@@ -268,11 +268,11 @@ def test_nothing_to_beware_of():
 
 
 def test_warnings():
-    assert "asked for: auto" in told({"dataset": "digits", "requested_dataset": "auto"})["Digits in place of MNIST"]
+    assert "requested: auto" in told({"dataset": "digits", "requested_dataset": "auto"})["Digits instead of MNIST"]
     assert "--resume" in told(finished=False)["This run is not finished"]
     collapsed = told(kl=[1.0, 0.009, 2.0, 0.0])["Collapsed latents"]
     assert collapsed.startswith("z2, z4: ")
-    assert "2 of 4 dimensions are in use" in collapsed
+    assert "2 of 4 dimensions are active" in collapsed
     weights = FigureOfRun("log_marginal", -97.0, 0.01, 100, median_ess=4.6, unreliable=9306)
     text = told(figures=[weights])["Importance weights are unreliable"]
     assert "For 9,306 test observations" in text
@@ -281,15 +281,15 @@ def test_warnings():
     assert "Importance weights were not checked" in told(figures=[FigureOfRun("log_marginal", -97.0, 0.01, 10, 9.0)])
     assert "neg_elbo: " in told(figures=[FigureOfRun("neg_elbo", 1.0)])["Error bars are missing"]
     nan = told(figures=[FigureOfRun("neg_elbo", float("nan"), 0.1)], train={"kl": float("inf")})
-    assert nan["Figures that are no numbers"].startswith("neg_elbo, training kl: ")
+    assert nan["Metrics that are not finite"].startswith("neg_elbo, training kl: ")
 
 
 @pytest.mark.parametrize(
     ("train", "test", "says"),
     [
-        ({"neg_elbo": 80.0}, 100.0, "Train for less long"),
-        ({"neg_elbo": 100.0}, 80.0, "train for longer"),
-        ({"neg_elbo": 481.0, "squared_error": 25.0, "kl": 7.0}, 490.0, "new ones"),  # the constant is no part of the scale
+        ({"neg_elbo": 80.0}, 100.0, "Train less"),
+        ({"neg_elbo": 100.0}, 80.0, "train longer"),
+        ({"neg_elbo": 481.0, "squared_error": 25.0, "kl": 7.0}, 490.0, "new data"),  # the constant is no part of the scale
     ],
 )
 def test_training_and_test_differ(train, test, says):
@@ -297,7 +297,7 @@ def test_training_and_test_differ(train, test, says):
 
 
 def test_a_test_curve_that_still_falls_asks_for_more(run):
-    for figures, says in (((9.0, 8.0), "train for longer"), ((8.0, 9.0), "Train for less long")):
+    for figures, says in (((9.0, 8.0), "train longer"), ((8.0, 9.0), "Train less")):
         metrics = json.loads((run / "metrics.json").read_text())
         metrics["train"]["neg_elbo"] = metrics["test"]["neg_elbo"]["value"] / 2
         write_json(run / "metrics.json", metrics)
@@ -310,7 +310,7 @@ def test_a_nan_in_metrics_is_told(run):
     metrics["test"]["neg_elbo"] |= {"value": float("nan"), "standard_error": float("nan")}
     write_json(run / "metrics.json", metrics)
     headlines = [headline for headline, _ in read_run(run).warnings]
-    assert {"Figures that are no numbers", "Error bars are missing"} <= set(headlines)
+    assert {"Metrics that are not finite", "Error bars are missing"} <= set(headlines)
 
 
 def test_latents_name_collapsed_dimensions_and_choose_the_axes(run):
@@ -374,9 +374,12 @@ def test_what_cannot_be_ranked_says_why():
     few, many = (FigureOfRun("log_marginal", -98.0, 0.1, draws, 90.0, 0) for draws in (100, 5000))
     assert verdicts(few, many, note="the runs made 100 and 5,000 draws") == ["", ""]
     bare = FigureOfRun("neg_elbo", 99.0)
-    assert verdicts(FigureOfRun("neg_elbo", 100.0, 0.1), bare, note="no finite figure with an error of run 1") == ["", ""]
+    assert verdicts(FigureOfRun("neg_elbo", 100.0, 0.1), bare, note="no finite value with a standard error for run 1") == [
+        "",
+        "",
+    ]
     bad = FigureOfRun("log_marginal", -98.0, 0.1, 100, 4.0, 12)
-    assert verdicts(few, bad, note="Beware of the order by log p(x)")[0] == "best"
+    assert verdicts(few, bad, note="The order by log p(x) is uncertain")[0] == "best"
 
 
 def test_a_page_of_several_runs(run, tmp_path, report, monkeypatch):
@@ -387,14 +390,14 @@ def test_a_page_of_several_runs(run, tmp_path, report, monkeypatch):
     assert code == 0
     assert out.startswith("report.html: ")
     page = (tmp_path / "report.html").read_text()
-    assert "fall into 2 groups" in page
+    assert "form 2 groups" in page
     assert "must not be compared" in page
     assert "likelihood: normal with variance 1/2: a density" in page
     assert page.count("not distinguishable from the best") == 2  # the twin's -ELBO and log p(x)
     assert page.count('<div class="explorer"') == 3
     code, _, err = report(run, tmp_path / "run")
     assert code == 2
-    assert "Name each once" in err
+    assert "Pass each once" in err
 
 
 def test_runs_of_one_name_are_shown_by_their_paths(tmp_path):

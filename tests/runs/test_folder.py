@@ -159,9 +159,9 @@ DAMAGE = {
     "edited shape": (edit(event_shape=[1, "a"]), "event_shape: expected whole numbers"),
     "other model": (edit(latent_dim=5), "not the weights of the model"),
     "no weights": (lambda folder: (folder / "checkpoints" / "weights.pt").unlink(), "weights.pt: missing"),
-    "truncated weights": (truncate_weights, "no file of torch.save"),
-    "empty weights": (write("checkpoints/weights.pt", b""), "no file of torch.save"),
-    "malicious weights": (write("checkpoints/weights.pt", pickle.dumps(Malicious())), "no file of torch.save"),
+    "truncated weights": (truncate_weights, "not a file of torch.save"),
+    "empty weights": (write("checkpoints/weights.pt", b""), "not a file of torch.save"),
+    "malicious weights": (write("checkpoints/weights.pt", pickle.dumps(Malicious())), "not a file of torch.save"),
 }
 
 

@@ -223,7 +223,7 @@ class Breaks(Objective):
 def test_not_finite_stops_before_the_step(how):
     objective = Breaks(how)
     what, value = ("gradient", r"loss \d\.\d+, ") if how == "gradient" else ("loss", "")
-    message = rf"the {what} is not finite in epoch 1, step 3: {value}largest \|x\| \S+\. The weights"
+    message = rf"the {what} is not finite in epoch 1, step 3: {value}largest \|x\| \S+\. The parameters"
     with pytest.raises(NonFiniteError, match=message):
         fit(objective, X, epochs=1, batch_size=10, verbose=False)
     assert torch.equal(objective.weight, objective.good)
@@ -266,7 +266,7 @@ def test_data_that_do_not_suit_the_likelihood(vae):
 
 def test_data_of_another_shape(vae):
     with pytest.raises(
-        ValueError, match=r"\(\*batch, 1, 4, 4\) and type torch.float32, found torch.float32 of shape \(53, 16\)"
+        ValueError, match=r"\(\*batch, 1, 4, 4\) and dtype torch.float32, found torch.float32 of shape \(53, 16\)"
     ) as error:
         fit(NegativeELBO(vae), X.flatten(1), epochs=1, verbose=False)
     assert "Trace Shapes" not in str(error.value)  # found before Pyro traces anything
@@ -547,12 +547,12 @@ def test_an_optimizer_of_ones_own_is_a_loop_by_hand():
     [
         (
             {"optimizer": torch.optim.LBFGS},
-            "steps on the gradient of one batch, found LBFGS, which evaluates the loss several",
+            "whose step needs no closure, found LBFGS, which evaluates the loss several",
         ),
         ({"optimizer": StepsTwice}, "found StepsTwice"),
         (
             {"optimizer": lambda parameters, lr: "adam"},
-            "optimizer: expected what makes an optimiser of torch.optim, found str",
+            "optimizer: expected a function that returns an optimizer, found str",
         ),
         ({"optimizer": "adam"}, "optimizer: expected a function, found 'adam'"),
         ({"optimizer": torch.optim.SGD([torch.zeros(1)], lr=0.1)}, r"found one that is made, of SGD\. Pass the class"),
@@ -565,7 +565,7 @@ def test_an_optimizer_of_ones_own_is_a_loop_by_hand():
         ({"schedule": lambda optimizer: 0.1}, "schedule: expected what makes a schedule of .*lr_scheduler, found float"),
         ({"schedule_by": "hour"}, "schedule_by: expected one of epoch, step, found 'hour'"),
         ({"patience": 0}, "patience: expected a whole number >= 1, found 0"),
-        ({"patience": 2}, "patience: expected test data, whose loss tells when to stop, found none"),
+        ({"patience": 2}, "patience: expected test data, on whose loss early stopping depends, found none"),
     ],
 )
 def test_bad_optimizers_and_schedules(vae, arguments, match):
@@ -689,10 +689,10 @@ def test_a_warm_up_longer_than_the_run_is_said(vae, beta, steps, warns):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(objective, X, steps=steps, batch_size=10, verbose=False)
-    said = [str(warning.message) for warning in caught if "the schedule of beta ends this run" in str(warning.message)]
+    said = [str(warning.message) for warning in caught if "the schedule of beta is at" in str(warning.message)]
     assert len(said) == warns
     if warns:
-        assert f"of {steps} steps at {(steps - 1) / 12:g}, below 1" in said[0]
+        assert f"at {(steps - 1) / 12:g}, below 1, at the end of this run of {steps} steps" in said[0]
 
 
 @pytest.mark.parametrize("estimator", ["trace", "mean-field"])
@@ -759,7 +759,7 @@ def test_free_bits_are_refused_where_they_have_no_meaning():
         fit(NegativeELBO(vae, free_bits=0.1), X, epochs=1, verbose=False)
     vae = make_vae()
     scaled = NegativeELBO(scale_latents(vae.model, 2.0), scale_latents(vae.guide, 2.0), free_bits=0.1)
-    with pytest.raises(ValueError, match=r"free_bits have no meaning under poutine\.scale"):
+    with pytest.raises(ValueError, match=r"free_bits is not defined under poutine\.scale"):
         scaled(X)
     with pytest.raises(ValueError, match="free_bits: expected a positive number, found -1"):
         NegativeELBO(vae, free_bits=-1)

@@ -180,7 +180,7 @@ def test_bit_for_bit_with_any_schedule(schedule, optimizer, compile, traced, tmp
     ("beta", "compile"),
     eager_and_traced([LinearWarmup(8), LinearWarmup(30, start=0.5), CyclicWarmup(4, cycles=2)], fast=[LinearWarmup(8)]),
 )
-@pytest.mark.filterwarnings("ignore:the schedule of beta ends this run")
+@pytest.mark.filterwarnings("ignore:the schedule of beta is at")
 def test_bit_for_bit_with_a_warm_up(beta, compile, traced, tmp_path):
     def make(beta=beta):
         torch.manual_seed(5)
@@ -260,7 +260,7 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path):
     assert run(again, checkpoints=checkpoints, resume=checkpoints.load(), on_record=records.append) == expected
     assert equal(weights(again), weights(first))
     assert not records  # each record is announced once
-    with pytest.raises(CheckpointError, match="15 steps were made, and only 10 are asked for"):
+    with pytest.raises(CheckpointError, match="15 steps were made, and only 10 are requested"):
         run(build("elbo"), epochs=2, checkpoints=checkpoints, resume=checkpoints.load())
 
 
@@ -358,7 +358,7 @@ def test_training_and_test_data_have_the_same_inputs():
 
     data = Data(images(), torch.arange(70) % 2, inputs=("x", "labels"))
     alone = replace(data, inputs=("x",), name="alone")
-    with pytest.raises(ValueError, match=r"alone: a batch has x, which does not suit Conditional.forward\(x, y\): missing"):
+    with pytest.raises(ValueError, match=r"alone: a batch has x, which does not match Conditional.forward\(x, y\): missing"):
         run(Conditional(), data=alone)
     with pytest.raises(ValueError, match=r"test: expected batches of x, labels .*found x\. Give both the same inputs"):
         run(Either(), data=data, test=alone)
@@ -376,13 +376,13 @@ def test_a_refused_resume_changes_nothing(tmp_path):
 
 def test_checkpoints_of_an_earlier_run_are_not_replaced_by_accident(tmp_path):
     run(build("elbo"), checkpoints=Checkpoints(tmp_path))
-    with pytest.raises(CheckpointError, match=r"holds the checkpoints of an earlier run.*resume=checkpoints.load"):
+    with pytest.raises(CheckpointError, match=r"has checkpoints of an earlier run.*resume=checkpoints.load"):
         run(build("elbo"), checkpoints=Checkpoints(tmp_path))
 
 
 @pytest.mark.parametrize("content", [{}, {"settings": {}}, {"settings": 1, "conditions": 2, "tensors": 3, "progress": {}}])
 def test_a_state_of_something_else_is_refused(content):
-    with pytest.raises(CheckpointError, match="no checkpoint that fit has written"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of fit"):
         run(build("elbo"), resume=content)
 
 
