@@ -317,7 +317,10 @@ def _elements(fn: Any) -> Any:
 
 
 def _kind(fn: Any) -> str:
-    return type(base_distribution(fn)).__name__
+    """The name of a distribution under .to_event, .expand and .mask; a HalfNormal is one, though a Normal is its base."""
+    while hasattr(fn, "base_dist") and not isinstance(fn, torch.distributions.TransformedDistribution):
+        fn = fn.base_dist
+    return type(fn).__name__
 
 
 def require_densities(sites: Sequence[Site]) -> None:

@@ -135,16 +135,14 @@ def fit(
         NotTheSameWarning: ``resume`` was made with another number of threads or processes, another version of torch, or
             on another processor.
     """
-    lr = learning_rate(lr, optimizer)
-    _check_parts(objective, checkpoints, stop=stop, on_record=on_record, optimizer=optimizer, schedule=schedule)
-    batch_size, seed = whole_number("batch_size", batch_size), whole_number("seed", seed, minimum=0)
+    _check_parts(objective, checkpoints, stop=stop, on_record=on_record, schedule=schedule)
+    lr, batch_size = learning_rate(lr, optimizer), whole_number("batch_size", batch_size)
+    seed = whole_number("seed", seed, minimum=0)
     clip_grad_norm = None if clip_grad_norm is None else number("clip_grad_norm", clip_grad_norm)
     checkpoint_every = None if checkpoint_every is None else whole_number("checkpoint_every", checkpoint_every)
-    patience = None if patience is None else whole_number("patience", patience)
+    patience = None if patience is None else _patience(patience, test)
     one_of("precision", precision, PRECISIONS)
     one_of("schedule_by", schedule_by, SCHEDULE_UNITS)
-    if patience is not None and test is None:
-        raise ValueError("patience: expected test data, on whose loss early stopping depends, found none. Pass test=...")
     data, held_out = _prepare(objective, data, test, device, batch_size)
     length = _length(len(data), batch_size, epochs, steps, record_every)
     compile = compile_choice(compile, data.x.device, processes.count())
@@ -204,6 +202,13 @@ def _check_parts(objective: Any, checkpoints: Any, **functions: Any) -> None:
         if function is not None and not callable(function):
             found = repr(function) if len(repr(function)) < 40 else f"an object of {type(function).__name__}"
             raise ValueError(f"{name}: expected a function, found {found}.")
+
+
+def _patience(patience: int, test: DataLike | None) -> int:
+    patience = whole_number("patience", patience)
+    if test is None:
+        raise ValueError("patience: expected test data, on whose loss early stopping depends, found none. Pass test=...")
+    return patience
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,9 @@ def learning_rate(lr: float | None, optimizer: Callable[..., Any] | None) -> flo
             f"optimizer: expected what makes an optimiser of torch.optim, found {found}. Pass the class, torch.optim.SGD, "
             "or functools.partial(torch.optim.SGD, momentum=0.9)."
         )
+    if optimizer is not None and not callable(optimizer):
+        found = repr(optimizer) if len(repr(optimizer)) < 40 else f"an object of {type(optimizer).__name__}"
+        raise ValueError(f"optimizer: expected a function, found {found}.")
     own = optimizer.keywords.get("lr") if isinstance(optimizer, functools.partial) else None
     if lr is not None and own is not None:
         raise ValueError(f"lr: found {lr!r}, and {own!r} in optimizer. Give one of the two.")

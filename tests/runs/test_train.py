@@ -259,9 +259,11 @@ def test_a_run_with_settings_made_in_python_tells_the_command_line_where_to_go(t
     quiet = {"verbose": False, "figures": False, "importance_samples": 0}
     folder = train_run(tmp_path / "run", settings.build_objective(vae), X, test=X[:9], settings=settings, **quiet)
     for command in (["evaluate", folder], ["train", "--resume", folder]):
-        with pytest.raises(SystemExit) as exit:
-            main([str(word) for word in command])
-        assert exit.value.code == 2
+        try:
+            code = main([str(word) for word in command])
+        except SystemExit as exit:  # argparse
+            code = exit.code
+        assert code == 2
         said = " ".join(capsys.readouterr().err.split())
         assert "this run was made from Python by train_run" in said
         assert f"evaluate(load_run({str(folder)!r}), data)" in said

@@ -582,6 +582,7 @@ def test_the_learning_rate_of_a_partial_holds(vae):
     assert equal(weights(vae), weights(other))
 
 
+@pytest.mark.filterwarnings("ignore::pyro_vae.engine.tracing.NotCompiledWarning")
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_loss_without_a_gradient_is_refused(vae, compile):
     class Detached(NegativeELBO):
