@@ -26,8 +26,8 @@ class Call(Protocol):
 class Runner:
     """A compiled graph, called with tensors that it is given once.
 
-    Its first result is a vector of float64 whose first element says whether all guards held; a run ends at the first call
-    in which they did not.
+    Its first result is a vector of float64 whose first element is positive if all guards held; a run ends at the first call
+    in which it is not.
 
     Args:
         entry: what Inductor has loaded, a function of its extension module.
@@ -123,7 +123,7 @@ extern "C" int64_t pyro_vae_run(void (*entry)(AtenTensorHandle*, AtenTensorHandl
             std::memcpy(row, found, numbers * sizeof(double));
             aoti_torch_delete_tensor_object(outputs[0]);
             ++made;
-            if (made == times || row[0] == 0) break;
+            if (made == times || row[0] <= 0) break;
             for (int64_t i = 1; i < outs; ++i) aoti_torch_delete_tensor_object(outputs[i]);
         }
     } catch (const std::exception& e) {
