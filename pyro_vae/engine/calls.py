@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_vae._checks import level_of_user
 from pyro_vae.engine import compiling
 from pyro_vae.engine.modes import UntraceableError
-from pyro_vae.engine.program import Graph, NotYetError, Program
+from pyro_vae.engine.program import Graph, NotYetError, Program, close, near
 from pyro_vae.engine.tracing import NotCompiledWarning, reason_of, trace
 
 __all__ = ["Calls"]
@@ -85,6 +85,7 @@ class Calls(Generic[C, R]):
         self.graphs: OrderedDict[Hashable, Graph] = OrderedDict()
         self._met: dict[Hashable, int] = {}
         self._checked: set[Hashable] = set()
+        self._retraced: set[Hashable] = set()
         self._log: _Log[C] | None = None
         self._lock = threading.RLock()
 
@@ -127,6 +128,7 @@ class Calls(Generic[C, R]):
 
     def _some(self, call: C, most: int) -> list[R]:
         if self.reason:
+            self._log = None
             return [self.program.eager(call)]
         key = self.program.key(call)
         log = self._since
@@ -179,6 +181,13 @@ class Calls(Generic[C, R]):
             self.graphs.move_to_end(key)
             return key, graph
         self._met[key] = self._met.get(key, 0) + 1
+        if len(self._met) > _MOST_KINDS:
+            self._met.clear()  # they keep arguments alive
+            self._give_up(
+                f"it has been called in more than {_MOST_KINDS} ways: an argument, or Python state that it depends on, is "
+                "another one too often"
+            )
+            return key, None
         if self.graphs and self._met[key] < self.patience:
             return key, None
         try:
@@ -233,11 +242,21 @@ class Calls(Generic[C, R]):
                 self._call(graph, call, made)
         else:
             torch.set_rng_state(noise)
-        graph.failed += 1
         if graph.failed > _MOST_FAILURES and 2 * graph.failed > graph.made:
-            self._give_up(f"a value that Python takes from a tensor is another one too often ({graph.traced.guards[0]})")
+            self._retrace_or_give_up(graph)
         self._note(call, 1)
         return [*results, self._eager(call)]
+
+    def _retrace_or_give_up(self, graph: Graph) -> None:
+        """Once more, since the values may have been rare ones when the graph was traced."""
+        key = next(key for key, each in self.graphs.items() if each is graph)
+        if key not in self._retraced:
+            self._retraced.add(key)
+            del self.graphs[key]
+            self._met[key] = self.patience
+        else:
+            line = graph.failures.most_common(1)[0][0]
+            self._give_up(f"a value that Python takes from a tensor is another one too often ({line})")
 
     def _unnote(self, times: int) -> None:
         call, noise, noted = self._since.calls.pop()
@@ -250,7 +269,10 @@ class Calls(Generic[C, R]):
         self.program.before(graph)
         tried, rows, others = graph.call(self.program.inputs(call), times)
         width = graph.traced.numbers
-        made = tried if rows[(tried - 1) * width] else tried - 1
+        held = rows[(tried - 1) * width]
+        made = tried if held > 0 else tried - 1
+        if made < tried:
+            graph.failures[graph.traced.guards[round(-held)]] += 1
         graph.made += tried
         self.program.after(graph, made, others)
         numbers = [rows[i * width + 1 : (i + 1) * width] for i in range(made)]
@@ -274,7 +296,6 @@ class Calls(Generic[C, R]):
             self._give_up(reason_of(error))
             return expected
         if made == 0:
-            graph.failed += 1
             self._restore(eager)
             torch.set_rng_state(after)
             return expected
@@ -282,7 +303,7 @@ class Calls(Generic[C, R]):
         if not problem and not torch.equal(torch.get_rng_state(), after):
             problem = "it draws other random numbers than the eager call"
         found = self.program.moved(graph)
-        if not problem and not _near(found, moved):
+        if not problem and not near(found, moved):
             compiled = self._copy()
             problem = "" if self._is_rounding(graph, call, before, noise, found, moved) else _GRADIENT
             self._restore(compiled)
@@ -323,7 +344,7 @@ class Calls(Generic[C, R]):
             torch.set_rng_state(noise)
             gradients.append(self.program.gradients(graph, call))
         spread = [2 * max((other - one).norm().item() for other in others) for one, *others in zip(*gradients, strict=True)]
-        return _near(found, expected, spread)
+        return near(found, expected, spread)
 
     def _same_steps(
         self, graph: Graph, before: _Copy, eager: _Copy, found: Sequence[Tensor], expected: Sequence[Tensor]
@@ -343,7 +364,7 @@ class Calls(Generic[C, R]):
         """Compare the other tensors that the graph mutates, which are neither parameters nor moments."""
         leave_out = {id(t) for t in (*self.program.parameters(graph), *self.program.moments(graph))}
         expected = {id(t): kept for t, kept in eager.tensors}
-        same = all(_close(t, expected[id(t)]) for t in graph.written if id(t) not in leave_out)
+        same = all(close(t, expected[id(t)]) for t in graph.written if id(t) not in leave_out)
         return "" if same else "its buffers are not those of the eager step"
 
     def _copy(self) -> _Copy:
@@ -366,19 +387,4 @@ class Calls(Generic[C, R]):
 _GRADIENT = "its gradient is not that of the eager step"
 _MOST_NUMBERS = 2**24  # maximum size of the inputs that are kept to re-run calls
 _MOST_FAILURES = 8
-
-
-def _near(found: Sequence[Tensor], expected: Sequence[Tensor], spread: Sequence[float] | None = None) -> bool:
-    if not expected:
-        return True
-    size = torch.stack([m.norm() for m in expected]).norm()
-    return all(
-        bool((one - other).norm() <= 1e-3 * other.norm() + 1e-4 * size + extra)  # 1e-4: for rounding errors alone
-        for one, other, extra in zip(found, expected, spread or [0.0] * len(expected), strict=True)
-    )
-
-
-def _close(found: Tensor, expected: Tensor) -> bool:
-    if not found.is_floating_point():
-        return torch.equal(found, expected)
-    return torch.allclose(found, expected, rtol=1e-3, atol=1e-5, equal_nan=True)
+_MOST_KINDS = 200

@@ -105,6 +105,6 @@ class Interpreted:
             for made in range(1, times + 1):
                 row, *others = self._graph(*(t.detach() for t in (*inputs, *self._outside)))
                 rows += row.tolist()
-                if row[0] == 0 or made == times:
+                if row[0] <= 0 or made == times:
                     return made, rows, others
         raise ValueError(f"times must be at least 1, found {times}.")

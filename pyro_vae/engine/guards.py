@@ -10,12 +10,15 @@ from types import CodeType, FrameType, FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyro
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
+from torch.distributions import Transform
 
 from pyro_vae.engine.modes import UntraceableError
 
-__all__ = ["PythonState", "constant"]
+__all__ = ["PythonState", "Store", "constant"]
 
 
 class _Same:
@@ -270,7 +273,10 @@ class PythonState:
 
     def _add_module(self, module: nn.Module) -> None:
         self.modules[module] = None
-        self._add_attributes(module, leave_out=("_parameters", "_buffers", "_modules"))
+        caches = [name for name in vars(module) if isinstance(module, Transform) and name.startswith("_cached_")]
+        if isinstance(module, AutoGuide):
+            caches.append("plates")  # made anew in each call
+        self._add_attributes(module, leave_out=("_parameters", "_buffers", "_modules", *caches))
         for part, word in (("_parameters", "parameter"), ("_buffers", "buffer"), ("_modules", "module")):
             self.watch_mapping(vars(module)[part], f"{type(module).__name__}'s {word}")
             for name, child in vars(module)[part].items():
@@ -312,6 +318,22 @@ class _Closure:
             return self.cell.cell_contents
         except ValueError:  # not bound yet
             return default
+
+
+class Store(Mapping[str, Tensor]):
+    """The unconstrained parameters in Pyro's store, whose dictionary is another one after ``scope()``."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return pyro.get_param_store()._params[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return pyro.get_param_store()._params.get(name, default)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(pyro.get_param_store()._params)
+
+    def __len__(self) -> int:
+        return len(pyro.get_param_store()._params)
 
 
 def _is_mutable(value: Any) -> bool:

@@ -1,15 +1,17 @@
 """The interface of a function that runs eagerly or compiled: how its calls are traced, verified and rolled back."""
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from pyro_vae.engine.runner import Call
 from pyro_vae.engine.tracing import Traced
 
-__all__ = ["Graph", "NotYetError", "Program"]
+__all__ = ["Graph", "NotYetError", "Program", "close", "near"]
 
 C = TypeVar("C")  # the argument of a call
 R = TypeVar("R")  # the result of a call
@@ -29,7 +31,7 @@ class Graph:
         about: data of the program about the graph.
         seconds: time of tracing and compilation.
         made: number of calls.
-        failed: number of calls in which a guard failed.
+        failures: number of calls in which a guard failed, by the line where the value was taken.
     """
 
     traced: Traced
@@ -37,7 +39,12 @@ class Graph:
     about: Any
     seconds: float
     made: int = 0
-    failed: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def failed(self) -> int:
+        """Calls with a guard that did not hold."""
+        return self.failures.total()
 
     @property
     def written(self) -> list[Tensor]:
@@ -120,3 +127,21 @@ class Program(Generic[C, R]):
     def gradients(self, graph: Graph, call: C) -> list[Tensor]:
         """The eager gradients at the current parameters, times their factor in :meth:`moved`."""
         return []
+
+
+def near(found: Sequence[Tensor], expected: Sequence[Tensor], spread: Sequence[float] | None = None) -> bool:
+    """Whether gradients agree but for rounding, or this spread."""
+    if not expected:
+        return True
+    size = torch.stack([m.norm() for m in expected]).norm()
+    return all(
+        bool((one - other).norm() <= 1e-3 * other.norm() + 1e-4 * size + extra)  # 1e-4: of rounding errors alone
+        for one, other, extra in zip(found, expected, spread or [0.0] * len(expected), strict=True)
+    )
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Whether tensors agree but for rounding."""
+    if not found.is_floating_point():
+        return torch.equal(found, expected)
+    return torch.allclose(found, expected, rtol=1e-3, atol=1e-5, equal_nan=True)

@@ -26,8 +26,8 @@ class Call(Protocol):
 class Runner:
     """A compiled graph with bound input tensors.
 
-    Its first result is a vector of float64 whose first element is 1 if all guards hold; a sequence of calls ends at the
-    first one in which a guard fails.
+    Its first result is a vector of float64 whose first element is positive if all guards hold; a sequence of calls ends at
+    the first one in which a guard fails.
 
     Args:
         entry: the compiled function, of the extension module that Inductor has loaded.
@@ -123,7 +123,7 @@ extern "C" int64_t pyro_vae_run(void (*entry)(AtenTensorHandle*, AtenTensorHandl
             std::memcpy(row, found, numbers * sizeof(double));
             aoti_torch_delete_tensor_object(outputs[0]);
             ++made;
-            if (made == times || row[0] == 0) break;
+            if (made == times || row[0] <= 0) break;
             for (int64_t i = 1; i < outs; ++i) aoti_torch_delete_tensor_object(outputs[i]);
         }
     } catch (const std::exception& e) {

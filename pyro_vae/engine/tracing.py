@@ -30,8 +30,8 @@ class NotCompiledWarning(UserWarning):
 class Traced:
     """A graph, whose arguments are the inputs followed by the outside tensors.
 
-    Its first result is a vector of float64: 1 if all guards hold and 0 if not, followed by the numbers. If a guard fails,
-    the graph changes none of its arguments.
+    Its first result is a vector of float64: 1 if all guards hold, else minus the index of the first that fails, followed by
+    the numbers. If a guard fails, the graph changes none of its arguments.
 
     Args:
         graph: the graph.
@@ -73,7 +73,7 @@ def trace(function: Function, inputs: Sequence[Tensor]) -> Traced:
         with LossAsTensor(noted), guards:
             numbers, others = function(noted)
             lengths = len(numbers) + 1, len(others)
-            held = torch.stack(guards.guards).all() if guards.guards else torch.ones(())
+            held = _held(guards.guards)
             return torch.stack([n.detach().double() for n in (held, *numbers)]), *others
 
     noise = _noise_of_others()
@@ -90,6 +90,13 @@ def trace(function: Function, inputs: Sequence[Tensor]) -> Traced:
     if guards.guards:
         _undo_where_a_guard_fails(graph, written)
     return Traced(graph, len(inputs), outside, [placeholders.index(node) for node in written], guards.lines, *lengths)
+
+
+def _held(guards: Sequence[Tensor]) -> Tensor:
+    if not guards:
+        return torch.ones(())
+    held = torch.stack([*guards])
+    return torch.where(held.all(), 1, -held.int().argmin())
 
 
 def _lift(graph: torch.fx.GraphModule) -> list[Tensor]:
@@ -145,7 +152,7 @@ def _undo_where_a_guard_fails(graph: torch.fx.GraphModule, written: Sequence[tor
         before = [graph.graph.call_function(aten.clone.default, (node,)) for node in written]
     with graph.graph.inserting_before(nodes[-1]):
         held = graph.graph.call_function(aten.select.int, (nodes[-1].args[0][0], 0, 0))
-        held = graph.graph.call_function(aten.ne.Scalar, (held, 0))
+        held = graph.graph.call_function(aten.gt.Scalar, (held, 0))
         for node, old in zip(written, before, strict=True):
             new = graph.graph.call_function(aten.where.self, (held, node, old))
             graph.graph.call_function(aten.copy_.default, (node, new))

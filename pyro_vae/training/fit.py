@@ -132,8 +132,7 @@ def fit(
         TrainingStoppedError: ``stop`` returned True.
 
     Warns:
-        NotTheSameWarning: ``resume`` was made with another number of threads or processes, another version of torch, or
-            on another processor.
+        NotTheSameWarning: ``resume`` is of another processor, number of threads or processes, or version of torch.
     """
     _check_parts(objective, checkpoints, stop=stop, on_record=on_record, schedule=schedule)
     lr, batch_size = learning_rate(lr, optimizer), whole_number("batch_size", batch_size)
@@ -205,10 +204,9 @@ def _check_parts(objective: Any, checkpoints: Any, **functions: Any) -> None:
 
 
 def _patience(patience: int, test: DataLike | None) -> int:
-    patience = whole_number("patience", patience)
     if test is None:
         raise ValueError("patience: expected test data, on whose loss early stopping depends, found none. Pass test=...")
-    return patience
+    return whole_number("patience", patience)
 
 
 @dataclass(frozen=True)

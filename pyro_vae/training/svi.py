@@ -18,7 +18,7 @@ from tqdm.auto import trange
 
 from pyro_vae._checks import one_of, whole_number
 from pyro_vae.engine.calls import Calls
-from pyro_vae.engine.guards import PythonState, constant
+from pyro_vae.engine.guards import PythonState, Store, constant
 from pyro_vae.engine.modes import UntraceableError, untraced
 from pyro_vae.engine.program import Graph, NotYetError, Program
 from pyro_vae.training.updates import AdamInGraph, AfterGraph, Slot, adam_takes
@@ -136,7 +136,9 @@ class CompiledSVI(SVI):
                 f"tensors of shape {shapes or 'none'}: {operations:,} operations, compiled in {graph.seconds:.1f} s; "
                 f"{graph.made:,} calls, of which {graph.failed:,} with a guard that did not hold"
             )
-            lines += [f"    guard: {line}" for line in dict.fromkeys(graph.traced.guards)]
+            for line in dict.fromkeys(graph.traced.guards):
+                failures = graph.failures[line]
+                lines.append(f"    guard: {line}" + (f"; it did not hold {failures:,} times" if failures else ""))
         return "\n".join(lines) or "nothing is compiled yet: the first step is Pyro's own"
 
 
@@ -171,6 +173,8 @@ class _Step(Program[_Arguments, Loss]):
         self.python = PythonState(svi.model, svi.guide, svi.loss)
         for name in ("model", "guide", "optim", "loss", "loss_and_grads"):
             self.python.watch(vars(svi), name, name)
+        self._store = Store()
+        self._begun = False
         self._held: dict[str, Tensor] = {}  # by Pyro's store, after the last eager step
         self._numbers: dict[tuple[Any, ...], list[float]] = {}  # Python's floats among the arguments, by the rest
         self._as_tensors: set[tuple[Any, ...]] = set()  # where they change, and are passed as tensors
@@ -178,6 +182,8 @@ class _Step(Program[_Arguments, Loss]):
     # --- what it is called with ---
 
     def arguments(self, args: Sequence[Any], kwargs: dict[str, Any]) -> _Arguments:
+        if self.calls.reason:
+            return _Arguments(args, kwargs, [], (), [])
         leaves: Sequence[Any]
         spec: TreeSpec | int
         plain = not kwargs and all(isinstance(a, Tensor) for a in args)
@@ -205,7 +211,7 @@ class _Step(Program[_Arguments, Loss]):
         numbers = [leaf for leaf in leaves if type(leaf) is float]
         if self._numbers.setdefault(rest, numbers) != numbers:
             self._as_tensors.add(rest)
-        if rest in self._as_tensors and not self.calls.reason:
+        if rest in self._as_tensors:
             leaves = [torch.tensor(leaf) if type(leaf) is float else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(leaves, spec)
         return args, kwargs
@@ -214,7 +220,7 @@ class _Step(Program[_Arguments, Loss]):
         return [(g, g["lr"], g.get("betas")) for o in self._optimizers() for g in o.param_groups if "lr" in g]
 
     def key(self, call: _Arguments) -> Hashable:
-        if not self._held or _PYRO_STACK or not torch.is_grad_enabled():
+        if not self._begun or _PYRO_STACK or not torch.is_grad_enabled():
             return None  # the first step, which makes parameters; or handlers around it
         return self.python.token(), call.key, torch.get_default_dtype()
 
@@ -227,10 +233,10 @@ class _Step(Program[_Arguments, Loss]):
         loss: Loss = SVI.step(self.svi, *call.args, **call.kwargs)
         self.python.rebind()
         params = pyro.get_param_store()._params
-        if len(params) != len(self._held) or any(params.get(name) is not p for name, p in self._held.items()):
-            self._held = dict(params)
-            self.python.watch(vars(pyro.get_param_store()), "_params", "the parameter store", by_identity=True)
-            self.python.watch_mapping(params, "the parameter")
+        changed = len(params) != len(self._held) or any(params.get(name) is not p for name, p in self._held.items())
+        if changed or not self._begun:
+            self._held, self._begun = dict(params), True
+            self.python.watch_mapping(self._store, "the parameter")
             self.calls.begin()
         return loss
 
@@ -330,6 +336,7 @@ class _Step(Program[_Arguments, Loss]):
 
     def state(self) -> Iterable[Tensor]:
         yield from pyro.get_param_store()._params.values()
+        yield from self.svi.optim.optim_objs  # module_local_params: those that modules hold alone
         for optimizer in self._optimizers():
             for state in optimizer.state.values() if _is_adam(optimizer) else ():
                 yield from (t for t in state.values() if isinstance(t, Tensor))

@@ -108,6 +108,8 @@ class AdamInGraph:
 
     def trace(self, gradients: Sequence[Tensor]) -> None:
         """The update, in place."""
+        if not self.slots:
+            return
         for group, row in zip(self._groups, self._options, strict=True):
             if "lrd" in group:
                 row[0].mul_(group["lrd"])

@@ -1,8 +1,10 @@
 """Compiled steps of Pyro's SVI against Pyro's own, for the same noise."""
 
+import gc
 import math
 import time
 import warnings
+import weakref
 
 import numpy as np
 import pyro
@@ -11,6 +13,7 @@ import pytest
 import torch
 from conftest import compile_by
 from pyro import poutine
+from pyro.distributions.transforms import affine_autoregressive
 from pyro.infer import (
     SVI,
     RenyiELBO,
@@ -31,6 +34,7 @@ from pyro.infer.autoguide import (
     AutoMultivariateNormal,
     AutoNormal,
 )
+from pyro.nn import PyroModule, PyroParam
 from torch import nn
 from torch.distributions import constraints
 
@@ -366,6 +370,141 @@ def test_a_guard_that_fails_too_often_is_given_up(traced):
 
     with pytest.warns(NotCompiledWarning, match="value that Python takes from a tensor is another one too often .*in often"):
         assert_same(lambda: (often, loc_guide, adam(), Trace_ELBO()), ((X,),) * 30, compiled=False)
+
+
+@pytest.mark.parametrize("uses_one", [False, True])
+def test_a_loss_without_gradient(uses_one, traced):
+    def model(x):
+        if uses_one:
+            pyro.param("unused", torch.tensor(0.5))
+        pyro.sample("x", dist.Normal(0.0, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+    assert_same(lambda: (model, nothing, adam(), Trace_ELBO()))
+
+
+def test_an_argument_that_is_another_one_at_each_step_is_a_reason(traced):
+    def model(x, prior):
+        loc = pyro.sample("loc", dist.Normal(0.0, prior()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    def guide(x, prior):
+        loc_guide(x)
+
+    class Prior:
+        def __call__(self):
+            return 2.0
+
+    freed = []
+    svi = CompiledSVI(model, guide, adam(), Trace_ELBO())
+
+    def run():
+        for _ in range(220):
+            prior = Prior()
+            weakref.finalize(prior, freed.append, None)
+            svi.step(X, prior)
+
+    with pytest.warns(NotCompiledWarning, match="an argument, or Python state that it depends on, is another one too often"):
+        run()
+    gc.collect()
+    assert len(freed) > 200  # no more than a few are kept
+
+
+def test_a_flow_that_caches_its_last_value(traced):
+    class Flow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flows = nn.ModuleList([affine_autoregressive(2, hidden_dims=[3])])
+
+        def model(self, x):
+            loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(loc.sum(-1), 1.0), obs=x)
+
+        def guide(self, x):
+            pyro.module("flow", self)
+            pyro.sample("loc", dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0), [*self.flows]))
+
+    def make():
+        flow = Flow()
+        return flow.model, flow.guide, adam(), Trace_ELBO()
+
+    assert_same(make)
+
+
+def test_an_autoguide_with_plates_that_was_called_before(traced):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    def make():
+        guide = AutoNormal(model)
+        guide(X)
+        return model, guide, adam(), Trace_ELBO()
+
+    assert_same(make)
+
+
+def test_the_reason_names_the_guard_that_fails(traced):
+    def two(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
+        assert x.max() > 0
+        scale = draw()
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, scale), obs=x)
+
+    def draw():
+        return 1.0 + float(torch.rand(()))
+
+    with pytest.warns(NotCompiledWarning, match="in draw"):
+        assert_same(lambda: (two, loc_guide, adam(), Trace_ELBO()), ((X,),) * 40, compiled=False)
+
+
+def test_a_step_that_was_traced_on_a_rare_branch_is_traced_again(traced):
+    def rare(x, scale):
+        loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
+        spread = 2.0 if scale > 1.5 else 1.0
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, spread), obs=x)
+
+    def guide(x, scale):
+        loc_guide(x)
+
+    calls = [(X, torch.tensor(2.0 if i < 2 else 1.0)) for i in range(40)]  # traced at the second step
+    svi = assert_same(lambda: (rare, guide, adam(), Trace_ELBO()), calls)
+    (graph,) = svi._calls.graphs.values()
+    assert graph.made > 10
+    assert graph.failed == 0
+
+
+def test_parameters_that_modules_hold_alone(traced):
+    class Line(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.slope = PyroParam(torch.tensor(0.5), constraint=constraints.positive)
+
+        def forward(self, x):
+            loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(loc + self.slope, 1.0), obs=x)
+
+    def run(kind):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        model = Line()
+        guide = AutoNormal(model)
+        svi = kind(model, guide, adam(), Trace_ELBO())
+        losses = [svi.step(X) for _ in range(12)]
+        return svi, losses, [p.detach().clone() for p in (*model.parameters(), *guide.parameters())]
+
+    with pyro.settings.context(module_local_params=True):
+        _, expected, weights = run(SVI)
+        svi, losses, same_weights = run(CompiledSVI)
+    assert svi.reason == ""
+    assert len(svi._calls.graphs) == 1
+    torch.testing.assert_close(losses, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(same_weights, weights, rtol=1e-10, atol=1e-10)
 
 
 def test_a_failed_guard_in_a_run_of_steps(traced):
