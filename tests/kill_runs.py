@@ -13,13 +13,18 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from pyro_vae import VAE, Checkpoints, Data, MLPDecoder, MLPEncoder, NegativeELBO, fit
 from pyro_vae._files import read_tensors, write_tensors
+
+tqdm.set_lock(threading.RLock())  # the default is shared by forks, of which one that is killed may hold it for ever
+tqdm.monitor_interval = 0
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "svi_mnist.py"
 OPTIONS = ["--dataset", "digits", "--epochs", "60", "--seed", "3", "--checkpoint-every", "7", "--no-figures"]

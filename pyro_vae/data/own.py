@@ -235,8 +235,6 @@ def _read(path: Path, image_size: int | None, pixels: bool | None, like: Sequenc
     """As :func:`read_data`; ``like`` is the height and width of images if image_size is None."""
     if path.is_dir():
         return read_folder(path, like if image_size is None else (image_size, image_size), pixels)
-    if path.suffix in _FILES and path.exists() and not path.is_file():  # a named pipe would be waited for without end
-        raise DataError(f"{path}: expected a file, found a pipe or device. Save the data as a file first.")
     if path.suffix == ".csv" and path.is_file():
         return _read_table(path, pixels)
     arrays = _read_arrays(path)
@@ -286,6 +284,8 @@ def read_splits(
         parted = test is None and {"train", "test"} <= folders.keys()
         first = _read(folders["train"] if parted else path, image_size, pixels)
         if test is None and not parted:
+            copies = f"copies of the training and test rows of {path}"
+            _warn_of_size(first.x.nbytes, copies, "With a separate test file (--test-data), a .npy file is memory-mapped")
             return held_out(path, first, fraction)
         place = folders["test"] if test is None else Path(test).expanduser()
         held = _read(place, image_size, pixels, first.event_shape[-2:])
@@ -315,6 +315,8 @@ def _called(names: Sequence[str], arrays: dict[str, Any]) -> str | None:
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     """The arrays of a .npy file, as ``x``, or of a .npz file."""
+    if path.suffix in _FILES and path.exists() and not path.is_file():  # a named pipe would be waited for without end
+        raise DataError(f"{path}: expected a file, found a pipe or device. Save the data as a file first.")
     if path.suffix not in (".npy", ".npz"):
         kind = "missing" if not path.exists() else "neither a folder of images nor a .npy, .npz or .csv file"
         raise DataError(f"{path}: {kind}. Name a folder of images, an array saved by numpy.save or numpy.savez, or a table.")
@@ -325,7 +327,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
             return {"x": content}
         with content:
             size = sum(info.file_size for info in content.zip.infolist())
-            _warn_of_size(size, f"the arrays of {path}", "A .npy file is used as it lies on the disk")
+            _warn_of_size(size, f"the arrays of {path}", "A .npy file is memory-mapped")
             return {name: value for name, value in content.items() if isinstance(value, np.ndarray)}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
