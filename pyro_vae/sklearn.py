@@ -59,7 +59,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         >>> X = np.random.default_rng(0).normal(size=(200, 5))
         >>> model = VAETransformer(n_components=2, epochs=5, random_state=0).fit(X)
         >>> model.transform(X).shape, model.log_marginal(X[:5]).value.shape
-        ((200, 2), torch.Size([200]))
+        ((200, 2), torch.Size([5]))
     """
 
     def __init__(
