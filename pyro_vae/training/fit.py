@@ -204,9 +204,9 @@ def _check_parts(objective: Any, checkpoints: Any, **functions: Any) -> None:
 
 
 def _patience(patience: int, test: DataLike | None) -> int:
-    if test is None:
+    if whole_number("patience", patience) and test is None:
         raise ValueError("patience: expected test data, on whose loss early stopping depends, found none. Pass test=...")
-    return whole_number("patience", patience)
+    return int(patience)
 
 
 @dataclass(frozen=True)
