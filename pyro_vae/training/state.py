@@ -267,7 +267,7 @@ def _parts_of_a_checkpoint() -> Iterator[None]:
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            f"resume: no checkpoint that fit has written ({reason}). Remove it, to go on from the one before it."
+            f"resume: not a checkpoint of fit ({reason}). Remove it, to go on from the one before it."
         ) from error
 
 

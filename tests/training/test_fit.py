@@ -562,7 +562,10 @@ def test_an_optimizer_of_ones_own_is_a_loop_by_hand():
         ),
         ({"optimizer": pyro.optim.Adam}, r"found Adam of pyro.optim, an optimiser for Pyro's SVI\. Pass the class"),
         ({"optimizer": functools.partial(torch.optim.SGD, lr=0.1), "lr": 0.2}, "lr: found 0.2, and 0.1 in optimizer"),
-        ({"schedule": lambda optimizer: 0.1}, "schedule: expected a function that returns a torch.optim.lr_scheduler, found float"),
+        (
+            {"schedule": lambda optimizer: 0.1},
+            "schedule: expected a function that returns a torch.optim.lr_scheduler, found float",
+        ),
         ({"schedule_by": "hour"}, "schedule_by: expected one of epoch, step, found 'hour'"),
         ({"patience": 0}, "patience: expected a whole number >= 1, found 0"),
         ({"patience": 2}, "patience: expected test data, on whose loss early stopping depends, found none"),

@@ -434,7 +434,7 @@ def test_another_processor_is_said(tmp_path, monkeypatch):
     run(build("elbo"), epochs=1, checkpoints=checkpoints)
     state = checkpoints.load()
     monkeypatch.setattr("pyro_vae.training.state.processor", lambda: "Zuse Z3")
-    with pytest.warns(NotTheSameWarning, match=r"conditions \(processor: .* -> Zuse Z3\)"):
+    with pytest.warns(NotTheSameWarning, match=r"conditions have changed \(processor: .* -> Zuse Z3\)"):
         run(build("elbo"), resume=state)
     del state["conditions"]["processor"]  # as in a checkpoint of an earlier version
     run(build("elbo"), resume=state)
