@@ -1,6 +1,8 @@
 """The folder in which torch's compiler keeps what it has compiled."""
 
+import atexit
 import os
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -26,14 +28,11 @@ def ensure_cache() -> None:
         Path(named).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=named).close()
     except OSError as error:
-        _kept.append(tempfile.TemporaryDirectory(prefix="torchinductor_"))
-        os.environ[_VARIABLE] = _kept[-1].name
+        os.environ[_VARIABLE] = other = tempfile.mkdtemp(prefix="torchinductor_")
+        atexit.register(shutil.rmtree, other, ignore_errors=True)
         warnings.warn(
             f"{_VARIABLE}={named}: cannot be written ({error.strerror}), so what is compiled is not kept. "
             "Name a folder that can be.",
             NotCompiledWarning,
             stacklevel=2,
         )
-
-
-_kept: list[tempfile.TemporaryDirectory[str]] = []  # removed at the end of the process
