@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_vae.engine.runner import Call
 from pyro_vae.engine.tracing import Traced
 
-__all__ = ["Graph", "NotYetError", "Program", "close", "near"]
+__all__ = ["Graph", "NotYetError", "Program", "StepProgram", "close", "near"]
 
 C = TypeVar("C")  # the argument of a call
 R = TypeVar("R")  # the result of a call
@@ -127,6 +127,24 @@ class Program(Generic[C, R]):
     def gradients(self, graph: Graph, call: C) -> list[Tensor]:
         """The eager gradients at the current parameters, times their factor in :meth:`moved`."""
         return []
+
+
+class StepProgram(Program[C, R]):
+    """A program whose calls end with the update of an optimiser, which is ``graph.about.update``."""
+
+    def before(self, graph: Graph) -> None:
+        graph.about.update.before()
+
+    def parameters(self, graph: Graph) -> list[Tensor]:
+        return [slot.parameter for slot in graph.about.update.slots]
+
+    def moments(self, graph: Graph) -> list[Tensor]:
+        moments: list[Tensor] = graph.about.update.tensors()
+        return moments
+
+    def moved(self, graph: Graph) -> list[Tensor]:
+        moved: list[Tensor] = graph.about.update.moved()
+        return moved
 
 
 def near(found: Sequence[Tensor], expected: Sequence[Tensor], spread: Sequence[float] | None = None) -> bool:

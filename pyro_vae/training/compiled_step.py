@@ -17,9 +17,17 @@ from torch import Tensor, nn
 from pyro_vae.engine.calls import Calls
 from pyro_vae.engine.guards import PythonState
 from pyro_vae.engine.modes import UntraceableError, untraced
-from pyro_vae.engine.program import Graph, Program
+from pyro_vae.engine.program import Graph, StepProgram
 from pyro_vae.training.step import FLUSH_EVERY, EagerStep, NonFiniteStepError
-from pyro_vae.training.updates import AdamInGraph, AfterGraph, Slot, adam_takes, flush_moments, options_of, set_options
+from pyro_vae.training.updates import (
+    AdamInGraph,
+    AfterGraph,
+    Slot,
+    adam_takes,
+    flush_moments,
+    options_of,
+    set_options,
+)
 
 __all__ = ["CompiledStep"]
 
@@ -110,7 +118,7 @@ class _About:
     update: AdamInGraph | AfterGraph
 
 
-class _Step(Program[_Batch, dict[str, float]]):
+class _Step(StepProgram[_Batch, dict[str, float]]):
     def __init__(self, step: CompiledStep, sizes: Collection[int] | None) -> None:
         self.step, self.sizes = step, sizes
         self.python = PythonState(step.objective, step.data)
@@ -185,9 +193,6 @@ class _Step(Program[_Batch, dict[str, float]]):
     def reset(self, call: _Batch) -> None:
         set_options(self.step.optimizer, call.options)
 
-    def before(self, graph: Graph) -> None:
-        graph.about.update.before()
-
     def after(self, graph: Graph, times: int, others: list[Tensor]) -> None:
         update = graph.about.update
         if isinstance(update, AdamInGraph):
@@ -227,15 +232,6 @@ class _Step(Program[_Batch, dict[str, float]]):
 
     def sound(self) -> bool:
         return all(update.finite() for update in self._updates)
-
-    def parameters(self, graph: Graph) -> list[Tensor]:
-        return [slot.parameter for slot in graph.about.update.slots]
-
-    def moments(self, graph: Graph) -> list[Tensor]:
-        return graph.about.update.tensors()
-
-    def moved(self, graph: Graph) -> list[Tensor]:
-        return graph.about.update.moved()
 
     def gradients(self, graph: Graph, call: _Batch) -> list[Tensor]:
         step, parameters = self.step, self.parameters(graph)

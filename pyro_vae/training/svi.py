@@ -20,7 +20,7 @@ from pyro_vae._checks import one_of, whole_number
 from pyro_vae.engine.calls import Calls
 from pyro_vae.engine.guards import PythonState, Store, constant
 from pyro_vae.engine.modes import UntraceableError, untraced
-from pyro_vae.engine.program import Graph, NotYetError, Program
+from pyro_vae.engine.program import Graph, NotYetError, StepProgram
 from pyro_vae.training.updates import AdamInGraph, AfterGraph, Slot, adam_takes
 
 __all__ = ["CompiledSVI"]
@@ -165,7 +165,7 @@ class _About:
     kind: type  # of the loss
 
 
-class _Step(Program[_Arguments, Loss]):
+class _Step(StepProgram[_Arguments, Loss]):
     calls: Calls[_Arguments, Loss]
 
     def __init__(self, svi: SVI) -> None:
@@ -313,9 +313,6 @@ class _Step(Program[_Arguments, Loss]):
 
     # --- around compiled calls ---
 
-    def before(self, graph: Graph) -> None:
-        graph.about.update.before()
-
     def after(self, graph: Graph, times: int, others: list[Tensor]) -> None:
         if times:
             graph.about.update.after(times, others)
@@ -354,15 +351,6 @@ class _Step(Program[_Arguments, Loss]):
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         return [o.optimizer if is_scheduler(o) else o for o in self.svi.optim.optim_objs.values()]
-
-    def parameters(self, graph: Graph) -> list[Tensor]:
-        return [slot.parameter for slot in graph.about.update.slots]
-
-    def moments(self, graph: Graph) -> list[Tensor]:
-        return graph.about.update.tensors()
-
-    def moved(self, graph: Graph) -> list[Tensor]:
-        return graph.about.update.moved()
 
     def gradients(self, graph: Graph, call: _Arguments) -> list[Tensor]:
         parameters = self.parameters(graph)
