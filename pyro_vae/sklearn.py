@@ -137,7 +137,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            moments = data.moments() if self.likelihood_ in ("learned-normal", "poisson") else None
+            moments = data.moments() if settings.uses_moments else None
             self.vae_ = settings.build_vae((x.shape[1],), moments=moments).to(data.x.dtype).eval()
         self.history_: list[TrainingRecord] = []
         self._moments: dict[str, Any] | None = None  # of Adam, after the last pass

@@ -64,10 +64,9 @@ class Options(FolderOptions, DataOptions):
     seed: int = option(0, help="of weights, data order and noise")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "encoder_epochs", "num_draws", "images"):
-            whole_number(name, getattr(self, name))
-        whole_number("importance_samples", self.importance_samples, minimum=25)  # fewer do not show a tail
-        whole_number("seed", self.seed, minimum=0)
+        least = {"importance_samples": 25, "seed": 0}  # fewer draws do not show a tail
+        for name in ("epochs", "encoder_epochs", "num_draws", "images", *least):
+            whole_number(name, getattr(self, name), minimum=least.get(name, 1))
 
 
 def fit_elbo(options: Options, train: Data) -> VAE:
@@ -115,11 +114,7 @@ def measure(options: Options, vae: VAE, x: Tensor) -> dict[str, Any]:
 
 @torch.no_grad()
 def against_draws(vae: VAE, x: Tensor, *, repeats: int = 4, most: int = 10_000) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Mean over images of the estimate of log p(x) against K, by draws from the prior and from the encoder.
-
-    Returns:
-        name -> (K, mean over the repeats), and name -> their standard deviation.
-    """
+    """Estimate of log p(x), mean over images, against K, for two ways to draw: its mean over repeats, standard deviation."""
     lines, bands = {}, {}
     counts = torch.tensor(sorted({round(most ** (i / 24)) for i in range(25)}))
     for name, guide in (("draws from the prior", lambda x: None), ("draws from the encoder", vae.guide)):
@@ -186,15 +181,8 @@ def run(options: Options, signals: Signals) -> None:
         warnings.simplefilter("ignore", UnreliableEstimateWarning)  # the table has a column for it
         table = {"ELBO fit": measure(options, elbo, images), "direct fit": measure(options, direct, images)}
         table["direct fit"]["own_estimate"] = direct_log_prob(direct, z, images).mean().item()
-    metrics = {
-        "dataset": train.name,
-        "binarization": test.binarization,
-        "seed": options.seed,
-        "train_loss": history[-1].train["loss"],
-        "images": len(images),
-        "seconds": time.perf_counter() - start,
-        "table": table,
-    }
+    metrics = {"dataset": train.name, "binarization": test.binarization, "seed": options.seed, "images": len(images)}
+    metrics |= {"train_loss": history[-1].train["loss"], "seconds": time.perf_counter() - start, "table": table}
     write_json(out / "metrics.json", metrics)
     print(f"\nthe direct fit's last training loss: {history[-1].train['loss']:.2f}")
     print_table(options, table, len(images))

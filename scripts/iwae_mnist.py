@@ -21,39 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package this
 
 import torch
 from iwae_table import PAPER, write_table
-from torch import nn
 
-import pyro_vae
-from pyro_vae import (
-    VAE,
-    CheckpointError,
-    Checkpoints,
-    Data,
-    TrainingRecord,
-    TrainingStoppedError,
-    cli,
-    evaluate,
-    fit,
-    load_data,
-    load_preset,
-)
+from pyro_vae import VAE, CheckpointError, Data, TrainingRecord, cli, evaluate, load_data, load_preset, train_run
 from pyro_vae._checks import SettingError, whole_number
 from pyro_vae._files import check_writable, read_json
 from pyro_vae._options import check_choices, option
 from pyro_vae.analysis import latent
 from pyro_vae.data.builtin import DATASETS
 from pyro_vae.estimates.records import UnreliableEstimateWarning
-from pyro_vae.runs.folder import (
-    append_jsonl,
-    new_run,
-    read_config,
-    reopen_run,
-    save_weights,
-    write_config,
-    write_json,
-    write_jsonl,
-)
-from pyro_vae.runs.presets import Settings
+from pyro_vae.runs.folder import read_records, write_json
 from pyro_vae.runs.settings import DataOptions
 from pyro_vae.runs.signals import Signals
 from pyro_vae.training.fit import PRECISIONS
@@ -62,7 +38,6 @@ from pyro_vae.training.schedules import STAGES
 
 PRESET = "bernoulli-z50"
 MODELS = tuple(PAPER)
-GO_ON = "the same command goes on there"
 
 
 @dataclass(frozen=True)
@@ -86,103 +61,56 @@ class Options(DataOptions):
             raise SettingError("stages", f"expected 1 to {STAGES}, found {self.stages}.")
 
 
-def build(train: Data) -> VAE:
-    """The model with the paper's initial weights."""
-    vae = load_preset(PRESET).build_vae(train.event_shape)
-    layers = [module for module in vae.modules() if isinstance(module, nn.Linear)]
-    for layer in layers:
-        two_heads = layer.out_features == 2 * vae.latent_dim  # each is a layer of its own in the paper
-        for weight in layer.weight.data.chunk(2) if two_heads else (layer.weight.data,):
-            nn.init.xavier_uniform_(weight)
-        nn.init.zeros_(layer.bias)
-    (grey,) = Data(train.x).batch(torch.arange(len(train)))
-    layers[-1].bias.data.copy_(grey.mean(0).flatten().clamp(0.001, 0.999).logit())
-    return vae
-
-
 def epochs_of(stages: int) -> int:
     """The number of epochs of the first stages."""
     return (3**stages - 1) // 2
 
 
-def open_run(options: Options, run: Path, train: Data, settings: Settings) -> dict[str, Any] | None:
-    """Open the folder of a new run, or of a run with the same settings to resume; returns the checkpoint, if any."""
-    asked = {"script": "iwae_mnist", "dataset": train.name, "seed": options.seed, "precision": options.precision}
-    state = None
-    if (run / "config.json").is_file():
-        reopen_run(run)
-        kept = read_config(run)[2]
-        if changed := [f"{key}: {kept.get(key)} -> {value}" for key, value in asked.items() if kept.get(key) != value]:
-            raise CheckpointError(f"{run}: begun with other settings ({', '.join(changed)}). Name another --out.")
-        if any((run / "checkpoints").glob("stage-*")):
-            raise CheckpointError(
-                f"{run}: a run of an earlier version, whose stages were trainings of their own. Expected one training of "
-                "all stages, and it cannot go on as that. Name another --out."
-            )
-        state = Checkpoints(run / "checkpoints").load()
-    else:
-        new_run(run, name=run.name)
-    history = state["progress"]["history"] if state else []
-    if history and history[-1]["epoch"] > epochs_of(options.stages):
-        raise CheckpointError(
-            f"{run}: {history[-1]['epoch']:,} epochs were made, and the stages asked for have only "
-            f"{epochs_of(options.stages):,}. Ask for more --stages, or name another --out."
-        )
-    versions = {"pyro_vae": pyro_vae.__version__, "torch": torch.__version__}
-    provenance = {**asked, "threads": torch.get_num_threads(), "versions": versions}
-    write_config(run, settings, event_shape=tuple(train.event_shape), **provenance)
-    write_jsonl(run / "metrics.jsonl", history)  # without what a killed process has added after its last checkpoint
-    return state
-
-
-def train_stages(options: Options, name: str, train: Data, signals: Signals) -> tuple[VAE, float]:
-    """Train all requested stages in one run; returns the model after the last one, and the total seconds."""
+def train_stages(options: Options, name: str, train: Data, signals: Signals) -> VAE:
+    """Train all requested stages in one run, or resume it; returns the model after the last one."""
     model, k = name.split("-")
     objective = "iwae" if model == "iwae" and k != "1" else "trace"  # with one draw, the bound is the ELBO
     settings = load_preset(PRESET, objective=objective, particles=int(k), epochs=epochs_of(options.stages))
-    torch.manual_seed(options.seed)
-    vae = build(train)
     run = options.out / name
-    state = open_run(options, run, train, settings)
-    if state:
-        print(f"{name}: going on after step {state['progress']['step']:,}", flush=True)
+    made = [record.epoch for record in read_records(run / "metrics.jsonl")]
+    if made and made[-1] > epochs_of(options.stages):
+        raise CheckpointError(
+            f"{run}: {made[-1]:,} epochs were made, and the stages asked for have only {epochs_of(options.stages):,}. Ask "
+            "for more --stages, or name another --out."
+        )
 
     def on_record(record: TrainingRecord) -> None:
-        append_jsonl(run / "metrics.jsonl", record.to_json())
-        save_weights(run, vae, durable=False)
         stage = next(stage for stage in range(1, STAGES + 1) if record.epoch <= epochs_of(stage))
         if (record.epoch - epochs_of(stage - 1)) % max(1, 3 ** (stage - 1) // 9) == 0:
             print(f"{name} stage {stage}  {format_record(record)}  {record.timing['seconds']:.1f} s", flush=True)
 
-    try:
-        with signals.awaited():
-            records = fit(
-                settings.build_objective(vae),
-                train,
-                seed=options.seed,
-                compile=True,
-                precision=options.precision,
-                on_record=on_record,
-                checkpoints=Checkpoints(run / "checkpoints"),
-                resume=state,
-                stop=signals.came,
-                verbose=False,
-                **settings.training(),
-            )
-    except TrainingStoppedError as stopped:
-        raise KeyboardInterrupt(f"{stopped}; {GO_ON}") from None
-    if signals.came():
-        raise KeyboardInterrupt(f"stopped after the last step; {GO_ON}")
-    save_weights(run, vae)
-    return vae.eval(), sum(record.timing["seconds"] + record.timing["compile_seconds"] for record in records)
+    torch.manual_seed(options.seed)
+    vae = settings.build_vae(train.event_shape, moments=train.moments())
+    train_run(
+        run,
+        settings.build_objective(vae),
+        train,
+        settings=settings,
+        importance_samples=0,  # see measure
+        figures=False,
+        resume=True,
+        about={"script": "iwae_mnist"},
+        signals=signals,
+        seed=options.seed,
+        compile=True,
+        precision=options.precision,
+        on_record=on_record,
+        verbose=False,
+    )
+    return vae.eval()
 
 
-def measure(options: Options, vae: VAE, run: Path, seconds: float, train: Data, test: Data) -> None:
-    """Write -log p(test) with its error, the ELBO and active units to the run's metrics.json, unless they exist already."""
+def measure(options: Options, vae: VAE, run: Path, train: Data, test: Data) -> None:
+    """Write -log p(test) with its error, the ELBO and active units to the run's estimates.json, unless they exist."""
     images = min(options.images, len(test))
     asked: dict[str, Any] = {"dataset": train.name, "stages": options.stages}
     asked |= {"importance_samples": options.importance_samples, "images": images}
-    path = run / "metrics.json"
+    path = run / "estimates.json"
     if path.is_file():
         kept = read_json(path)
         if all(kept.get(key) == value for key, value in asked.items()):
@@ -198,7 +126,7 @@ def measure(options: Options, vae: VAE, run: Path, seconds: float, train: Data, 
         "epochs": epochs_of(options.stages),
         "binarization": "dynamic",
         "seed": options.seed,
-        "training_seconds": seconds,
+        "training_seconds": read_json(run / "metrics.json")["seconds"],
         "evaluation_seconds": time.perf_counter() - start,
         "active_units": int(latent.active_units(vae, train).sum()),
         **{name: asdict(estimate) for name, estimate in figures.items()},
@@ -212,11 +140,11 @@ def run(options: Options, signals: Signals) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in PAPER:
         if name in options.models and not (name == "iwae-1" and "vae-1" in options.models):
-            vae, seconds = train_stages(options, name, train, signals)
-            measure(options, vae, options.out / name, seconds, train, test)
+            vae = train_stages(options, name, train, signals)
+            measure(options, vae, options.out / name, train, test)
             table = write_table(options.out)
     print(f"\n{table}\nin {options.out / 'table.md'} and {options.out / 'table.json'}")
 
 
 if __name__ == "__main__":
-    sys.exit(cli.experiment(Options, run, __doc__, lost=f"stopped; {GO_ON}"))
+    sys.exit(cli.experiment(Options, run, __doc__, lost="stopped; repeat the command to resume it"))

@@ -12,7 +12,7 @@ PAPER = {"vae-1": 86.76, "vae-5": 86.47, "vae-50": 86.35, "iwae-1": 86.76, "iwae
 
 def write_table(out: Path) -> str:
     """Markdown and JSON of all models measured in this folder, by this command or an earlier one; returns the Markdown."""
-    rows = {name: read_json(path) for name in PAPER if (path := out / name / "metrics.json").is_file()}
+    rows = {name: read_json(path) for name in PAPER if (path := out / name / "estimates.json").is_file()}
     lines = [
         "-log p(test) in nats per image by importance sampling, ± its standard error, after the given number of stages; the "
         "paper has all 8, 3,280 epochs, and 5,000 draws per image.",

@@ -1,13 +1,13 @@
 """Moments of each element of the observations, and columns of a table that have no density: constant, discrete."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["KINDS", "caution_of_columns", "column_names", "discrete_columns", "moments", "most_rounded"]
+__all__ = ["KINDS", "caution_of_columns", "column_names", "discrete_columns", "moments", "most_rounded", "parts"]
 
 #: The kinds of columns that :func:`discrete_columns` distinguishes, and their descriptions.
 KINDS = {
@@ -17,30 +17,39 @@ KINDS = {
     "whole": "of whole numbers",
     "few": "of few values that repeat",
 }
+_NUMBERS = 2**20  # of the observations converted at a time
 _ENOUGH = 20_000  # rows to classify a column by
 _HARDLY = 1e-6  # a range below this fraction of the largest magnitude may be rounding errors
 
 
-def moments(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each element of observations given in parts, float64 ``(n, *event_shape)`` each.
+def parts(x: Tensor) -> tuple[Tensor, ...]:
+    """x in parts along the leading dimension, views that bound the memory of what is computed from each."""
+    return x.split(max(1, _NUMBERS // max(1, x[0].numel())))
+
+
+def moments(x: Tensor, convert: Callable[[Tensor, torch.dtype], Tensor] = Tensor.to) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each element of observations ``(N, *event_shape)``, in float64.
 
     The standard deviation of a constant element is given as 1. There are two passes, the second over deviations divided by
-    the largest one, so that neither an offset nor very large or small numbers lose precision.
+    the largest one, so that neither an offset nor very large or small numbers lose precision; each takes a part of the rows
+    at a time.
 
     Args:
-        parts: iterated twice, so a list or another re-iterable, not a generator.
+        x: in any dtype.
+        convert: from rows of x and a dtype to the observations in that dtype, called in both passes.
     """
-    first = next(iter(parts))[0]
-    count, total, low, high = 0, torch.zeros_like(first), first, first
-    for part in parts:
+    first = convert(x[:1], torch.float64)[0]
+    total, low, high = torch.zeros_like(first), first, first
+    for part in (convert(rows, torch.float64) for rows in parts(x)):
         total = total + (part - first).sum(0)
         low, high = torch.minimum(low, part.amin(0)), torch.maximum(high, part.amax(0))
-        count += len(part)
     constant = low == high
-    loc = torch.where(constant, low, first + total / count)
+    loc = torch.where(constant, low, first + total / len(x))
     largest = torch.where(constant, 1.0, torch.maximum(high - loc, loc - low))
-    squares = sum(((part - loc) / largest).square().sum(0) for part in parts)
-    return loc, torch.where(constant, 1.0, largest * (torch.as_tensor(squares) / count).sqrt())
+    squares = torch.zeros_like(first)
+    for part in (convert(rows, torch.float64) for rows in parts(x)):
+        squares += ((part - loc) / largest).square().sum(0)
+    return loc, torch.where(constant, 1.0, largest * (squares / len(x)).sqrt())
 
 
 def most_rounded(loc: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[int, float]:

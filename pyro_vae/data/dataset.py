@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_vae._checks import few_values, whole_number
-from pyro_vae.data.columns import column_names, moments, most_rounded
+from pyro_vae.data.columns import column_names, moments, most_rounded, parts
 
 __all__ = ["BINARIZATIONS", "Data", "DataError", "label_name"]
 
@@ -214,7 +214,7 @@ class Data:
     def is_binary(self) -> bool:
         """Whether all values of a batch are 0 or 1."""
         one = 255 if self.scaled else 1
-        return self.binarization != "none" or all(bool(((x == 0) | (x == one)).all()) for x in _Parts(self.x))
+        return self.binarization != "none" or all(bool(((x == 0) | (x == one)).all()) for x in parts(self.x))
 
     @property
     def are_counts(self) -> bool:
@@ -281,9 +281,13 @@ class Data:
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each element of x, scaled as in a batch, ``event_shape`` each, in float64.
 
-        1 replaces the standard deviation of a constant element. x is not rounded to the dtype of the batches before.
+        1 replaces the standard deviation of a constant element. x is not rounded to the dtype of the batches before. With
+        dynamic binarisation they are those of the Bernoulli draws, averaged over the observations; nothing is drawn.
         """
-        return moments(_Parts(self.x, self._observations))
+        if self.binarization != "dynamic":
+            return moments(self.x, self._observations)
+        mean, _ = replace(self, binarization="none").moments()
+        return mean, (mean * (1 - mean)).sqrt().where((mean > 0) & (mean < 1), 1.0)
 
     def batch(self, index: Tensor) -> tuple[Tensor, ...]:
         """The batch of the observations at the given indices: ``(x,)``, or the tensors that ``inputs`` names, in order.
@@ -355,7 +359,7 @@ class Data:
         dtype, wide = self._float_type, value.dtype in (torch.float64, torch.int64, torch.int32)
         if not wide or dtype == torch.float64 or (name != "x" and not value.is_floating_point()):
             return
-        loc, scale = moments(_Parts(value, lambda part, dtype: part.to(dtype)))
+        loc, scale = moments(value, Tensor.to)
         place, step = most_rounded(loc, scale, dtype)
         mean, deviation = loc.flatten()[place].item(), scale.flatten()[place].item()
         if step > _COARSEST * deviation:
@@ -363,8 +367,7 @@ class Data:
             raise DataError(
                 f"{self.name}: {name} has in column {column} a standard deviation of {deviation:.4g} about a mean of "
                 f"{mean:.4g}, where neighbouring numbers of {dtype}, the dtype of the model, differ by {step:.2g}. Use a "
-                "model that standardises (likelihood learned-normal, StandardizedNormalLikelihood) or computes in float64 "
-                "(model.double()), or subtract an offset."
+                "model that standardises (likelihood learned-normal) or computes in float64, or subtract an offset."
             )
 
     def _check_number(self, function: Callable[..., Any]) -> None:
@@ -381,17 +384,6 @@ class Data:
                 f"{name}({', '.join(signature.parameters)}): {error}. Name the tensors that it takes, in order: "
                 "Data(..., inputs=(...))."
             ) from error
-
-
-class _Parts:
-    """A tensor ``(N, ...)`` in parts of bounded size; can be iterated repeatedly. A function converts each to float64."""
-
-    def __init__(self, value: Tensor, function: Callable[[Tensor, torch.dtype], Tensor] | None = None) -> None:
-        self._value, self._function = value, function
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for part in self._value.split(max(1, _NUMBERS // 8 // max(1, self._value[0].numel()))):
-            yield part if self._function is None else self._function(part, torch.float64)
 
 
 def label_name(label: int, classes: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pyro_vae._checks import shape, whole_number
 
-__all__ = ["ConvDecoder", "ConvEncoder", "Log1p", "MLPDecoder", "MLPEncoder"]
+__all__ = ["ConvDecoder", "ConvEncoder", "Log1p", "MLPDecoder", "MLPEncoder", "initialize_glorot"]
 
 _relu = partial(nn.ReLU, inplace=True)  # in place: same values and gradients, with one pass and one copy less
 
@@ -154,6 +154,17 @@ class MLPDecoder(nn.Module):
     def forward(self, z: Tensor, *context: Tensor) -> Tensor:
         z = _with_context("MLPDecoder", z, context, self.context_dim)
         return self.output(self.body(z)).unflatten(-1, self.output_shape)  # (*batch, *output_shape)
+
+
+@torch.no_grad()
+def initialize_glorot(net: MLPEncoder | MLPDecoder) -> None:
+    """Glorot uniform weights, biases of 0 (Glorot and Bengio 2010); each head of an encoder counts as a layer of its own."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Linear):
+            heads = isinstance(net, MLPEncoder) and layer is net.heads
+            for weight in layer.weight.split(net.latent_dim) if heads else (layer.weight,):
+                nn.init.xavier_uniform_(weight)
+            nn.init.zeros_(layer.bias)
 
 
 class Log1p(nn.Module):

@@ -108,7 +108,7 @@ def _build(job: Job, train: Data, device: str) -> tuple[Settings, VAE]:
             settings, choice = _fitted(job, train)
             if processes.rank() == 0:
                 print(f"{job.run.data}: {choice}", flush=True)
-        moments = train.moments() if settings.likelihood in ("learned-normal", "poisson") else None
+        moments = train.moments() if settings.uses_moments else None
         vae = settings.build_vae(train.event_shape, moments=moments).to(device)
     except RuntimeError as error:  # torch's answer to a model larger than the memory
         raise DataError(

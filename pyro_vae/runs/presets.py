@@ -20,7 +20,7 @@ from pyro_vae.models.likelihoods import (
     PoissonLikelihood,
     StandardizedNormalLikelihood,
 )
-from pyro_vae.models.nets import ConvDecoder, ConvEncoder, Log1p, MLPDecoder, MLPEncoder
+from pyro_vae.models.nets import ConvDecoder, ConvEncoder, Log1p, MLPDecoder, MLPEncoder, initialize_glorot
 from pyro_vae.models.vae import VAE
 from pyro_vae.training.objective import Objective
 from pyro_vae.training.objectives import ESTIMATORS, LEAST_BETA, NegativeELBO, NegativeIWAE, ReconstructionError
@@ -31,6 +31,7 @@ __all__ = ["LIKELIHOODS", "OBJECTIVES", "PRESETS", "Settings", "fitting_likeliho
 NETS = ("mlp", "mlp-linear", "mlp-tanh", "conv")
 OBJECTIVES = (*ESTIMATORS, "iwae")
 SCHEDULES = ("constant", "stages")
+INITS = ("default", "glorot")
 
 LIKELIHOODS = ("bernoulli", "normal", "learned-normal", "poisson")
 
@@ -95,6 +96,12 @@ class Settings:
         help="of the learning rate; stages: of 1, 3, 9 ... epochs, from one to the next lower (Burda et al. 2016)",
         choices=SCHEDULES,
     )
+    init: str = option(
+        "default",
+        help="initial weights; default: torch's of each layer; glorot: Glorot uniform and biases of 0, with bernoulli the "
+        "output's at the training mean (Burda et al. 2016)",
+        choices=INITS,
+    )
 
     def __post_init__(self) -> None:
         for name in ("latent_dim", "batch_size", "particles", "epochs", "steps", "record_every", "image_size"):
@@ -109,6 +116,8 @@ class Settings:
         check_choices(self)
         if self.likelihood == "learned-normal" and self.net == "conv":
             raise SettingError("likelihood", "expected bernoulli or normal with convolutional nets, found 'learned-normal'.")
+        if self.init == "glorot" and self.net == "conv":
+            raise SettingError("init", "expected default with convolutional nets, found 'glorot'.")
         if self.objective == "iwae" and self.particles < 2:
             few = f"expected at least 2 with objective iwae, which is the ELBO with {self.particles}."
             raise SettingError("particles", few)
@@ -120,9 +129,10 @@ class Settings:
 
         Args:
             event_shape: shape of one observation.
-            moments: mean and standard deviation of the training data, :meth:`~pyro_vae.data.dataset.Data.moments`: the
-                likelihood learned-normal standardises by them (None: 0 and 1), and the rates of poisson are initialised to
-                the mean (None: to about 1).
+            moments: mean and standard deviation of the training data, :meth:`~pyro_vae.data.dataset.Data.moments`, where
+                :attr:`uses_moments`: the likelihood learned-normal standardises by them (None: 0 and 1), the rates of
+                poisson are initialised to the mean (None: to about 1), and so are the probabilities of bernoulli with init
+                glorot (None: to about 1/2).
 
         Raises:
             ValueError: these are settings of an autoencoder, or the nets do not support event_shape.
@@ -137,12 +147,21 @@ class Settings:
         else:
             encoder, decoder = self._nets(event_shape, heads=2)
             likelihood = _FIXED[self.likelihood]
+        if moments is not None and isinstance(decoder, MLPDecoder):
+            mean = moments[0].flatten()
+            with torch.no_grad():
+                if self.likelihood == "poisson":  # rates far from the counts would overflow, or need thousands of steps
+                    decoder.output.bias.copy_(mean.clamp_min(1e-3).log())
+                elif self.likelihood == "bernoulli" and self.init == "glorot":
+                    decoder.output.bias.copy_(mean.clamp(0.001, 0.999).logit())
         if self.likelihood == "poisson":
             encoder = nn.Sequential(Log1p(), encoder)
-            if moments is not None and isinstance(decoder, MLPDecoder):
-                with torch.no_grad():  # initial rates far from the counts would overflow, or need thousands of steps
-                    decoder.output.bias.copy_(moments[0].clamp_min(1e-3).log().flatten())
         return VAE(encoder, decoder, latent_dim=self.latent_dim, event_shape=event_shape, likelihood=likelihood)
+
+    @property
+    def uses_moments(self) -> bool:
+        """Whether :meth:`build_vae` uses the moments of the training data."""
+        return self.likelihood in ("learned-normal", "poisson") or (self.likelihood, self.init) == ("bernoulli", "glorot")
 
     def build_model(self, event_shape: Sequence[int], *, moments: tuple[Tensor, Tensor] | None = None) -> VAE | Autoencoder:
         """:meth:`build_vae`, or the autoencoder if the likelihood is none."""
@@ -163,10 +182,14 @@ class Settings:
         layers: dict[str, Any] = {"activation": nn.Tanh} if self.net == "mlp-tanh" else {}
         last = self.net != "mlp-linear"
         sizes: dict[str, Any] = {"latent_dim": self.latent_dim, **layers}
-        return (
+        nets = (
             MLPEncoder(event_shape, hidden=self.hidden, last_activation=last, heads=heads, **sizes),
             MLPDecoder(event_shape, hidden=self.hidden[::-1], outputs=outputs, **sizes),
         )
+        if self.init == "glorot":
+            for net in nets:
+                initialize_glorot(net)
+        return nets
 
     def build_objective(self, model: VAE | Autoencoder) -> Objective:
         """The objective of these settings for a model."""
@@ -186,9 +209,9 @@ class Settings:
         return arguments
 
 
-# The one-layer model of Burda et al. 2016 and its training; scripts/iwae_mnist.py adds its initial weights.
+# The one-layer model of Burda et al. 2016 and its training.
 _IWAE: dict[str, Any] = {"hidden": (200, 200), "net": "mlp-tanh", "latent_dim": 50, "binarization": "dynamic"}
-_IWAE |= {"epochs": 3280, "batch_size": 20, "lr": 1e-3, "eps": 1e-4, "schedule": "stages"}
+_IWAE |= {"epochs": 3280, "batch_size": 20, "lr": 1e-3, "eps": 1e-4, "schedule": "stages", "init": "glorot"}
 _D: dict[str, Any] = {"batch_size": 64, "lr": 5e-4, "record_every": 250, "image_size": 32}  # what system D has in common
 _D_MLP: dict[str, Any] = {"hidden": (128, 64, 32), "net": "mlp-linear", "latent_dim": 2, "steps": 25_000, **_D}
 _D_CONV: dict[str, Any] = {"hidden": (8, 16, 4), "net": "conv", "latent_dim": 64, "steps": 30_000, **_D}

@@ -1,7 +1,9 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from pyro_vae import (
     PRESETS,
@@ -97,6 +99,26 @@ def test_the_preset_of_the_iwae_paper_trains_by_the_papers_schedule():
     vae = load_preset("bernoulli-z50", hidden=(4,)).build_vae((1, 4, 4))
     few = load_preset("bernoulli-z50", epochs=2).training()
     fit(NegativeELBO(vae), torch.rand(40, 1, 4, 4), verbose=False, **few)
+
+
+def test_the_preset_of_the_iwae_paper_has_its_initial_weights(digits):
+    settings = load_preset("bernoulli-z50")
+    assert settings.uses_moments
+    mean, deviation = digits[0].moments()
+    moments = replace(digits[0], binarization="dynamic").moments()  # of the draws, of which none is made
+    torch.testing.assert_close(moments[0], mean, rtol=0, atol=0)
+    varied = (mean > 0) & (mean < 1)
+    assert (moments[1] >= deviation)[varied].all()
+    vae = settings.build_vae(digits[0].event_shape, moments=moments)
+    probabilities = vae.decoder.output.bias.sigmoid()
+    assert torch.allclose(probabilities.double(), mean.clamp(0.001, 0.999).flatten(), atol=1e-6)
+    for head in vae.encoder.heads.weight.detach().chunk(2):  # each Glorot uniform for (200, 50)
+        assert head.abs().max() == pytest.approx((6 / 250) ** 0.5, rel=0.01)
+        assert head.std() == pytest.approx((6 / 250) ** 0.5 / 3**0.5, rel=0.03)
+    others = [module.bias for module in vae.modules() if isinstance(module, nn.Linear) and module is not vae.decoder.output]
+    assert all(not bias.any() for bias in others)
+    with pytest.raises(ValueError, match="init: expected default with convolutional nets"):
+        load_preset("conv-gaussian", init="glorot")
 
 
 def test_changes_leave_the_preset_alone():
