@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import torch
 
-__all__ = ["CheckpointError", "check_writable", "read_json", "read_tensors", "whole_file", "write_tensors"]
+__all__ = ["CheckpointError", "atomic_write", "check_writable", "read_json", "read_tensors", "write_tensors"]
 
 
 class CheckpointError(ValueError):
@@ -25,7 +25,7 @@ class CheckpointError(ValueError):
 
 
 @contextmanager
-def whole_file(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """Write a file atomically: a temporary file replaces ``path`` at the end, or is deleted if an error occurs.
 
     Args:
@@ -97,8 +97,8 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(path: Path, content: dict[str, Any], *, durable: bool = True) -> None:
-    """Write a dict of tensors and plain values by :func:`torch.save`, as a :func:`whole_file`."""
-    with whole_file(path, durable=durable) as stream:
+    """Write a dict of tensors and plain values by :func:`torch.save`, as a :func:`atomic_write`."""
+    with atomic_write(path, durable=durable) as stream:
         torch.save(content, stream)
 
 

@@ -19,7 +19,17 @@ from torch.distributed.rendezvous import rendezvous
 
 from pyro_vae._checks import SettingError
 
-__all__ = ["agree", "count", "environment_number", "first", "gather", "gather_objects", "group", "rank", "share"]
+__all__ = [
+    "any_rank",
+    "environment_number",
+    "gather",
+    "gather_objects",
+    "group",
+    "on_rank_zero",
+    "rank",
+    "shard",
+    "world_size",
+]
 
 Value = TypeVar("Value")
 
@@ -73,39 +83,39 @@ def environment_number(name: str, default: int) -> int:
     return int(text)
 
 
-def count() -> int:
+def world_size() -> int:
     """The world size: the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """The rank of this process, from 0."""
-    return dist.get_rank() if count() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
-def share(rows: Tensor) -> Tensor:
+def shard(rows: Tensor) -> Tensor:
     """This rank's shard of a tensor ``(n, ...)``: n / world size contiguous rows, one more on the first ranks if uneven.
 
     Raises:
         ValueError: fewer rows than processes.
     """
-    if len(rows) < count():
-        raise ValueError(f"expected an observation for each of {count()} processes, found {len(rows)}. Start fewer.")
-    return rows.tensor_split(count())[rank()]
+    if len(rows) < world_size():
+        raise ValueError(f"expected an observation for each of {world_size()} processes, found {len(rows)}. Start fewer.")
+    return rows.tensor_split(world_size())[rank()]
 
 
 def gather_objects(value: Any) -> list[Any]:
     """The value of every process, in the order of their ranks."""
-    if count() == 1:
+    if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * count()
+    values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def first(function: Callable[[], Value]) -> Value:
+def on_rank_zero(function: Callable[[], Value]) -> Value:
     """Call the function on rank 0 alone, to write files, say; every rank returns its result or raises its exception."""
-    if count() == 1:
+    if world_size() == 1:
         return function()
     outcome: tuple[Any, Exception | None] = (None, None)
     if rank() == 0:
@@ -121,12 +131,12 @@ def first(function: Callable[[], Value]) -> Value:
 
 def gather(rows: Tensor) -> Tensor:
     """The shards ``(n_rank, ...)`` of all ranks, concatenated: ``(n, ...)``, on every rank."""
-    return rows if count() == 1 else torch.cat([part.to(rows.device) for part in gather_objects(rows.cpu())])
+    return rows if world_size() == 1 else torch.cat([part.to(rows.device) for part in gather_objects(rows.cpu())])
 
 
-def agree(flags: Sequence[bool], device: torch.device) -> list[bool]:
+def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
     """The logical or of each flag over all ranks."""
-    if count() == 1:
+    if world_size() == 1:
         return list(flags)
     raised = torch.tensor(flags, dtype=torch.float32, device=device)
     dist.all_reduce(raised, op=dist.ReduceOp.MAX)

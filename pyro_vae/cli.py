@@ -105,12 +105,12 @@ def _message(error: Exception) -> str:
 
 
 TRAIN = """\
-Train a VAE by stochastic variational inference, on MNIST or on your own data, evaluate it, and leave a run folder.
+Train a VAE by stochastic variational inference, on MNIST or on your own data, evaluate it, and write a run folder.
 
-The folder holds config.json, metrics.jsonl (a line per epoch), metrics.json (final figures and where they come from),
+The folder holds config.json, metrics.jsonl (a line per epoch), metrics.json (final metrics and their provenance),
 latents.json, checkpoints/ and figures/. Load the model again with pyro_vae.load_run(FOLDER).
 
-A run that was stopped (SIGINT, SIGTERM) or killed goes on with --resume FOLDER, as if nothing had happened."""
+A run that was stopped (SIGINT, SIGTERM) or killed is resumed by --resume FOLDER, and ends with the same result."""
 
 
 @_in_one_line
@@ -155,9 +155,9 @@ def _train(parser: _Parser, given: dict[str, Any], again: str) -> int:
         try:
             train_job(job, signals)
         except RunStoppedError as stopped:
-            raise KeyboardInterrupt(f"{stopped}; go on with: {again} --resume {shlex.quote(str(stopped.folder))}") from None
+            raise KeyboardInterrupt(f"{stopped}; resume with: {again} --resume {shlex.quote(str(stopped.folder))}") from None
 
-    return _run(action, classes, "a run that has begun is in its folder; go on with --resume")
+    return _run(action, classes, "a run that has begun is in its folder; resume it with --resume")
 
 
 def _preset_defaults(presets: Any) -> dict[str, str]:
@@ -195,7 +195,7 @@ def _check_together(parser: _Parser, given: dict[str, Any]) -> None:
     restarts = environment_number("TORCHELASTIC_RESTART_COUNT", 0)  # of torchrun
     if restarts and "resume" not in given:
         if "out" not in given:
-            parser.error("torchrun --max-restarts needs --out or --resume: the folder to go on in")
+            parser.error("torchrun --max-restarts needs --out or --resume: the folder to resume in")
         if (given["out"] / "config.json").is_file():
             given["resume"] = given.pop("out")
             given.pop("overwrite", None)
@@ -204,15 +204,15 @@ def _check_together(parser: _Parser, given: dict[str, Any]) -> None:
 EVALUATE = """\
 Measure a run: -ELBO, its terms and log p(x), each with its standard error, on the run's own test set or on other data.
 
-The figures of the whole test set go to RUN/metrics.json under "test", in place of earlier ones of the same name; those of
-other data, or of the first --images alone, under "evaluations"."""
+Metrics of the whole test set are written to RUN/metrics.json under "test", replacing earlier ones of the same name; those
+of other data, or of the first --images alone, under "evaluations"."""
 
 
 @_in_one_line
 def evaluate(argv: Sequence[str], *, prog: str = "pyro-vae evaluate") -> int:
     """The command ``evaluate``; the exit code."""
     from pyro_vae._options import add_options
-    from pyro_vae.runs.evaluate import EvaluateOptions, evaluate_run, keep_figures
+    from pyro_vae.runs.evaluate import EvaluateOptions, evaluate_run, keep_metrics
 
     parser = _Parser(prog, EVALUATE)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
@@ -221,10 +221,10 @@ def evaluate(argv: Sequence[str], *, prog: str = "pyro-vae evaluate") -> int:
     run = given.pop("run")
 
     def action(signals: Any) -> None:
-        what, figures = evaluate_run(run, EvaluateOptions(**given))
-        for name, estimate in figures.items():  # before they are written, where the disk may be full
+        what, metrics = evaluate_run(run, EvaluateOptions(**given))
+        for name, estimate in metrics.items():  # before they are written, where the disk may be full
             print(f"{what} {name:15s} {estimate.value:9.3f} ± {estimate.standard_error:.3f} nats", flush=True)
-        if keep_figures(run, what, figures):
+        if keep_metrics(run, what, metrics):
             print(f"written to {run / 'metrics.json'}")
 
     return _run(action, (EvaluateOptions,), "nothing was written")
@@ -255,10 +255,10 @@ def sample(argv: Sequence[str], *, prog: str = "pyro-vae sample") -> int:
 
 
 REPORT = """\
-Make one self-contained HTML file of run folders: what was run, figures with their errors, pictures, what to beware of,
-and a decoder to play with in the page; of several runs, a comparison that ranks only what can be compared.
+Make one self-contained HTML file of run folders: settings, metrics with their standard errors, figures, cautions, and an
+interactive decoder; for several runs, a comparison that ranks only comparable metrics.
 
-The file needs no network and no server. One that is there already is replaced: it holds nothing but what the runs do."""
+The file needs no network and no server. An existing file is replaced."""
 
 
 @_in_one_line
@@ -348,7 +348,7 @@ def _run(action: Callable[[Any], None], classes: Sequence[type], lost: str) -> i
 
 
 COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
-    "train": (train, "train a model, evaluate it, and leave a run folder; or go on with one"),
+    "train": (train, "train a model, evaluate it, and write a run folder; or resume one"),
     "evaluate": (evaluate, "measure a run on its test set or on other data"),
     "report": (report, "make one HTML page of one or more runs"),
     "sample": (sample, "draw from a run's model, to a file"),

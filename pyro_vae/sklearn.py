@@ -103,7 +103,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         """One more pass over X, from the current parameters; y is ignored.
 
         The first call decides what :meth:`fit` reads from its data: the likelihood, and the mean and scale of the features.
-        Adam's moments go on from call to call, and from those of :meth:`fit`.
+        Adam's moments persist from call to call, and from :meth:`fit`.
         """
         fresh = not hasattr(self, "vae_")
         x = self._table(X, reset=fresh)
@@ -231,7 +231,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         noise = torch.randn(k, 1, vae.latent_dim, dtype=vae.like.dtype, generator=torch.Generator().manual_seed(self._seed))
         noise = noise.to(x.device)
         width = max(x.shape[1], vae.latent_dim, *self.hidden, 1)
-        figures = []
+        results = []
         with evaluating(vae):
             for rows in x.split(max(1, _AT_ONCE // (k * width))):
                 q = vae.encode(rows)
@@ -239,8 +239,8 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
                 log_weights = vae.decode(z).log_prob(rows) + vae.prior().log_prob(z) - q.log_prob(z)
                 weights = Accumulator(k)
                 weights.add(log_weights)
-                figures.append(weights.figures())
-        value, error, ess, pareto_k = (torch.cat(parts) for parts in zip(*figures, strict=True))
+                results.append(weights.results())
+        value, error, ess, pareto_k = (torch.cat(parts) for parts in zip(*results, strict=True))
         return LogMarginal(value, error, ess, pareto_k.double(), k)
 
     def score(self, X: ArrayLike, y: Any = None) -> float:  # noqa: N803

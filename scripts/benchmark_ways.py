@@ -255,7 +255,7 @@ def ways_to_weigh(train: Data) -> dict[str, Way]:
             for images in x.split(20):
                 accumulator = Accumulator(500)
                 accumulator.add(weigh(((images,), 500)))
-                accumulator.figures()
+                accumulator.results()
 
     def marginal() -> None:
         log_marginal(vae.model, vae.guide, x, num_samples=500)

@@ -57,7 +57,7 @@ class Options(FolderOptions, DataOptions):
     )
     epochs: int = option(40, help="of the ELBO fit and of the direct fit")
     encoder_epochs: int = option(40, help="of the encoder fitted to the frozen decoder")
-    num_draws: int = option(64, help="M, draws from the prior in the direct fit")
+    num_particles: int = option(64, help="M, draws from the prior in the direct fit")
     redraw: bool = option(False, help="draw anew at each step", default_text="once, and keep them")
     importance_samples: int = option(5000, help="K, draws per image for log p(test)")
     images: int = option(1000, help="test images for log p(test), the first ones")
@@ -65,7 +65,7 @@ class Options(FolderOptions, DataOptions):
 
     def __post_init__(self) -> None:
         least = {"importance_samples": 25, "seed": 0}  # fewer draws do not show a tail
-        for name in ("epochs", "encoder_epochs", "num_draws", "images", *least):
+        for name in ("epochs", "encoder_epochs", "num_particles", "images", *least):
             whole_number(name, getattr(self, name), minimum=least.get(name, 1))
 
 
@@ -88,8 +88,8 @@ def fit_direct(options: Options, train: Data, out: Path) -> tuple[VAE, list[Trai
     """The same decoder and prior by direct maximum likelihood, then an encoder for that decoder, frozen."""
     torch.manual_seed(options.seed)
     vae = SETTINGS.build_vae(train.event_shape)
-    objective = NegativeDirectLogLikelihood(vae, num_draws=options.num_draws, redraw=options.redraw)
-    print(f"direct fit, {options.num_draws} {'redrawn' if options.redraw else 'fixed'} draws")
+    objective = NegativeDirectLogLikelihood(vae, num_particles=options.num_particles, redraw=options.redraw)
+    print(f"direct fit, {options.num_particles} {'redrawn' if options.redraw else 'fixed'} draws")
     length: dict[str, Any] = {"epochs": options.epochs, "batch_size": 256, "lr": 1e-3, "seed": options.seed}
     history = fit(objective, train, on_record=lambda r: append_jsonl(out / "metrics.jsonl", r.to_json()), **length)
     vae.decoder.requires_grad_(False)
@@ -155,7 +155,7 @@ def figures_of(options: Options, elbo: VAE, direct: VAE, test: Data) -> dict[str
 def print_table(options: Options, table: dict[str, dict[str, Any]], images: int) -> None:
     k = options.importance_samples
     print(f"log p of {images:,} test images, nats per image; importance sampling with {k:,} draws:\n")
-    own = f"the fit's own estimate (ELBO; {options.num_draws} draws)"
+    own = f"the fit's own estimate (ELBO; {options.num_particles} draws)"
     print(f"| decoder | {own} | ELBO | importance sampling | median ESS | Pareto k | draws from the prior |")
     print("|---|---|---|---|---|---|---|")
     for name, row in table.items():

@@ -50,14 +50,14 @@ class Options(FolderOptions):
     latent_dim: int = option(2, help="latent dimensions")
     hidden: int = option(32, help="width of the hidden tanh layer of encoder and decoder")
     num_mc: int = option(4, help="latent draws per point in the ELBO")
-    num_draws: int = option(256, help="draws from the prior in the direct fit")
+    num_particles: int = option(256, help="draws from the prior in the direct fit")
     epochs: int = option(20, help="passes over the 10,000 points, each fit")
     batch_size: int = option(128, help="points per step")
     lr: float = option(1e-3, help="Adam's learning rate")
     seed: int = option(0, help="of data, weights and noise")
 
     def __post_init__(self) -> None:
-        for name in ("latent_dim", "hidden", "num_mc", "num_draws", "epochs", "batch_size"):
+        for name in ("latent_dim", "hidden", "num_mc", "num_particles", "epochs", "batch_size"):
             whole_number(name, getattr(self, name))
         number("lr", self.lr)
         whole_number("seed", self.seed, minimum=0)
@@ -153,9 +153,9 @@ def run(options: Options, signals: Signals) -> None:
     losses = {}
     for name, redraw in (("fixed draws", False), ("redrawn", True)):
         direct[name] = build_vae(options)
-        direct_objective = NegativeDirectLogLikelihood(direct[name], num_draws=options.num_draws, redraw=redraw)
+        direct_objective = NegativeDirectLogLikelihood(direct[name], num_particles=options.num_particles, redraw=redraw)
         losses[name] = fit(direct_objective, train, verbose=False, **training)
-        print(f"direct fit, {options.num_draws} {name}: {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"direct fit, {options.num_particles} {name}: {time.perf_counter() - start:.0f} s", flush=True)
 
     torch.manual_seed(options.seed)
     table = {"truth": row(exact, exact, 0.0)}
@@ -169,7 +169,7 @@ def run(options: Options, signals: Signals) -> None:
     table["VAE"] = row(estimate.value, exact, estimate.mean.standard_error, elbo=-elbo.value, elbo_error=elbo.standard_error)
     for name, model in direct.items():
         by_prior = direct_log_marginal(model, test, num_samples=10_000)
-        table[f"direct fit, {options.num_draws} {name}"] = row(by_prior.value, exact, by_prior.mean_error)
+        table[f"direct fit, {options.num_particles} {name}"] = row(by_prior.value, exact, by_prior.mean_error)
 
     seconds = time.perf_counter() - start
     write_json(out / "metrics.json", {"entropy": ENTROPY, "seconds": seconds, "seed": options.seed, "table": table})

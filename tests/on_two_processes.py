@@ -131,7 +131,7 @@ def errors():
         raise ValueError("only the first process knows")
 
     try:
-        processes.first(wrong)
+        processes.on_rank_zero(wrong)
     except ValueError as error:
         return processes.gather_objects(str(error))
 
@@ -139,7 +139,7 @@ def errors():
 if __name__ == "__main__":
     with processes.group():
         results = {
-            "processes": processes.count(),
+            "processes": processes.world_size(),
             "gradients": gradients(),
             "training": training(Path(sys.argv[1]) / "checkpoints"),
             "sets": whole_sets(),

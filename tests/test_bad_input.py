@@ -226,7 +226,7 @@ LIBRARY = {
     "load_run of a model of your own, given one of another likelihood": lambda: own_run(
         lambda folder: load_run(mine(folder), model=make_vae(likelihood=NormalLikelihood()))
     ),
-    "a run of your own that goes on with another likelihood": lambda: own_run(
+    "a run of your own resumed with another likelihood": lambda: own_run(
         lambda folder: train_run(
             mine(folder), NegativeELBO(make_vae(likelihood=NormalLikelihood())), FEW, steps=2, verbose=False, resume=True
         )
@@ -335,7 +335,7 @@ def script(*arguments, harm=None, new=()):
             lines = err.replace(folder + "/", "").splitlines()
             said = lines[-1] if code else lines[0] if lines else "without a word"
             said = re.sub(r"^\S+: error: ", "svi_mnist.py: error: ", said)
-            return f"exit code {code}: {said}" if code else f"goes on, bit for bit: {said}"
+            return f"exit code {code}: {said}" if code else f"resumed, bit for bit: {said}"
 
     return case
 
@@ -496,7 +496,7 @@ def test_what_the_user_sees_is_what_the_table_says(group, name):
     text = said(CASES[group][name])
     assert_says(text, rows()[group, name])
     if group in ("A run folder", "Options of svi_mnist.py"):
-        assert text.startswith(("exit code 2: ", "goes on, bit for bit"))
+        assert text.startswith(("exit code 2: ", "resumed, bit for bit"))
     assert not Path("pwned").exists()
 
 

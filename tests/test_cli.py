@@ -172,7 +172,7 @@ def test_evaluate_of_a_run_that_has_not_ended_says_so(run, pyro_vae_command):
     code, out, err = pyro_vae_command("evaluate", run, "--importance-samples", 0)
     assert code == 0
     assert "test neg_elbo" in out
-    assert "this run has not ended, so the figures are not kept" in err
+    assert "this run is unfinished, so no metrics are written" in err
     assert not (run / "metrics.json").exists()
 
 
@@ -326,7 +326,7 @@ def test_output_that_cannot_be_written_is_one_line(tmp_path):
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT, timeout=300)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "No space left on device" in done.stderr
-    assert "go on with --resume" in done.stderr
+    assert "resume it with --resume" in done.stderr
 
 
 def test_streams_poor_in_characters_or_closed_and_no_window_system(hostile, tmp_path):

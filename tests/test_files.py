@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyro_vae import CheckpointError
-from pyro_vae._files import check_writable, read_tensors, whole_file, write_tensors
+from pyro_vae._files import atomic_write, check_writable, read_tensors, write_tensors
 
 
 def content(step=1):
@@ -21,7 +21,7 @@ def same(a, b):
 def test_a_write_that_is_killed_leaves_what_was_there(tmp_path):
     path = tmp_path / "file.pt"
     write_tensors(path, content(1))
-    with suppress(KeyboardInterrupt), whole_file(path) as stream:
+    with suppress(KeyboardInterrupt), atomic_write(path) as stream:
         stream.write(b"half of it")
         raise KeyboardInterrupt
     assert same(read_tensors(path), content(1))
@@ -86,5 +86,5 @@ def test_a_folder_is_tried_before_it_is_there(tmp_path):
 
 
 def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(CheckpointError, match=f"{tmp_path}: a folder. Name a file"), whole_file(tmp_path):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: a folder. Name a file"), atomic_write(tmp_path):
         pass

@@ -62,11 +62,11 @@ def test_an_error_of_the_first_process_is_everybodys(found):
 
 
 def test_one_process_is_no_group():
-    assert (processes.count(), processes.rank()) == (1, 0)
+    assert (processes.world_size(), processes.rank()) == (1, 0)
     rows = torch.arange(3)
-    assert processes.share(rows) is not None
-    assert torch.equal(processes.gather(processes.share(rows)), rows)
-    assert processes.agree([True, False], torch.device("cpu")) == [True, False]
-    assert processes.first(lambda: 3) == 3
+    assert processes.shard(rows) is not None
+    assert torch.equal(processes.gather(processes.shard(rows)), rows)
+    assert processes.any_rank([True, False], torch.device("cpu")) == [True, False]
+    assert processes.on_rank_zero(lambda: 3) == 3
     with processes.group("cpu") as device:
         assert device == "cpu"

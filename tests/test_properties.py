@@ -37,7 +37,7 @@ objectives = {
     "trace": lambda vae, k: NegativeELBO(vae, num_particles=k),
     "mean-field": lambda vae, k: NegativeELBO(vae, estimator="mean-field", num_particles=k),
     "iwae": lambda vae, k: NegativeIWAE(vae, num_particles=k),
-    "direct": lambda vae, k: NegativeDirectLogLikelihood(vae, num_draws=k),
+    "direct": lambda vae, k: NegativeDirectLogLikelihood(vae, num_particles=k),
 }
 
 
@@ -84,7 +84,7 @@ def test_a_step_or_an_error_that_names_the_argument(array, latent_dim, hidden, l
         goal = objectives[objective](vae, particles)
         (record,) = fit(goal, make_array(*array), steps=1, verbose=False, **options)
     except ValueError as error:
-        names = [*options, "latent_dim", "hidden", "num_particles", "num_draws", "event_shape"]
+        names = [*options, "latent_dim", "hidden", "num_particles", "num_particles", "event_shape"]
         data = ["array", "observation", "values", "elements"]
         assert any(name in str(error) for name in (*names, *data)), str(error)  # noqa: PT017
     else:

@@ -237,7 +237,7 @@ def test_a_signal_stops_after_a_step_and_resume_goes_on_bit_for_bit(tmp_path, sv
     with started(*LONG, "--epochs", 60, "--out", "run", cwd=tmp_path) as process:
         found, err = signalled(process, "epoch  3", signal.SIGINT)
     assert found == 130
-    assert re.search(r"^SIGINT: stopped after step [\d,]+; go on with: .*svi_mnist.py --resume run$", err, re.M)
+    assert re.search(r"^SIGINT: stopped after step [\d,]+; resume with: .*svi_mnist.py --resume run$", err, re.M)
     assert "Traceback" not in err
     load_run(tmp_path / "run")
     assert svi_mnist_here("--resume", "run", "--no-figures", "--importance-samples", 0)[0] == 0
@@ -290,7 +290,7 @@ def test_a_resumed_run_may_grow(tmp_path, svi_mnist_here):
     assert svi_mnist_here(*LONG, "--epochs", 1, "--out", "run")[0] == 0
     code, out, _ = svi_mnist_here("--resume", "run", "--epochs", 3, "--no-figures", "--dataset", "digits", "--seed", 0)
     assert code == 0
-    assert "going on after step 12" in out
+    assert "resumed after step 12" in out
     assert svi_mnist_here(*LONG, "--epochs", 3, "--out", "straight")[0] == 0
     assert equal(*(weights(load_run(tmp_path / name)) for name in ("run", "straight")))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["epochs"] == 3
@@ -491,7 +491,7 @@ def test_a_signal_ends_reproduce_and_its_script(mnist, tmp_path):
         code, err = signalled(process, "    VAE fitted", signal.SIGTERM)
     assert code == 143
     assert err == "SIGTERM: the systems that are done will not be run again\n"
-    assert (tmp_path / "all" / "E-toy.log").read_text().splitlines()[-1].startswith("SIGTERM: ")  # it did not go on alone
+    assert (tmp_path / "all" / "E-toy.log").read_text().splitlines()[-1].startswith("SIGTERM: ")  # the signal ended it too
     assert not (tmp_path / "all" / "E-toy.json").exists()
 
 
@@ -533,7 +533,7 @@ def test_benchmark_of_all_ways_to_train(draws, digits, traced):
 
 
 def test_iwae_in_stages(digits, tmp_path, traced, capsys):
-    """A stage, then a second after it: the same as both at once; and what cannot go on is refused."""
+    """A stage, then a second after it: the same as both at once; and errors where it cannot be resumed."""
     iwae = load_script("iwae_mnist")
     few = ["--dataset", "digits", "--images", "20", "--importance-samples", "25"]
 

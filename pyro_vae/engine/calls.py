@@ -67,7 +67,7 @@ class Calls(Generic[C, R]):
         reason: the reason for eager execution; empty if calls are compiled.
         graphs: the cached graphs by key, least recently used first.
         seconds: total time of tracing and compilation.
-        undone: after an error in :meth:`again`: number of calls after the one that raised it.
+        rolled_back: after an error in :meth:`rerun`: number of calls after the one that raised it.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Calls(Generic[C, R]):
         say: Callable[[Graph], None] | None = None,
     ) -> None:
         self.program, self.what, self.every, self.most, self.patience, self.say = program, what, every, most, patience, say
-        self.reason, self.seconds, self.undone = "", 0.0, 0
+        self.reason, self.seconds, self.rolled_back = "", 0.0, 0
         self.graphs: OrderedDict[Hashable, Graph] = OrderedDict()
         self._met: dict[Hashable, int] = {}
         self._checked: set[Hashable] = set()
@@ -106,7 +106,7 @@ class Calls(Generic[C, R]):
         self._log = None
         self._checked.clear()
 
-    def again(self) -> R:
+    def rerun(self) -> R:
         """Roll back to the last snapshot and re-run the calls since then eagerly; returns the result of the last one.
 
         Raises:
@@ -114,16 +114,16 @@ class Calls(Generic[C, R]):
         """
         log, self._log = self._since, None
         self._restore(log.copy)
-        self.undone = log.length
+        self.rolled_back = log.length
         for call, noise, times in log.calls:
             torch.set_rng_state(noise)
             self.program.reset(call)
             for _ in range(times):
-                self.undone -= 1
+                self.rolled_back -= 1
                 result = self.program.eager(call)
         return result
 
-    def _can_be_made_again(self) -> bool:
+    def _can_rerun(self) -> bool:
         return all(tensor._version == version for tensor, version in self._since.held.values())
 
     def _some(self, call: C, most: int) -> list[R]:
@@ -171,9 +171,9 @@ class Calls(Generic[C, R]):
         try:
             return self.program.eager(call)
         except Exception:
-            if self.program.sound() or not self._can_be_made_again():
+            if self.program.is_finite() or not self._can_rerun():
                 raise
-            return self.again()
+            return self.rerun()
 
     def _graph(self, key: Hashable, call: C) -> tuple[Hashable, Graph | None]:
         graph = self.graphs.get(key)
@@ -229,9 +229,9 @@ class Calls(Generic[C, R]):
         try:
             made, results = self._call(graph, call, times)
         except Exception:  # of an operation, or a result that is refused: the eager calls tell
-            if not self._can_be_made_again():
+            if not self._can_rerun():
                 raise
-            return [self.again()]
+            return [self.rerun()]
         if made == times:
             return results
         self._unnote(times - made)
@@ -285,7 +285,7 @@ class Calls(Generic[C, R]):
         expected = self._eager(call)
         if self._log is None:  # previous calls were rolled back and re-run
             return expected
-        after, eager, moved = torch.get_rng_state(), self._copy(), self.program.moved(graph)
+        after, eager, copies = torch.get_rng_state(), self._copy(), self.program.gradient_copies(graph)
         self._restore(before)
         torch.set_rng_state(noise)
         try:
@@ -302,24 +302,24 @@ class Calls(Generic[C, R]):
         problem = self.program.difference(results[0], expected) or self._other_tensors(graph, eager)
         if not problem and not torch.equal(torch.get_rng_state(), after):
             problem = "it draws other random numbers than the eager call"
-        found = self.program.moved(graph)
-        if not problem and not near(found, moved):
+        found = self.program.gradient_copies(graph)
+        if not problem and not near(found, copies):
             compiled = self._copy()
-            problem = "" if self._is_rounding(graph, call, before, noise, found, moved) else _GRADIENT
+            problem = "" if self._is_rounding(graph, call, before, noise, found, copies) else _GRADIENT
             self._restore(compiled)
             torch.set_rng_state(after)
-        elif not problem and not self._same_steps(graph, before, eager, found, moved):
+        elif not problem and not self._same_steps(graph, before, eager, found, copies):
             problem = "its parameters are not those of the eager step"
         if problem:
             self._restore(eager)
             torch.set_rng_state(after)
-            if again := self._can_be_made_again():
+            if again := self._can_rerun():
                 self._give_up(f"compiled, {problem}")
             else:
                 self._give_up(f"compiled, {problem}; the calls before, whose inputs have changed since, are not made again")
-            return self.again() if again else expected
-        if not self.program.sound() and self._can_be_made_again():
-            return self.again()
+            return self.rerun() if again else expected
+        if not self.program.is_finite() and self._can_rerun():
+            return self.rerun()
         self._log = _Log(self._copy())
         return results[0]
 

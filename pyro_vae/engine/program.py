@@ -108,7 +108,7 @@ class Program(Generic[C, R]):
     def load(self, saved: Any) -> None:
         """Restore a snapshot."""
 
-    def sound(self) -> bool:
+    def is_finite(self) -> bool:
         """Whether the state after the calls so far is valid (finite); otherwise it is rolled back."""
         return True
 
@@ -120,12 +120,12 @@ class Program(Generic[C, R]):
         """Tensors that are updated by the gradients, such as an optimiser's moments; not compared elementwise."""
         return []
 
-    def moved(self, graph: Graph) -> list[Tensor]:
+    def gradient_copies(self, graph: Graph) -> list[Tensor]:
         """Copies of tensors that depend on the last gradient, one for each parameter."""
         return []
 
     def gradients(self, graph: Graph, call: C) -> list[Tensor]:
-        """The eager gradients at the current parameters, times their factor in :meth:`moved`."""
+        """The eager gradients at the current parameters, times their factor in :meth:`gradient_copies`."""
         return []
 
 
@@ -142,9 +142,9 @@ class StepProgram(Program[C, R]):
         moments: list[Tensor] = graph.about.update.tensors()
         return moments
 
-    def moved(self, graph: Graph) -> list[Tensor]:
-        moved: list[Tensor] = graph.about.update.moved()
-        return moved
+    def gradient_copies(self, graph: Graph) -> list[Tensor]:
+        copies: list[Tensor] = graph.about.update.gradient_copies()
+        return copies
 
 
 def near(found: Sequence[Tensor], expected: Sequence[Tensor], spread: Sequence[float] | None = None) -> bool:

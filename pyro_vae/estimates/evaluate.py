@@ -75,7 +75,7 @@ def evaluate(
     random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with torch.no_grad(), random_state, evaluating(*pair.programs):
         torch.manual_seed(seed + processes.rank())
-        for index in processes.share(torch.arange(len(held), device=device)).split(batch_size):
+        for index in processes.shard(torch.arange(len(held), device=device)).split(batch_size):
             batch = held.batch(index)
             columns.append(_terms(pair, batch, num_samples))
             if importance_samples:
@@ -83,22 +83,22 @@ def evaluate(
         if importance_samples:  # in one call, whose draws are independent from observation to observation
             everything = tuple(processes.gather(torch.cat(parts)) for parts in zip(*batches, strict=True))
             log_p = log_marginal(*pair.programs, everything, num_samples=importance_samples)
-    figures = {}
+    metrics = {}
     for name in _TERMS:
         # Averaged in float64: a float32 sum over a data set loses precision.
         mean, variance = (processes.gather(torch.cat([c[name][part] for c in columns]).double()) for part in (0, 1))
         error = (variance.sum() / num_samples).sqrt().item() / len(held)
-        figures[name] = Estimate(mean.mean().item(), error, num_samples if error else 0)
-    reconstruction = figures["reconstruction"]
+        metrics[name] = Estimate(mean.mean().item(), error, num_samples if error else 0)
+    reconstruction = metrics["reconstruction"]
     value, moved = (
         pair.terms(torch.tensor(r, dtype=torch.float64))
         for r in (reconstruction.value, reconstruction.value + reconstruction.standard_error)
     )
     for name in value:  # the terms are affine, so this scales the error
-        figures[name] = Estimate(value[name].item(), abs((moved[name] - value[name]).item()), num_samples)
+        metrics[name] = Estimate(value[name].item(), abs((moved[name] - value[name]).item()), num_samples)
     if importance_samples:
-        figures["log_marginal"] = log_p.mean
-    return figures
+        metrics["log_marginal"] = log_p.mean
+    return metrics
 
 
 _TERMS = ("neg_elbo", "reconstruction", "kl")
@@ -126,7 +126,7 @@ def _squared_error(model: Autoencoder, data: DataLike, batch_size: int, seed: in
     total = 0.0
     with torch.no_grad(), torch.random.fork_rng(devices=[like.device] if like.is_cuda else []), evaluating(model):
         torch.manual_seed(seed + processes.rank())  # for dynamic binarisation
-        for index in processes.share(torch.arange(len(data), device=like.device)).split(batch_size):
+        for index in processes.shard(torch.arange(len(data), device=like.device)).split(batch_size):
             (x,) = data.batch(index)
             total += (model(x) - x).square().sum(dtype=torch.float64).item()
     per_observation = sum(processes.gather_objects(total)) / len(data)

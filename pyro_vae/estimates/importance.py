@@ -101,7 +101,7 @@ def log_marginal(
     chunks = [min(draws, num_samples - done) for done in range(0, num_samples, draws)]
     at_once = max(1, chunk_size // draws)
     compile = compile_choice(compile, first.device)
-    mine = [processes.share(t) for t in batch]
+    mine = [processes.shard(t) for t in batch]
     pays = first.device.type == "cpu" and (len(mine[0]) // at_once) * (num_samples // draws) >= _PAYS
     weights = ChunkWeights(pair, (draws, min(at_once, len(mine[0]))))
     weighed: Callable[[tuple[Sequence[Tensor], int]], Tensor] = weights.eager
@@ -109,13 +109,13 @@ def log_marginal(
         weighed = Calls(weights, what="log_marginal, run eagerly")
     parts = []
     with torch.no_grad(), torch.random.fork_rng(devices=[first.device] if first.is_cuda else []), evaluating(*pair.programs):
-        if processes.count() > 1:  # other noise on each of them
+        if processes.world_size() > 1:  # other noise on each of them
             torch.manual_seed(int(torch.randint(2**62, ())) + processes.rank())
         for part in zip(*(t.split(at_once) for t in mine), strict=True):
             accumulator = Accumulator(num_samples)
             for k in chunks:
                 accumulator.add(weighed((part, k)))
-            parts.append(accumulator.figures())
+            parts.append(accumulator.results())
     value, error, ess, tail = (processes.gather(torch.cat(columns)) for columns in zip(*parts, strict=True))
     result = LogMarginal(value, error, ess, tail, num_samples)
     result.warn("log_marginal")

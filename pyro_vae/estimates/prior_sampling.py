@@ -92,7 +92,7 @@ def direct_log_marginal(vae: "VAE", x: Tensor, *, num_samples: int = 10_000) -> 
             output = vae.decoder_output(z)  # (group, *event_shape)
             sums = [a.add(log_prob(output, part)) for a, part in zip(accumulators, images, strict=True)]
             logs.append(torch.cat(sums) - math.log(len(z)))  # (B,)
-    value, error, ess, tail = (torch.cat(columns) for columns in zip(*(a.figures() for a in accumulators), strict=True))
+    value, error, ess, tail = (torch.cat(columns) for columns in zip(*(a.results() for a in accumulators), strict=True))
     # Delta method: the deviation of the mean of log p(x) is the mean relative deviation of p(x), of each group.
     deviation = (torch.stack(logs) - value).exp().mean(1)  # (groups,)
     return DirectLogMarginal(value, error, ess, tail, num_samples, (deviation.std() / math.sqrt(groups)).item())

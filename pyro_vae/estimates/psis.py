@@ -32,10 +32,10 @@ class Accumulator:
         self.largest = rows.contiguous().topk(min(self.keep, rows.shape[1]), dim=1).values
         return log_sum
 
-    def figures(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Value, standard error, effective sample size and Pareto k, each ``(B,)``."""
         if self.largest is None:
-            raise ValueError("figures: no weights were added.")
+            raise ValueError("results: no weights were added.")
         k = self.num_samples
         possible = self.log_sum > -math.inf
         ess = torch.where(possible, (2 * self.log_sum - self.log_sum_squares).exp(), 0.0)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pyro_vae.report.comparison import FigureOfRun
+from pyro_vae.report.comparison import Metric
 
 __all__ = ["cautions_of"]
 
@@ -14,7 +14,7 @@ _GAP = 0.05  # the largest difference between training and test without a cautio
 
 def cautions_of(
     config: Mapping[str, Any],
-    figures: Mapping[str, FigureOfRun],
+    metrics: Mapping[str, Metric],
     *,
     finished: bool,
     train: Mapping[str, float],
@@ -26,7 +26,7 @@ def cautions_of(
     Args:
         config: of the run; its ``dataset``, ``requested_dataset`` and ``discrete_columns`` are looked at, and whether
             ``train_run`` has made it.
-        figures: of the test set.
+        metrics: of the test set.
         finished: whether the run was evaluated at its end.
         train: the last training metrics.
         kl: nats per latent dimension, averaged over the test set; None if not known.
@@ -39,8 +39,8 @@ def cautions_of(
     found = []
     of_ones_own = "model" in config or ("parts" in config and "compile" not in config)  # made by train_run
     if not finished:
-        again = "Call train_run again, with resume=True," if of_ones_own else "Go on with --resume"
-        text = f"It has no metrics.json: it was stopped before its evaluation. {again} to get its final figures."
+        again = "Call train_run again, with resume=True," if of_ones_own else "Resume it with --resume"
+        text = f"It has no metrics.json: it was stopped before its evaluation. {again} to get its final metrics."
         found.append(("This run is not finished", text))
     dataset, requested = config.get("dataset"), config.get("requested_dataset")
     if dataset == "digits" and requested in ("auto", "mnist"):
@@ -48,15 +48,15 @@ def cautions_of(
         found.append(("Digits instead of MNIST", text + "No metric here is comparable with one on MNIST."))
     if isinstance(columns := config.get("discrete_columns"), str) and columns:
         found.append(("Columns without a density", columns))
-    broken = [name for name, figure in figures.items() if not math.isfinite(figure.value)]
+    broken = [name for name, metric in metrics.items() if not math.isfinite(metric.value)]
     broken += [f"training {name}" for name, value in train.items() if not math.isfinite(value)]
     if broken:
         text = "NaN or infinite. The training or the evaluation has failed; try a lower learning rate."
         found.append(("Metrics that are not finite", f"{', '.join(broken)}: {text}"))
-    if bare := [name for name, figure in figures.items() if figure.standard_error is None]:
+    if bare := [name for name, metric in metrics.items() if metric.standard_error is None]:
         text = "no finite standard error is recorded, so a difference cannot be distinguished from noise."
         found.append(("Error bars are missing", f"{', '.join(bare)}: {text}"))
-    if (marginal := figures.get("log_marginal")) is not None:
+    if (marginal := metrics.get("log_marginal")) is not None:
         more = "train_run(..., resume=True, importance_samples=...)" if of_ones_own else "--importance-samples"
         found += _importance_weights(marginal, more)
     if kl is not None and (dead := [f"z{i + 1}" for i, nats in enumerate(kl) if nats < _COLLAPSED]):
@@ -65,12 +65,12 @@ def cautions_of(
             f"data, and the decoder ignores them. {len(kl) - len(dead)} of {len(kl)} dimensions are active."
         )
         found.append(("Collapsed latents", text))
-    if "neg_elbo" in figures and "neg_elbo" in train:
+    if "neg_elbo" in metrics and "neg_elbo" in train:
         # For a normal likelihood, relative to the squared error: the density's constant does not depend on the fit.
         scale = train["squared_error"] + train.get("kl", 0) if "squared_error" in train else train["neg_elbo"]
-        gap = figures["neg_elbo"].value - train["neg_elbo"]
+        gap = metrics["neg_elbo"].value - train["neg_elbo"]
         if abs(gap) > _GAP * abs(scale):
-            text = f"-ELBO is {train['neg_elbo']:.2f} in training and {figures['neg_elbo'].value:.2f} on the test set. "
+            text = f"-ELBO is {train['neg_elbo']:.2f} in training and {metrics['neg_elbo'].value:.2f} on the test set. "
             if gap > 0:
                 text += "The model fits its training data better than new data. "
                 text += "The test -ELBO was still falling: train longer." if falling else "Train less, or on more data."
@@ -80,7 +80,7 @@ def cautions_of(
     return found
 
 
-def _importance_weights(marginal: FigureOfRun, more: str) -> list[tuple[str, str]]:
+def _importance_weights(marginal: Metric, more: str) -> list[tuple[str, str]]:
     if marginal.unreliable is None:
         text = "log p(x) was estimated without a diagnostic of its importance weights, which needs at least 25 draws."
         return [("Importance weights were not checked", text)]

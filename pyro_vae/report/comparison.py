@@ -7,7 +7,7 @@ from typing import Any
 
 from pyro_vae.report.texts import MEASURES
 
-__all__ = ["FigureOfRun", "Group", "compare", "conditions"]
+__all__ = ["Group", "Metric", "compare", "conditions"]
 
 RANKED = {"neg_elbo": 1, "log_marginal": -1, "mean_squared_error": 1}  # 1: lower is better; -1: higher is better
 _ERRORS = 2.0  # a significant difference, in combined standard errors
@@ -27,7 +27,7 @@ _DENSITIES = {
 
 
 @dataclass(frozen=True)
-class FigureOfRun:
+class Metric:
     """A final metric of a run.
 
     Args:
@@ -39,9 +39,9 @@ class FigureOfRun:
         unreliable: number of observations with unreliable importance weights; None if not known.
 
     Example:
-        >>> str(FigureOfRun("neg_elbo", 102.4567, standard_error=0.0123))
+        >>> str(Metric("neg_elbo", 102.4567, standard_error=0.0123))
         '102.457 ± 0.012'
-        >>> str(FigureOfRun("kl", 25.25, standard_error=0.0)), str(FigureOfRun("kl", 25.25))
+        >>> str(Metric("kl", 25.25, standard_error=0.0)), str(Metric("kl", 25.25))
         ('25.25', '25.25 (no error given)')
     """
 
@@ -107,7 +107,7 @@ class Group:
     notes: tuple[str, ...]
 
 
-def compare(runs: Sequence[tuple[str, Mapping[str, str], Mapping[str, FigureOfRun]]]) -> list[Group]:
+def compare(runs: Sequence[tuple[str, Mapping[str, str], Mapping[str, Metric]]]) -> list[Group]:
     """Groups of comparable runs, with each metric ranked within its group where possible.
 
     A run is not distinguishable from the best if they differ by at most 2 standard errors of the difference, the root of the
@@ -121,40 +121,40 @@ def compare(runs: Sequence[tuple[str, Mapping[str, str], Mapping[str, FigureOfRu
     differing = [name for name in dict(keys[0]) if len({dict(key)[name] for key in keys}) > 1] if keys else []
     groups = []
     for key in keys:
-        members = [(name, figures) for name, of, figures in runs if tuple(of.items()) == key]
+        members = [(name, metrics) for name, of, metrics in runs if tuple(of.items()) == key]
         verdicts: dict[str, dict[str, str]] = {}
         notes = []
-        for figure in RANKED:
-            found = {name: figures[figure] for name, figures in members if figure in figures}
+        for metric in RANKED:
+            found = {name: metrics[metric] for name, metrics in members if metric in metrics}
             if len(found) > 1:
-                verdicts[figure], note = _rank(figure, found)
+                verdicts[metric], note = _rank(metric, found)
                 notes += [note] if note else []
         rows = [
-            (name, {n: (str(figure), verdicts.get(n, {}).get(name, "")) for n, figure in figures.items()})
-            for name, figures in members
+            (name, {n: (str(metric), verdicts.get(n, {}).get(name, "")) for n, metric in metrics.items()})
+            for name, metrics in members
         ]
         groups.append(Group(dict(key), tuple(f"{name}: {dict(key)[name]}" for name in differing), tuple(rows), tuple(notes)))
     return groups
 
 
-def _rank(name: str, figures: Mapping[str, FigureOfRun]) -> tuple[dict[str, str], str]:
+def _rank(name: str, metrics: Mapping[str, Metric]) -> tuple[dict[str, str], str]:
     """The verdict on each run, if the metric can be ranked, and a note."""
     title = MEASURES[name][0]
-    draws = sorted({figure.num_samples or 0 for figure in figures.values()})
+    draws = sorted({metric.num_samples or 0 for metric in metrics.values()})
     if name == "log_marginal" and len(draws) > 1:
         counts = " and ".join(f"{count:,}" for count in draws)
         return {}, f"{title} is not ranked: the runs made {counts} draws, and more draws alone raise it."
     if lacking := [
-        run for run, figure in figures.items() if figure.standard_error is None or not math.isfinite(figure.value)
+        run for run, metric in metrics.items() if metric.standard_error is None or not math.isfinite(metric.value)
     ]:
         return {}, f"{title} is not ranked: no finite value with a standard error for {', '.join(lacking)}."
-    best = min(figures, key=lambda run: RANKED[name] * figures[run].value)
+    best = min(metrics, key=lambda run: RANKED[name] * metrics[run].value)
     verdicts = {best: "best"}
-    for run, figure in figures.items():
-        error = math.hypot(figure.standard_error or 0, figures[best].standard_error or 0)
-        if run != best and abs(figure.value - figures[best].value) <= _ERRORS * error:
+    for run, metric in metrics.items():
+        error = math.hypot(metric.standard_error or 0, metrics[best].standard_error or 0)
+        if run != best and abs(metric.value - metrics[best].value) <= _ERRORS * error:
             verdicts[run] = "not distinguishable from the best"
-    unreliable = [run for run, figure in figures.items() if figure.unreliable]
+    unreliable = [run for run, metric in metrics.items() if metric.unreliable]
     if not unreliable:
         return verdicts, ""
     which = ", ".join(unreliable)

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from pyro_vae._files import CheckpointError, whole_file
+from pyro_vae._files import CheckpointError, atomic_write
 from pyro_vae.data.builtin import DATASETS
 from pyro_vae.report.cautions import cautions_of
-from pyro_vae.report.comparison import FigureOfRun, compare, conditions
+from pyro_vae.report.comparison import Metric, compare, conditions
 from pyro_vae.report.explorer import LIMIT, NoExplorerError, decoder_record
 from pyro_vae.report.svg import Panel, panels
 from pyro_vae.report.texts import FIGURES, MEASURES, title_and_reading
@@ -35,7 +35,7 @@ _POINTS = 500
 
 
 @dataclass(frozen=True)
-class Picture:
+class Figure:
     """A PNG of the run, with its title and an explanation of how to read it."""
 
     name: str
@@ -55,11 +55,11 @@ class RunRecord:
         facts: a description of the run, by headline.
         settings: all entries of its config: name, value, and the value of its preset if that differs (else empty).
         conditions: conditions that runs must share for their metrics to be comparable.
-        figures: the final metrics on the test set, by name.
+        metrics: the final ones on the test set, by name.
         train: the last training metrics, by name.
         warnings: cautions: headline and explanation.
         curves: training curves.
-        pictures: the files in ``figures/``, without the training curves, which are redrawn.
+        figures: the files in ``figures/``, without the training curves, which are redrawn.
         left_out: names of figures that exceed the size of the page.
         explorer: the input of ``explorer.js``; None if the run has no explorer.
         no_explorer: the reason why it has none.
@@ -69,11 +69,11 @@ class RunRecord:
     facts: dict[str, str]
     settings: tuple[tuple[str, str, str], ...]
     conditions: dict[str, str]
-    figures: dict[str, FigureOfRun]
+    metrics: dict[str, Metric]
     train: dict[str, float]
     warnings: tuple[tuple[str, str], ...]
     curves: tuple[Panel, ...]
-    pictures: tuple[Picture, ...]
+    figures: tuple[Figure, ...]
     left_out: tuple[str, ...]
     explorer: dict[str, Any] | None
     no_explorer: str
@@ -81,7 +81,7 @@ class RunRecord:
     @property
     def size(self) -> int:
         """The size of its decoder and figures in the page, in bytes."""
-        return _size(self.explorer) + sum(len(picture.base64) for picture in self.pictures)
+        return _size(self.explorer) + sum(len(figure.base64) for figure in self.figures)
 
 
 def _size(explorer: Mapping[str, Any] | None) -> int:
@@ -107,11 +107,11 @@ def read_run(folder: str | Path, *, name: str | None = None, limit: int = _LIMIT
     latents = _latents(folder / "latents.json", None if settings is None else settings.latent_dim)
     if not isinstance(metrics, dict | None):
         raise CheckpointError(f"{folder}: metrics.json has no metrics of a run. Train again.")
-    figures = _figures(metrics or {})
+    test = _test_metrics(metrics or {})
     train = (metrics or {}).get("train", {})
     train = {key: float(value) for key, value in train.items() if _is_number(value)} if isinstance(train, dict) else {}
     explorer, no_explorer = _explorer(folder, settings, latents, limit)
-    pictures, left_out = _pictures(folder / "figures", config, limit - _size(explorer))
+    figures, left_out = _figures(folder / "figures", config, limit - _size(explorer))
     images = (metrics or {}).get("images")
     common = conditions(config, event_shape, images=images if isinstance(images, int) else None)
     if isinstance(identity := config.get("test_identity"), str):
@@ -123,12 +123,12 @@ def read_run(folder: str | Path, *, name: str | None = None, limit: int = _LIMIT
         _facts(settings, config, common, metrics),
         _settings(settings, config),
         common,
-        figures,
+        test,
         train,
         tuple(
             cautions_of(
                 config,
-                figures,
+                test,
                 finished=metrics is not None,
                 train=train,
                 kl=(latents or {}).get("kl"),
@@ -136,7 +136,7 @@ def read_run(folder: str | Path, *, name: str | None = None, limit: int = _LIMIT
             )
         ),
         tuple(panels(history)),
-        pictures,
+        figures,
         left_out,
         explorer,
         no_explorer,
@@ -194,17 +194,17 @@ def _latents(path: Path, latent_dim: int | None) -> dict[str, Any] | None:
         ) from error
 
 
-def _figures(metrics: Mapping[str, Any]) -> dict[str, FigureOfRun]:
+def _test_metrics(metrics: Mapping[str, Any]) -> dict[str, Metric]:
     test = metrics.get("test")
-    found = {**metrics, **(test if isinstance(test, dict) else {})}
-    figures = {}
-    for name, record in found.items():
+    records = {**metrics, **(test if isinstance(test, dict) else {})}
+    found = {}
+    for name, record in records.items():
         if isinstance(record, dict) and _is_number(record.get("value")):
             names = ("standard_error", "num_samples", "median_ess", "unreliable")
             kept: dict[str, Any] = {key: record[key] for key in names if _is_number(record.get(key))}
             kept = {key: value for key, value in kept.items() if math.isfinite(value) and value >= 0}
-            figures[name] = FigureOfRun(name, float(record["value"]), **kept)
-    return figures
+            found[name] = Metric(name, float(record["value"]), **kept)
+    return found
 
 
 def _facts(
@@ -287,8 +287,8 @@ def _explorer(
     return {**record, "axes": axes, **{key: (latents or {}).get(key) for key in ("points", "labels", "classes")}}, ""
 
 
-def _pictures(folder: Path, config: Mapping[str, Any], room: int) -> tuple[tuple[Picture, ...], tuple[str, ...]]:
-    """The pictures that there is room for, the most telling first, and the names of the others."""
+def _figures(folder: Path, config: Mapping[str, Any], room: int) -> tuple[tuple[Figure, ...], tuple[str, ...]]:
+    """The figures that there is room for, the most telling first, and the names of the others."""
     order = list(FIGURES)
     paths = sorted(folder.glob("*.png"), key=lambda p: (order.index(p.stem) if p.stem in order else len(order), p.stem))
     shown, left_out = [], []
@@ -310,7 +310,7 @@ def _pictures(folder: Path, config: Mapping[str, Any], room: int) -> tuple[tuple
         room -= len(encoded)
         title, reading = title_and_reading(path.stem, config)
         width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))  # of the PNG's header
-        shown.append(Picture(path.stem, title, reading, width, height, encoded))
+        shown.append(Figure(path.stem, title, reading, width, height, encoded))
     return tuple(shown), tuple(left_out)
 
 
@@ -336,7 +336,7 @@ def render(runs: Sequence[RunRecord], *, title: str | None = None) -> str:
     return environment.get_template("report.html.j2").render(
         title=title or (f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs compared"),
         runs=runs,
-        groups=compare([(run.name, run.conditions, run.figures) for run in runs]) if len(runs) > 1 else [],
+        groups=compare([(run.name, run.conditions, run.metrics) for run in runs]) if len(runs) > 1 else [],
         measures=MEASURES,
         style=Markup(files("pyro_vae.report").joinpath("report.css").read_text("utf-8")),
         script=Markup(script),
@@ -374,6 +374,6 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None, *
     if out is None:
         out = paths[0] / "report.html" if len(paths) == 1 else Path("report.html")
     page = render(runs, title=title)
-    with whole_file(Path(out)) as stream:
+    with atomic_write(Path(out)) as stream:
         stream.write(page.encode(errors="replace"))  # a config may have lone surrogates
     return Path(out)

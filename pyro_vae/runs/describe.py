@@ -53,7 +53,7 @@ def provenance(train: Data, test: Data | None, options: Mapping[str, Any]) -> di
         "device": train.x.device.type,
         "processor": processor(),
         "threads": torch.get_num_threads(),
-        "processes": processes.count(),
+        "processes": processes.world_size(),
         "versions": {
             "pyro_vae": pyro_vae.__version__,
             "pyro-ppl": pyro.__version__,

@@ -21,7 +21,7 @@ from pyro_vae.runs.settings import MeasureOptions, RunSettings
 from pyro_vae.runs.splits import PIXELS, load_splits, set_threads
 from pyro_vae.training.state import identity
 
-__all__ = ["EvaluateOptions", "evaluate_run", "keep_figures"]
+__all__ = ["EvaluateOptions", "evaluate_run", "keep_metrics"]
 
 
 @described
@@ -49,10 +49,10 @@ class EvaluateOptions(MeasureOptions):
 
 
 def evaluate_run(folder: Path, options: EvaluateOptions) -> tuple[str, dict[str, Estimate]]:
-    """Evaluate a run; :func:`keep_figures` writes what it returns. The run's folder is locked.
+    """Evaluate a run; :func:`keep_metrics` writes what it returns. The run's folder is locked.
 
     Returns:
-        What the figures are of, ``"test"`` for those of the whole test set; and the figures by name.
+        What the metrics are of, ``"test"`` for those of the whole test set; and the metrics by name.
 
     Raises:
         CheckpointError: no run there, a damaged one, or one that another process writes to.
@@ -78,12 +78,12 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> tuple[str, dict[str,
     set_threads(data)
     seed = run.seed if options.seed is None else options.seed
     try:
-        figures = evaluate(
+        metrics = evaluate(
             model, data, num_samples=options.num_samples, importance_samples=options.importance_samples, seed=seed
         )
     except ValueError as error:
         raise DataError(f"{options.data or data.name}: {error}") from error
-    return what, figures
+    return what, metrics
 
 
 def _other_data(path: str, run: RunSettings, settings: Settings, config: Mapping[str, Any]) -> Data:
@@ -99,27 +99,27 @@ def _other_data(path: str, run: RunSettings, settings: Settings, config: Mapping
     return replace(data, binarization=settings.binarization)
 
 
-def keep_figures(folder: Path, what: str, figures: dict[str, Estimate]) -> bool:
-    """Add figures of :func:`evaluate_run` to the run's ``metrics.json``; whether it is there.
+def keep_metrics(folder: Path, what: str, metrics: dict[str, Estimate]) -> bool:
+    """Add metrics of :func:`evaluate_run` to the run's ``metrics.json``; False if it has none.
 
     Those of the whole test set go to ``"test"``, in place of those of the same name; others to ``"evaluations"``, by what
-    they are of. All else stays. A run that has not ended has no ``metrics.json``, and gets none.
+    they are of. Nothing else is changed. An unfinished run has no ``metrics.json``, and none is written.
 
     Raises:
         CheckpointError: the file is damaged, or cannot be written.
 
     Warns:
-        UserWarning: the run has not ended.
+        UserWarning: the run is unfinished.
     """
     path = folder / "metrics.json"
     if not path.exists():
-        warnings.warn(f"{folder}: this run has not ended, so the figures are not kept. Go on with --resume.", stacklevel=2)
+        warnings.warn(f"{folder}: this run is unfinished, so no metrics are written. Resume it with --resume.", stacklevel=2)
         return False
     try:
-        metrics: dict[str, Any] = json.loads(path.read_text())
-        kept = metrics if what == "test" else metrics.setdefault("evaluations", {})
-        kept[what] = {**kept.get(what, {}), **{name: asdict(figure) for name, figure in figures.items()}}
+        content: dict[str, Any] = json.loads(path.read_text())
+        kept = content if what == "test" else content.setdefault("evaluations", {})
+        kept[what] = {**kept.get(what, {}), **{name: asdict(metric) for name, metric in metrics.items()}}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged, no metrics of a run ({error}). Move it away, or train again.") from error
-    write_json(path, metrics)
+    write_json(path, content)
     return True

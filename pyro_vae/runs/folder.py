@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from pyro_vae._checks import shape
-from pyro_vae._files import CheckpointError, check_writable, whole_file, write_tensors
+from pyro_vae._files import CheckpointError, atomic_write, check_writable, write_tensors
 from pyro_vae.runs.presets import Settings
 from pyro_vae.training.records import TrainingRecord
 from pyro_vae.training.state import processor
@@ -174,7 +174,7 @@ def withdraw_run(folder: Path, earlier: bytes | None) -> None:
     """
     records = folder / "metrics.jsonl"
     if earlier is not None:
-        with whole_file(folder / CONFIG) as stream:
+        with atomic_write(folder / CONFIG) as stream:
             stream.write(earlier)
     elif not any((folder / "checkpoints").iterdir()) and not (records.is_file() and records.stat().st_size):
         for part in (folder / CONFIG, records):
@@ -183,13 +183,13 @@ def withdraw_run(folder: Path, earlier: bytes | None) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically."""
-    with whole_file(path) as stream:
+    with atomic_write(path) as stream:
         stream.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
     """Write a file of JSON lines atomically."""
-    with whole_file(path) as stream:
+    with atomic_write(path) as stream:
         stream.writelines((json.dumps(record) + "\n").encode() for record in records)
 
 
@@ -246,10 +246,10 @@ def save_weights(run: Path, model: nn.Module, name: str = "weights", *, durable:
 
 
 def save_figure(run: Path, name: str, figure: "Figure") -> None:
-    """Write a picture to ``figures/``, whole or not at all."""
+    """Write a figure to ``figures/``, atomically."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
-    with whole_file(run / "figures" / f"{name}.png", durable=False) as stream:
+    with atomic_write(run / "figures" / f"{name}.png", durable=False) as stream:
         stream.write(picture.getbuffer())
 
 

@@ -42,7 +42,7 @@ def train_job(job: Job, signals: Signals) -> Path:
     """
     options = job.options
     with processes.group(options.place) as device:
-        if job.run.compile == "always" and (device != "cpu" or processes.count() > 1):
+        if job.run.compile == "always" and (device != "cpu" or processes.world_size() > 1):
             raise SettingError("compile", "always is only for one process on the CPU. Use auto.")
         _check_folder(job)
         train, test, warning = load_splits(job.run, job.settings, options.data_dir)
@@ -88,9 +88,9 @@ def _check_folder(job: Job) -> None:
     """Check the run folder before anything is loaded or computed."""
     out, resume = job.options.out, job.options.resume
     if resume is None:
-        processes.first(lambda: check_new_run(out, overwrite=job.options.overwrite))
+        processes.on_rank_zero(lambda: check_new_run(out, overwrite=job.options.overwrite))
     else:
-        processes.first(lambda: reopen_run(resume))
+        processes.on_rank_zero(lambda: reopen_run(resume))
 
 
 def _warn_loudly(message: str) -> None:
@@ -132,7 +132,7 @@ def _as_taken(job: Job, data: Data, vae: VAE) -> Data:
 
 
 def _check_same(job: Job, test: Data) -> None:
-    """Whether the test data are still those of a run that goes on: without a checkpoint nothing else tells."""
+    """Whether the test data of a resumed run are unchanged: without a checkpoint nothing else is compared."""
     if job.options.resume is None or job.run.data is None:
         return
     _, _, config = read_config(job.options.resume)

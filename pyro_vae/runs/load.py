@@ -95,7 +95,7 @@ def _built(folder: Path) -> VAE | Autoencoder:
 def _weights(folder: Path) -> dict[str, Any]:
     path = folder / WEIGHTS
     if not path.is_file():
-        raise CheckpointError(f"{path}: missing: this run was stopped before its first epoch ended. Go on with --resume.")
+        raise CheckpointError(f"{path}: missing: this run was stopped in its first epoch. Resume it with --resume.")
     weights = read_tensors(path, remedy="Train again.")
     if not isinstance(weights, dict):
         raise CheckpointError(f"{path}: no weights of a model, a {type(weights).__name__}. Train again.")

@@ -50,7 +50,7 @@ class TensorBoard:
             yield
         except OSError as error:
             raise CheckpointError(
-                f"{self._folder}: cannot be written ({error.strerror}). Make room, or go on without TensorBoard."
+                f"{self._folder}: cannot be written ({error.strerror}). Make room, or leave TensorBoard out."
             ) from error
 
     def record(self, record: TrainingRecord) -> None:

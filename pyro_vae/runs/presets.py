@@ -24,7 +24,7 @@ from pyro_vae.models.nets import ConvDecoder, ConvEncoder, Log1p, MLPDecoder, ML
 from pyro_vae.models.vae import VAE
 from pyro_vae.training.objective import Objective
 from pyro_vae.training.objectives import ESTIMATORS, LEAST_BETA, NegativeELBO, NegativeIWAE, ReconstructionError
-from pyro_vae.training.schedules import falling_stages
+from pyro_vae.training.schedules import staged_decay
 
 __all__ = ["LIKELIHOODS", "OBJECTIVES", "PRESETS", "Settings", "fitting_likelihood", "load_preset"]
 
@@ -205,7 +205,7 @@ class Settings:
         if self.eps != Settings.eps:
             arguments["optimizer"] = partial(torch.optim.Adam, eps=self.eps, fused=True)
         if self.schedule == "stages":
-            arguments["schedule"] = partial(LambdaLR, lr_lambda=falling_stages)
+            arguments["schedule"] = partial(LambdaLR, lr_lambda=staged_decay)
         return arguments
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from pyro_vae._checks import SettingError, whole_number
-from pyro_vae._files import CheckpointError, whole_file
+from pyro_vae._files import CheckpointError, atomic_write
 from pyro_vae._options import described, option
 from pyro_vae.data.dataset import DataError
 from pyro_vae.models.autoencoder import Autoencoder
@@ -65,7 +65,7 @@ def sample_run(folder: Path, options: SampleOptions) -> Path:
         z = model.prior().sample((options.num,))
         given_z = [model.decode(part) for part in z.split(_CHUNK)]
         mean, x = (torch.cat(parts) for parts in ([p.mean for p in given_z], [p.sample() for p in given_z]))
-    with whole_file(options.out) as stream:
+    with atomic_write(options.out) as stream:
         if options.out.suffix == ".npz":
             np.savez(stream, z=z.numpy(), mean=mean.numpy(), x=x.numpy())
         else:

@@ -80,7 +80,7 @@ class RunSettings:
         whole_number("seed", self.seed, minimum=0)
         if self.clip_grad_norm is not None:
             number("clip_grad_norm", self.clip_grad_norm)
-        for name in ("data", "test_data"):  # absolute, for a run that goes on from another place
+        for name in ("data", "test_data"):  # absolute, for a run that is resumed from another working directory
             if (path := getattr(self, name)) is not None:
                 if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
                     raise SettingError(name, f"expected a path, found {path!r}.")
@@ -100,7 +100,7 @@ class RunSettings:
         if not config.keys() & {"compile", "precision", "pixels"}:
             raise CheckpointError(
                 f"{folder}: this run was made from Python by train_run, on data that its config does not describe. Measure "
-                f"it there: evaluate(load_run({str(folder)!r}), data); or go on with it: train_run({str(folder)!r}, "
+                f"it there: evaluate(load_run({str(folder)!r}), data); or resume it: train_run({str(folder)!r}, "
                 "objective, data, settings=settings, resume=True)."
             )
         own = config.get("data") is not None  # then the dataset's name there is that of the data
@@ -129,7 +129,7 @@ class FolderOptions:
 
     out: Path | None = option(None, help="run folder", default_text="a new one, runs/NAME-DATE-TIME")
     overwrite: bool = option(False, help="replace the earlier run that --out holds", default_text="refuse")
-    figures: bool = option(True, help="skip the pictures", default_text="make them")
+    figures: bool = option(True, help="draw no figures", default_text="draw them")
 
     def to_json(self) -> dict[str, Any]:
         """As ``config.json`` keeps them."""
@@ -166,8 +166,8 @@ class TrainOptions(FolderOptions, MeasureOptions):
 
     resume: Path | None = option(
         None,
-        help="go on with this run, with its settings, of which --epochs or --steps may grow, and --data may name where its "
-        "data are now",
+        help="resume this run, with its settings; --epochs or --steps may be larger, and --data may give the new "
+        "place of its data",
         metavar="FOLDER",
         default_text="a new run",
     )
@@ -179,7 +179,7 @@ class TrainOptions(FolderOptions, MeasureOptions):
     )
     tensorboard: bool = option(
         False,
-        help="write scalars, pictures and the latent embedding to RUN/tensorboard; needs pip install tensorboard",
+        help="write scalars, figures and the latent embedding to RUN/tensorboard; needs pip install tensorboard",
         default_text="do not",
     )
 
@@ -239,8 +239,8 @@ def make_job(given: Mapping[str, Any]) -> Job:
 
 
 def _resumed(folder: Path, asked_for: Mapping[str, Any], options: TrainOptions) -> Job:
-    """The run to go on with; only its length may have changed, and the place of its data, which are compared later."""
-    again = f"Go on with it from Python: train_run({str(folder)!r}, objective, data, resume=True)."
+    """The run to resume; only its length and the place of its data may have changed. The data are compared later."""
+    again = f"Resume it from Python: train_run({str(folder)!r}, objective, data, resume=True)."
     settings, _, config = read_settings(folder, remedy=again)
     differ, changes = [], {}
     moved = {name: asked_for[name] for name in ("data", "test_data") if name in asked_for and config.get("data") is not None}
@@ -254,8 +254,8 @@ def _resumed(folder: Path, asked_for: Mapping[str, Any], options: TrainOptions) 
             differ.append(f"{name}: {saved} -> {asked}")
     if differ:
         raise CheckpointError(
-            f"{folder}: this run has other settings (saved -> requested): {'; '.join(differ)}. Leave these options away "
-            "(--epochs or --steps may grow), or start a new run in another folder."
+            f"{folder}: this run has other settings (saved -> requested): {'; '.join(differ)}. Omit these options "
+            "(--epochs or --steps may be larger), or start a new run in another folder."
         )
     run = replace(RunSettings.of_config(folder, config), **moved)
     return Job(replace(settings, **changes), run, options, frozenset(asked_for), config.get("requested_dataset"))

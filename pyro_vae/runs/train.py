@@ -166,8 +166,8 @@ def train_run(
     found = _evaluated(run, importance_samples)
     if is_first:
         means = _test_means(run)
-        _write_figures(run, history, found, means)
-        _write_pictures(run, history, means, board, figures)
+        _write_metrics(run, history, found, means)
+        _write_figures(run, history, means, board, figures)
         say(f"trained in {_seconds(history):.0f} s; everything is in {path}")
     return path
 
@@ -209,9 +209,9 @@ def _on_device(objective: Objective, data: DataLike, test: DataLike | None, devi
 def _open(folder: str | Path | None, name: str, resume: bool, overwrite: bool) -> tuple[Path, dict[str, Any] | None]:
     """A new folder, or that of the run to resume with its last checkpoint."""
     path = None if folder is None or not resume else Path(folder)
-    if path is None or not processes.first(lambda: is_run(path)):
-        return processes.first(lambda: new_run(folder, name=name, overwrite=overwrite)), None
-    processes.first(lambda: reopen_run(path))
+    if path is None or not processes.on_rank_zero(lambda: is_run(path)):
+        return processes.on_rank_zero(lambda: new_run(folder, name=name, overwrite=overwrite)), None
+    processes.on_rank_zero(lambda: reopen_run(path))
     checkpoint = Checkpoints(path / "checkpoints").load()
     if checkpoint is None and processes.rank() == 0 and (path / "metrics.jsonl").is_file():
         message = f"{path}: there is no checkpoint, so the run begins anew, with the same settings."
@@ -231,7 +231,7 @@ def _begin(run: _Run, checkpoint: dict[str, Any] | None, resume: bool) -> None:
     say(f"{run.title}: {len(train):,} training{held_out} {train.kind}", end=" ")
     say(f"of shape {tuple(train.event_shape)}, binarization {train.binarization}", end="; ")
     say(f"{size:,} parameters; {train.x.device.type}, {torch.get_num_threads()} threads", end="")
-    say(f" in each of {processes.count()} processes" if processes.count() > 1 else "")
+    say(f" in each of {processes.world_size()} processes" if processes.world_size() > 1 else "")
     if columns := run.about.get("discrete_columns"):
         say(f"caution: {columns}")
     if isinstance(likelihood := getattr(run.model, "likelihood", None), NormalLikelihood):
@@ -239,7 +239,7 @@ def _begin(run: _Run, checkpoint: dict[str, Any] | None, resume: bool) -> None:
         say(f"rec and -ELBO include the normal density's constant {constant:.2f}; squared error + kl leaves it out")
     say(f"run folder: {run.folder}", end="")
     if resume:
-        step = f"going on after step {progress.step:,}" if progress else "without a checkpoint yet"
+        step = f"resumed after step {progress.step:,}" if progress else "without a checkpoint yet"
         say(f", {step}", end="")
     say(flush=True)
 
@@ -298,7 +298,7 @@ def _evaluated(run: _Run, importance_samples: int) -> dict[str, Estimate]:
     try:
         return evaluate(run.model, run.test, importance_samples=importance_samples, seed=run.options.get("seed", 0))
     except NoDensityError as error:
-        run.say(f"no figures of the test data: {error}")
+        run.say(f"no metrics on the test data: {error}")
         return {}
     except ValueError as error:
         raise ValueError(
@@ -321,21 +321,21 @@ def _test_means(run: _Run) -> Tensor | None:
         return None
 
 
-def _write_figures(run: _Run, history: list[TrainingRecord], figures: Mapping[str, Estimate], means: Tensor | None) -> None:
+def _write_metrics(run: _Run, history: list[TrainingRecord], metrics: Mapping[str, Estimate], means: Tensor | None) -> None:
     """The final weights, metrics.json and latents.json."""
-    for name, estimate in figures.items():  # before anything is written, where the disk may be full
+    for name, estimate in metrics.items():  # before anything is written, where the disk may be full
         run.say(f"test {name:15s} {estimate.value:9.3f} ± {estimate.standard_error:.3f} nats", flush=True)
     save_weights(run.folder, run.held)
-    metrics = {
+    content = {
         **({} if run.settings is None else {"preset": run.settings.preset}),
         "binarization": run.train.binarization,
         **run.about,
         "seconds": _seconds(history),
         "images_per_second": sum(record.timing["observations_per_second"] for record in history) / len(history),
         "train": history[-1].train,
-        "test": {name: asdict(estimate) for name, estimate in figures.items()},
+        "test": {name: asdict(estimate) for name, estimate in metrics.items()},
     }
-    write_json(run.folder / "metrics.json", metrics)
+    write_json(run.folder / "metrics.json", content)
     if run.model is not None:
         try:
             record = latent.latent_record(run.model, run.held_out, means=means)
@@ -344,13 +344,13 @@ def _write_figures(run: _Run, history: list[TrainingRecord], figures: Mapping[st
             run.say(f"no latents.json: {error}")
 
 
-def _write_pictures(
+def _write_figures(
     run: _Run, history: list[TrainingRecord], means: Tensor | None, board: TensorBoard | None, wanted: bool
 ) -> None:
     """To figures/, and to TensorBoard if it is asked for."""
     if wanted:
         torch.manual_seed(run.options.get("seed", 0))
-        pictures = run_figures(
+        drawn = run_figures(
             run.model,
             run.train,
             run.held_out,
@@ -358,9 +358,9 @@ def _write_pictures(
             title=run.title,
             test_means=means,
             tsne_of_training=run.name == "bernoulli-z10",  # as its reference has it
-            left_out=lambda reason: run.say(f"some pictures are left out: {reason}"),
+            left_out=lambda reason: run.say(f"some figures are left out: {reason}"),
         )
-        for name, figure in pictures:
+        for name, figure in drawn:
             save_figure(run.folder, name, figure)
             if board is not None:
                 board.figure(name, figure)

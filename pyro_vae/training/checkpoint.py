@@ -81,7 +81,7 @@ class Checkpoints:
                 continue
             if problems:
                 warnings.warn(
-                    f"{' '.join(problems)} Going on from the one before it, {path}, instead.",
+                    f"{' '.join(problems)} Resuming from the previous one, {path}, instead.",
                     DamagedCheckpointWarning,
                     stacklevel=2,
                 )

@@ -76,9 +76,9 @@ class CompiledStep(EagerStep):
         self._calls.begin()
 
     def end(self) -> None:
-        if not self.not_compiled and not self._program.sound():
+        if not self.not_compiled and not self._program.is_finite():
             now = options_of(self.optimizer)
-            self._telling_how_many(self._calls.again)
+            self._telling_how_many(self._calls.rerun)
             set_options(self.optimizer, now)
 
     def __call__(self, index: Tensor) -> dict[str, float]:
@@ -96,7 +96,7 @@ class CompiledStep(EagerStep):
         try:
             return call()
         except NonFiniteStepError as error:
-            error.ago, self._calls.undone = self._calls.undone, 0
+            error.ago, self._calls.rolled_back = self._calls.rolled_back, 0
             raise
 
 
@@ -230,7 +230,7 @@ class _Step(StepProgram[_Batch, dict[str, float]]):
             self.step.optimizer.load_state_dict(saved)
             set_options(self.step.optimizer, options)
 
-    def sound(self) -> bool:
+    def is_finite(self) -> bool:
         return all(update.finite() for update in self._updates)
 
     def gradients(self, graph: Graph, call: _Batch) -> list[Tensor]:
@@ -240,8 +240,8 @@ class _Step(StepProgram[_Batch, dict[str, float]]):
         self.python.rebind()
         if step.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(step.parameters, step.clip_grad_norm)
-        share = graph.about.update.share
-        return [torch.zeros_like(p) if p.grad is None else share * p.grad for p in parameters]
+        gradient_factor = graph.about.update.gradient_factor
+        return [torch.zeros_like(p) if p.grad is None else gradient_factor * p.grad for p in parameters]
 
 
 # Steps between verifications: an eager step and a snapshot then take 0.5 % of the time.

@@ -37,11 +37,11 @@ class DistributedStep(EagerStep):
         return any(g is None for g in torch.autograd.grad(loss, self.parameters, allow_unused=True))
 
     def _backward(self, index: Tensor) -> dict[str, Tensor]:
-        part = index.tensor_split(processes.count())[processes.rank()]
+        part = index.tensor_split(processes.world_size())[processes.rank()]
         weight = len(part) / len(index)
         # DistributedDataParallel waits for every rank, so one with an empty shard takes one observation at weight 0.
         terms: dict[str, Tensor] = self.module(*self.data.batch(part if len(part) else index[:1]))
-        (terms["loss"] * (weight * processes.count())).backward()
+        (terms["loss"] * (weight * processes.world_size())).backward()
         totals = torch.stack([value.detach() * weight for value in terms.values()])
         dist.all_reduce(totals)
         return dict(zip(terms, totals, strict=True))

@@ -132,7 +132,7 @@ def fit(
         TrainingStoppedError: ``stop`` returned True.
 
     Warns:
-        NotTheSameWarning: ``resume`` is of another processor, number of threads or processes, or version of torch.
+        ReproducibilityWarning: ``resume`` is of another processor, number of threads or processes, or version of torch.
     """
     _check_parts(objective, checkpoints, stop=stop, on_record=on_record, schedule=schedule)
     lr, batch_size = learning_rate(lr, optimizer), whole_number("batch_size", batch_size)
@@ -144,7 +144,7 @@ def fit(
     one_of("schedule_by", schedule_by, SCHEDULE_UNITS)
     data, held_out = _prepare(objective, data, test, device, batch_size)
     length = _length(len(data), batch_size, epochs, steps, record_every)
-    compile = compile_choice(compile, data.x.device, processes.count())
+    compile = compile_choice(compile, data.x.device, processes.world_size())
     adam, scheduler = make_optimizer(objective, lr, optimizer, schedule)
     schedules = Scheduler(scheduler, schedule_by)
     settings = {
@@ -269,7 +269,7 @@ def _progress(
         )
     if checkpoints is not None:
         folder = checkpoints.folder
-        processes.first(lambda: check_writable(folder))
+        processes.on_rank_zero(lambda: check_writable(folder))
     progress = Progress() if resume is None else restore(resume, settings, *parts)
     if progress.step > length.last:
         raise CheckpointError(
@@ -290,7 +290,7 @@ def _make_step(
     **options: Any,
 ) -> EagerStep:
     options["steps"] = length.last
-    if processes.count() > 1:
+    if processes.world_size() > 1:
         return DistributedStep(objective, data, optimizer, **options)
     sizes = None if compile else _worth_compiling(length.observations, length.batch_size, length.last)
     if compile or (compile is None and data.x.device.type == "cpu" and sizes):
@@ -392,7 +392,7 @@ def _mean_terms(objective: Objective, data: Data, *, batch_size: int) -> dict[st
     objective.eval()
     totals: dict[str, float] = {}
     with torch.no_grad():
-        for index in processes.share(torch.arange(len(data), device=data.x.device)).split(batch_size):
+        for index in processes.shard(torch.arange(len(data), device=data.x.device)).split(batch_size):
             if len(index):  # a shard may be empty
                 for name, value in objective(*data.batch(index)).items():
                     totals[name] = totals.get(name, 0.0) + value.item() * len(index)

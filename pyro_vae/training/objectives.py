@@ -231,7 +231,7 @@ class NegativeDirectLogLikelihood(Objective):
     Args:
         vae: its decoder, likelihood and prior are used. The encoder's parameters get no gradient; neither do those of a
             prior without reparameterised draws, such as :class:`~pyro_vae.models.priors.NormalMixture`.
-        num_draws: number of draws, M.
+        num_particles: number of draws, M.
         redraw: draw at each call, instead of once in the constructor, from torch's global random state.
 
     Raises:
@@ -240,13 +240,13 @@ class NegativeDirectLogLikelihood(Objective):
 
     z: Tensor
 
-    def __init__(self, vae: VAE, *, num_draws: int = 64, redraw: bool = False) -> None:
+    def __init__(self, vae: VAE, *, num_particles: int = 64, redraw: bool = False) -> None:
         super().__init__()
         self.vae = _require_vae(vae)
         pairwise_log_prob(vae)
         self.redraw = redraw
-        num_draws = whole_number("num_draws", num_draws)
-        self.register_buffer("z", vae.prior_of().sample((num_draws,)))  # (num_draws, latent_dim)
+        num_particles = whole_number("num_particles", num_particles)
+        self.register_buffer("z", vae.prior_of().sample((num_particles,)))  # (num_particles, latent_dim)
 
     def forward(self, *batch: Tensor) -> dict[str, Tensor]:
         (x,) = batch

@@ -1,5 +1,5 @@
 """Schedules: :class:`LinearWarmup` and :class:`CyclicWarmup` of the KL's weight, functions of the number of steps;
-:func:`falling_stages` of the learning rate, a function of the number of epochs.
+:func:`staged_decay` of the learning rate, a function of the number of epochs.
 """
 
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pyro_vae._checks import number, whole_number
 
-__all__ = ["CyclicWarmup", "LinearWarmup", "Schedule", "falling_stages"]
+__all__ = ["CyclicWarmup", "LinearWarmup", "Schedule", "staged_decay"]
 
 Schedule = Callable[[int], float]
 """A function from the number of steps made to the weight of the KL in the next step."""
@@ -79,10 +79,10 @@ class CyclicWarmup:
 
 
 STAGES = 8
-"""Number of stages of :func:`falling_stages`."""
+"""Number of stages of :func:`staged_decay`."""
 
 
-def falling_stages(epochs: int) -> float:
+def staged_decay(epochs: int) -> float:
     """The learning rate after a number of epochs, relative to the initial one (Burda et al. 2016, arXiv:1509.00519).
 
     Stage i of 8 lasts 3^(i-1) epochs, 3,280 in all, with the factor 10^(-(i-1)/7). The last stage is not limited.
@@ -90,7 +90,7 @@ def falling_stages(epochs: int) -> float:
     For :class:`torch.optim.lr_scheduler.LambdaLR`, stepped once per epoch.
 
     Example:
-        >>> [round(falling_stages(epoch), 2) for epoch in (0, 1, 3, 4, 12, 13)]
+        >>> [round(staged_decay(epoch), 2) for epoch in (0, 1, 3, 4, 12, 13)]
         [1.0, 0.72, 0.72, 0.52, 0.52, 0.37]
     """
     done, stage = 0, 0

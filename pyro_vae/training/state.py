@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Keeper",
-    "NotTheSameWarning",
     "Progress",
+    "ReproducibilityWarning",
     "TrainingStoppedError",
     "identity",
     "processor",
@@ -47,7 +47,7 @@ class TrainingStoppedError(Exception):
         self.step = step
 
 
-class NotTheSameWarning(UserWarning):
+class ReproducibilityWarning(UserWarning):
     """A run is resumed under other conditions, so that its results will differ by rounding from an uninterrupted run's."""
 
 
@@ -114,7 +114,7 @@ class Keeper:
         if self._checkpoints is None and self._stop is None:
             return
         flags = (self._stop is not None and self._stop(), self._checkpoints is not None and self._is_due())
-        stopping, due = processes.agree(flags, self._step.data.x.device)
+        stopping, due = processes.any_rank(flags, self._step.data.x.device)
         if self._checkpoints is not None and (stopping or due or last):
             self._step.end()
             self._write(self._checkpoints)
@@ -152,7 +152,7 @@ class Keeper:
             if self._best is not None:
                 checkpoints.save_best(self._best)
 
-        processes.first(save)  # the other ranks wait, and raise the same error
+        processes.on_rank_zero(save)  # the other ranks wait, and raise the same error
         self._best = None
         self._written = time.monotonic()
         self._took = self._written - start
@@ -192,7 +192,7 @@ def _conditions(device: torch.device) -> dict[str, Any]:
     return {
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
-        "processes": processes.count(),
+        "processes": processes.world_size(),
         "torch": str(torch.__version__),
         "machine": platform.machine(),
     }
@@ -231,7 +231,7 @@ def restore(
         warnings.warn(
             f"resume: the conditions have changed ({'; '.join(others)}), so that results will differ by rounding from those "
             "of an uninterrupted run.",
-            NotTheSameWarning,
+            ReproducibilityWarning,
             stacklevel=3,
         )
     with _parts_of_a_checkpoint():
@@ -267,7 +267,7 @@ def _parts_of_a_checkpoint() -> Iterator[None]:
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            f"resume: not a checkpoint of fit ({reason}). Remove it, to go on from the one before it."
+            f"resume: not a checkpoint of fit ({reason}). Remove it to resume from the previous one."
         ) from error
 
 

@@ -357,8 +357,8 @@ class _Step(StepProgram[_Arguments, Loss]):
         zero_grads(parameters)
         self.svi.loss_and_grads(self.svi.model, self.svi.guide, *call.args, **call.kwargs)
         self.python.rebind()
-        share = graph.about.update.share
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad * share for p in parameters]
+        gradient_factor = graph.about.update.gradient_factor
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad * gradient_factor for p in parameters]
         zero_grads(parameters)
         return gradients
 

@@ -68,14 +68,14 @@ class AdamInGraph:
         slots: parameters with a gradient.
 
     Attributes:
-        share: the factor of the gradient in :meth:`moved`.
+        gradient_factor: the factor of the gradient in :meth:`gradient_copies`.
     """
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         for slot in slots:
             _make_state(slot)
         self.slots = slots
-        self.share = 1 - min((slot.group["betas"][0] for slot in slots), default=0.0)
+        self.gradient_factor = 1 - min((slot.group["betas"][0] for slot in slots), default=0.0)
         groups = {id(slot.group): slot.group for slot in slots}
         self._groups = [*groups.values()]
         self._places = torch.tensor([[*groups].index(id(slot.group)) for slot in slots])
@@ -153,7 +153,7 @@ class AdamInGraph:
             state["step"] += times
         self._python = self._held_by_python()
 
-    def moved(self) -> list[Tensor]:
+    def gradient_copies(self) -> list[Tensor]:
         """Copies of the first moments, which depend on the last gradient, one per parameter."""
         return [state["exp_avg"].clone() for state in self._states]
 
@@ -178,7 +178,7 @@ class AfterGraph:
         step: a function that steps the optimisers.
     """
 
-    share = 1.0
+    gradient_factor = 1.0
 
     def __init__(self, slots: Sequence[Slot], step: Callable[[], Any]) -> None:
         self.slots, self._step = slots, step
@@ -197,7 +197,7 @@ class AfterGraph:
             slot.parameter.grad = g
         self._step()
 
-    def moved(self) -> list[Tensor]:
+    def gradient_copies(self) -> list[Tensor]:
         return [torch.zeros_like(s.parameter) if s.parameter.grad is None else s.parameter.grad.clone() for s in self.slots]
 
     def finite(self) -> bool:

@@ -1,4 +1,4 @@
-"""Calls of a small program: compiled, checked, undone."""
+"""Calls of a small program: compiled, checked, rolled_back."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ class Walk(Program):
     def load(self, saved):
         self.count = saved
 
-    def sound(self):
+    def is_finite(self):
         return self.is_sound
 
 

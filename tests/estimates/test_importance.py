@@ -99,7 +99,7 @@ def test_streaming_equals_all_at_once(sizes):
     accumulator = Accumulator(50)
     for chunk in log_weights.split(sizes):
         accumulator.add(chunk)
-    value, error, ess, k = accumulator.figures()
+    value, error, ess, k = accumulator.results()
     w = (log_weights + 500).exp()
     torch.testing.assert_close(value, w.mean(0).log() - 500, rtol=0, atol=1e-9)
     torch.testing.assert_close(ess, w.sum(0) ** 2 / (w**2).sum(0), rtol=1e-9, atol=0)

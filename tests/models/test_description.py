@@ -1,4 +1,4 @@
-"""What a module is, as a run that goes on and a model that gets weights are compared by it."""
+"""What a module is, by which a resumed run, and a model that weights are loaded into, are compared."""
 
 import functools
 import subprocess

@@ -298,7 +298,7 @@ def test_everything_takes_a_standardised_vae_in_float64():
             torch.tensor([record.train["loss"], evaluate(vae, data)["neg_elbo"].value]),
             log_marginal(vae, data, num_samples=20).value,
             direct_log_marginal(vae, data.x, num_samples=20).value,
-            NegativeDirectLogLikelihood(vae, num_draws=5)(data.x)["loss"],
+            NegativeDirectLogLikelihood(vae, num_particles=5)(data.x)["loss"],
             latent.latent_means(vae, data),
             latent.kl_per_dimension(vae, data),
         ]

@@ -207,7 +207,7 @@ def test_copies_have_priors_of_their_own():
 
 
 def test_redrawn_latents_of_the_standard_normal_are_the_noise_of_torch(vae):
-    objective = NegativeDirectLogLikelihood(vae, num_draws=20, redraw=True)
+    objective = NegativeDirectLogLikelihood(vae, num_particles=20, redraw=True)
     x = torch.rand(5, 1, 4, 4)
     torch.manual_seed(3)
     loss = objective(x)["loss"]
@@ -223,7 +223,7 @@ def test_redrawn_latents_are_those_of_the_prior():
     vae = vae_with(prior)
     drawn = []
     vae.decoder.register_forward_pre_hook(lambda net, inputs: drawn.append(inputs[0]))
-    NegativeDirectLogLikelihood(vae, num_draws=50, redraw=True)(torch.rand(5, 1, 4, 4))
+    NegativeDirectLogLikelihood(vae, num_particles=50, redraw=True)(torch.rand(5, 1, 4, 4))
     assert (drawn[0] > 20).all()
 
 

@@ -31,7 +31,7 @@ from pyro_vae import (
 )
 from pyro_vae.report import texts as report_texts
 from pyro_vae.report.cautions import cautions_of
-from pyro_vae.report.comparison import FigureOfRun, compare, conditions
+from pyro_vae.report.comparison import Metric, compare, conditions
 from pyro_vae.report.explorer import NoExplorerError, decoder_record
 from pyro_vae.report.page import read_run, render, write_report
 from pyro_vae.report.svg import panels
@@ -167,7 +167,7 @@ def test_pictures_beyond_the_limit_are_left_out_by_name(run):
     assert record.explorer is None
     assert "has room for" in record.no_explorer
     assert record.left_out
-    assert sum(len(picture.base64) for picture in record.pictures) <= 30_000
+    assert sum(len(picture.base64) for picture in record.figures) <= 30_000
     page = render([record])
     assert "Omitted to limit the size of this page" in page
     assert all(name in page for name in record.left_out)
@@ -220,7 +220,7 @@ def test_pictures_are_read_as_the_model_is():
 
 
 def test_cautions_of_a_run_from_python_name_what_works_there():
-    weights = [FigureOfRun("log_marginal", -97.0, 0.01, 100, median_ess=1.5, unreliable=12)]
+    weights = [Metric("log_marginal", -97.0, 0.01, 100, median_ess=1.5, unreliable=12)]
     for config, more in (
         ({"compile": "auto", "parts": {}}, "(--importance-samples)"),
         ({"model": "VAE"}, "(train_run(..., resume=True, importance_samples=...))"),
@@ -259,8 +259,8 @@ def told(config=None, figures=(), *, finished=True, train=None, kl=None):
 
 def test_nothing_to_beware_of():
     figures = [
-        FigureOfRun("neg_elbo", 102.4, 0.01, 10),
-        FigureOfRun("log_marginal", -97.0, 0.01, 100, median_ess=90.0, unreliable=0),
+        Metric("neg_elbo", 102.4, 0.01, 10),
+        Metric("log_marginal", -97.0, 0.01, 100, median_ess=90.0, unreliable=0),
     ]
     assert (
         told({"dataset": "digits", "requested_dataset": "digits"}, figures, train={"neg_elbo": 102.2}, kl=[1.0, 0.02]) == {}
@@ -273,14 +273,14 @@ def test_warnings():
     collapsed = told(kl=[1.0, 0.009, 2.0, 0.0])["Collapsed latents"]
     assert collapsed.startswith("z2, z4: ")
     assert "2 of 4 dimensions are active" in collapsed
-    weights = FigureOfRun("log_marginal", -97.0, 0.01, 100, median_ess=4.6, unreliable=9306)
+    weights = Metric("log_marginal", -97.0, 0.01, 100, median_ess=4.6, unreliable=9306)
     text = told(figures=[weights])["Importance weights are unreliable"]
     assert "For 9,306 test observations" in text
     assert "100 draws" in text
     assert "4.6" in text
-    assert "Importance weights were not checked" in told(figures=[FigureOfRun("log_marginal", -97.0, 0.01, 10, 9.0)])
-    assert "neg_elbo: " in told(figures=[FigureOfRun("neg_elbo", 1.0)])["Error bars are missing"]
-    nan = told(figures=[FigureOfRun("neg_elbo", float("nan"), 0.1)], train={"kl": float("inf")})
+    assert "Importance weights were not checked" in told(figures=[Metric("log_marginal", -97.0, 0.01, 10, 9.0)])
+    assert "neg_elbo: " in told(figures=[Metric("neg_elbo", 1.0)])["Error bars are missing"]
+    nan = told(figures=[Metric("neg_elbo", float("nan"), 0.1)], train={"kl": float("inf")})
     assert nan["Metrics that are not finite"].startswith("neg_elbo, training kl: ")
 
 
@@ -293,7 +293,7 @@ def test_warnings():
     ],
 )
 def test_training_and_test_differ(train, test, says):
-    assert says in told(figures=[FigureOfRun("neg_elbo", test, 0.01)], train=train)["Training and test differ"]
+    assert says in told(figures=[Metric("neg_elbo", test, 0.01)], train=train)["Training and test differ"]
 
 
 def test_a_test_curve_that_still_falls_asks_for_more(run):
@@ -344,8 +344,8 @@ def group(config=None, shape=(1, 28, 28), **changes):
     ],
 )
 def test_what_is_not_comparable_is_not_ranked(other, apart):
-    figures = {"neg_elbo": FigureOfRun("neg_elbo", 100.0, 0.1)}
-    better = {"neg_elbo": FigureOfRun("neg_elbo", 90.0, 0.1)}
+    figures = {"neg_elbo": Metric("neg_elbo", 100.0, 0.1)}
+    better = {"neg_elbo": Metric("neg_elbo", 90.0, 0.1)}
     groups = compare([("a", group(), figures), ("b", other, better)])
     assert len(groups) == 2
     for one in groups:
@@ -363,22 +363,22 @@ def verdicts(*figures, note=""):
 
 def test_ranks_within_the_errors():
     tied = "not distinguishable from the best"
-    elbo = [FigureOfRun("neg_elbo", value, error, 10) for value, error in ((100.0, 0.3), (100.9, 0.4), (101.1, 0.4))]
+    elbo = [Metric("neg_elbo", value, error, 10) for value, error in ((100.0, 0.3), (100.9, 0.4), (101.1, 0.4))]
     assert verdicts(*elbo) == ["best", tied, ""]  # 2 sqrt(0.3^2 + 0.4^2) = 1
-    marginal = [FigureOfRun("log_marginal", value, 0.1, 100, 90.0, 0) for value in (-98.0, -97.0)]
+    marginal = [Metric("log_marginal", value, 0.1, 100, 90.0, 0) for value in (-98.0, -97.0)]
     assert verdicts(*marginal) == ["", "best"]  # higher is better
-    assert verdicts(*[FigureOfRun("kl", value, 0.0) for value in (1.0, 2.0)]) == ["", ""]  # neither way is better
+    assert verdicts(*[Metric("kl", value, 0.0) for value in (1.0, 2.0)]) == ["", ""]  # neither way is better
 
 
 def test_what_cannot_be_ranked_says_why():
-    few, many = (FigureOfRun("log_marginal", -98.0, 0.1, draws, 90.0, 0) for draws in (100, 5000))
+    few, many = (Metric("log_marginal", -98.0, 0.1, draws, 90.0, 0) for draws in (100, 5000))
     assert verdicts(few, many, note="the runs made 100 and 5,000 draws") == ["", ""]
-    bare = FigureOfRun("neg_elbo", 99.0)
-    assert verdicts(FigureOfRun("neg_elbo", 100.0, 0.1), bare, note="no finite value with a standard error for run 1") == [
+    bare = Metric("neg_elbo", 99.0)
+    assert verdicts(Metric("neg_elbo", 100.0, 0.1), bare, note="no finite value with a standard error for run 1") == [
         "",
         "",
     ]
-    bad = FigureOfRun("log_marginal", -98.0, 0.1, 100, 4.0, 12)
+    bad = Metric("log_marginal", -98.0, 0.1, 100, 4.0, 12)
     assert verdicts(few, bad, note="The order by log p(x) is uncertain")[0] == "best"
 
 
@@ -408,7 +408,7 @@ def test_runs_of_one_name_are_shown_by_their_paths(tmp_path):
 
 def test_data_of_ones_own_are_not_taken_for_the_same(tmp_path):
     runs = [read_run(small_run(tmp_path / name, dataset="array")) for name in "ab"]
-    assert len(compare([(run.name, run.conditions, run.figures) for run in runs])) == 2
+    assert len(compare([(run.name, run.conditions, run.metrics) for run in runs])) == 2
 
 
 # --- nothing in a run becomes HTML, or runs ---
@@ -457,8 +457,8 @@ def test_numbers_out_of_range(run):
     write_json(run / "metrics.json", metrics)
     write_jsonl(run / "metrics.jsonl", [{"epoch": n, "loss": loss} for n, loss in enumerate((1.0, 1e308, -1e308, 10**400))])
     record = read_run(run)
-    assert list(record.figures) == ["kl"]
-    assert str(record.figures["kl"]) == "1.00 (no error given)"
+    assert list(record.metrics) == ["kl"]
+    assert str(record.metrics["kl"]) == "1.00 (no error given)"
     assert len(record.curves) == 1
     render([record])
 

@@ -227,7 +227,7 @@ class Deterministic(Objective):
 def test_a_posterior_without_a_density_is_trained_and_not_measured(tmp_path, capsys):
     objective = Deterministic()
     folder = train_run(tmp_path / "run", objective, X, test=X[:9], **{**QUICK, "verbose": True})
-    assert "no figures of the test data: site 'z' is a point mass in the guide" in capsys.readouterr().out
+    assert "no metrics on the test data: site 'z' is a point mass in the guide" in capsys.readouterr().out
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["test"] == {}
     assert metrics["train"]["loss"] > 0
@@ -350,7 +350,7 @@ def test_an_autoencoder_and_an_objective_without_a_model(tmp_path):
     assert not (folder / "latents.json").exists()
     assert equal(weights(load_run(folder, model=other)), weights(objective))
     record = read_run(folder)
-    assert (record.facts["Model"], record.figures) == ("none", {})
+    assert (record.facts["Model"], record.metrics) == ("none", {})
 
 
 def test_the_model_of_an_objective_with_two_has_to_be_named(tmp_path):
@@ -411,7 +411,7 @@ def test_pictures_and_latents_that_the_model_does_not_allow_are_told(tmp_path, c
     folder = train_run(tmp_path / "run", NegativeELBO(vae), X, **{**QUICK, "figures": True, "verbose": True})
     said = capsys.readouterr().out
     assert "no latents.json: site 'z': expected a distribution with a mean; Cauchy" in said
-    assert "some pictures are left out: site 'z'" in said
+    assert "some figures are left out: site 'z'" in said
     assert not (folder / "latents.json").exists()
     assert {path.stem for path in (folder / "figures").iterdir()} == {"training_curves", "prior_samples"}
     assert "Samples from the prior" in write_report([folder]).read_text()
@@ -446,7 +446,7 @@ def test_the_test_set_is_encoded_once_for_all_that_shows_it(tmp_path, monkeypatc
 
 
 def resumed_and_loaded(folder, build, other):
-    """What is said of a run that goes on, or is loaded, as another."""
+    """The error where a run is resumed, or loaded, as another model"""
     train_run(folder, NegativeELBO(build()), X, test=X[:9], **QUICK)
     with pytest.raises(CheckpointError) as going_on:
         train_run(folder, NegativeELBO(other()), X, test=X[:9], **{**QUICK, "epochs": 3}, resume=True)

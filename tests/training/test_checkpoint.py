@@ -76,7 +76,7 @@ def test_a_full_disk_leaves_what_was_there(three, monkeypatch, when):
 def test_a_truncated_file_is_told(three, share):
     newest = three.paths()[0]
     newest.write_bytes(newest.read_bytes()[: int(newest.stat().st_size * share)])
-    with pytest.warns(DamagedCheckpointWarning, match=rf"{newest.name}: damaged.* Going on from .*step-000000020.pt"):
+    with pytest.warns(DamagedCheckpointWarning, match=rf"{newest.name}: damaged.* Resuming from .*step-000000020.pt"):
         assert same(three.load(), content(20))
 
 

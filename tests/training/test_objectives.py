@@ -305,7 +305,7 @@ def test_bounds_are_nested_below_log_marginal():
 def test_direct_loss_and_gradient_equal_those_of_the_large_tensor(likelihood):
     """Against the same estimate written with a (batch, M, pixels) tensor."""
     vae = make_vae(likelihood=likelihood).double()
-    objective = NegativeDirectLogLikelihood(vae, num_draws=20).double()
+    objective = NegativeDirectLogLikelihood(vae, num_particles=20).double()
     ours = objective(X)["loss"]
     log_p = vae.decode(objective.z).log_prob(X.unsqueeze(1))  # (batch, M), by way of (batch, M, 1, 4, 4)
     theirs = -(log_p.logsumexp(1) - math.log(20)).mean()
@@ -344,7 +344,7 @@ def test_direct_gradient_and_optimum_against_the_closed_form():
     """d/db of the mean of log N(x; b, 2) is (mean of x - b) / 2; it vanishes at the mean of x."""
     model = Shift()
     x = torch.randn(50, 1, dtype=torch.float64) * 1.4 + 0.7
-    objective = NegativeDirectLogLikelihood(model, num_draws=200_000)
+    objective = NegativeDirectLogLikelihood(model, num_particles=200_000)
     for b in (0.0, 0.4, x.mean().item()):
         model.decoder.b.data.fill_(b)
         (gradient,) = torch.autograd.grad(objective(x)["loss"], model.decoder.b)
@@ -352,5 +352,5 @@ def test_direct_gradient_and_optimum_against_the_closed_form():
 
 
 def test_direct_needs_a_draw(vae):
-    with pytest.raises(ValueError, match="num_draws: expected a whole number >= 1"):
-        NegativeDirectLogLikelihood(vae, num_draws=0)
+    with pytest.raises(ValueError, match="num_particles: expected a whole number >= 1"):
+        NegativeDirectLogLikelihood(vae, num_particles=0)

@@ -29,7 +29,7 @@ from pyro_vae import (
     TrainingStoppedError,
     fit,
 )
-from pyro_vae.training.state import NotTheSameWarning
+from pyro_vae.training.state import ReproducibilityWarning
 
 SHAPE = (1, 4, 4)
 
@@ -62,8 +62,8 @@ OBJECTIVES = {
     "elbo": lambda: NegativeELBO(make_vae()),
     "mean-field": lambda: NegativeELBO(make_vae(), estimator="mean-field", num_particles=3, beta=2.0),
     "iwae": lambda: NegativeIWAE(make_vae(), num_particles=4),
-    "direct": lambda: NegativeDirectLogLikelihood(make_vae(), num_draws=8),
-    "direct, redrawn": lambda: NegativeDirectLogLikelihood(make_vae(), num_draws=8, redraw=True),
+    "direct": lambda: NegativeDirectLogLikelihood(make_vae(), num_particles=8),
+    "direct, redrawn": lambda: NegativeDirectLogLikelihood(make_vae(), num_particles=8, redraw=True),
     "autoencoder": lambda: ReconstructionError(autoencoder()),
     "dropout and batch norm": lambda: NegativeELBO(noisy()),
 }
@@ -390,7 +390,7 @@ def test_other_threads_are_said(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     run(build("elbo"), epochs=1, checkpoints=checkpoints)
     torch.set_num_threads(THREADS + 1)
-    with pytest.warns(NotTheSameWarning, match=f"threads: {THREADS} -> {THREADS + 1}"):
+    with pytest.warns(ReproducibilityWarning, match=f"threads: {THREADS} -> {THREADS + 1}"):
         run(build("elbo"), epochs=2, checkpoints=checkpoints, resume=checkpoints.load())
 
 
@@ -434,7 +434,7 @@ def test_another_processor_is_said(tmp_path, monkeypatch):
     run(build("elbo"), epochs=1, checkpoints=checkpoints)
     state = checkpoints.load()
     monkeypatch.setattr("pyro_vae.training.state.processor", lambda: "Zuse Z3")
-    with pytest.warns(NotTheSameWarning, match=r"conditions have changed \(processor: .* -> Zuse Z3\)"):
+    with pytest.warns(ReproducibilityWarning, match=r"conditions have changed \(processor: .* -> Zuse Z3\)"):
         run(build("elbo"), resume=state)
     del state["conditions"]["processor"]  # as in a checkpoint of an earlier version
     run(build("elbo"), resume=state)

@@ -43,8 +43,8 @@ OBJECTIVES = {
     "mean-field": lambda vae: NegativeELBO(vae, estimator="mean-field"),
     "beta": lambda vae: NegativeELBO(vae, beta=4.0),
     "iwae": lambda vae: NegativeIWAE(vae, num_particles=3),
-    "direct": lambda vae: NegativeDirectLogLikelihood(vae, num_draws=5),
-    "direct-redrawn": lambda vae: NegativeDirectLogLikelihood(vae, num_draws=5, redraw=True),
+    "direct": lambda vae: NegativeDirectLogLikelihood(vae, num_particles=5),
+    "direct-redrawn": lambda vae: NegativeDirectLogLikelihood(vae, num_particles=5, redraw=True),
 }
 NETS = ("mlp", "dropout-batchnorm", "conv")
 
@@ -496,7 +496,7 @@ class Failing(Objective):
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 @pytest.mark.parametrize("every", [None, 4, 11])
 def test_no_step_is_made_where_loss_or_gradient_is_not_finite(how, every, traced):
-    """The compiled steps after it, in later epochs too, are undone."""
+    """The compiled steps after it, in later epochs too, are rolled_back."""
     found = {}
     for compile in (False, True):
         objective = Failing(how)
