@@ -102,7 +102,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     def partial_fit(self, X: ArrayLike, y: Any = None) -> "VAETransformer":  # noqa: N803
         """One more pass over X, from the current parameters; y is ignored.
 
-        The first call decides what :meth:`fit` reads from its data: the likelihood, and the mean and scale of the features.
+        The first call determines the likelihood and the mean and scale of the features, as :meth:`fit` does.
         Adam's moments persist from call to call, and from :meth:`fit`.
         """
         fresh = not hasattr(self, "vae_")
@@ -152,7 +152,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
             optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
             if self._moments is not None:
                 optimizer.load_state_dict(self._moments)
-                optimizer.param_groups[0]["lr"] = lr  # which may be another one by now
+                optimizer.param_groups[0]["lr"] = lr  # may have changed
             made.append(optimizer)
             return optimizer
 

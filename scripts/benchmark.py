@@ -19,7 +19,6 @@ settings are not measured again.
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -33,7 +32,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package this script belongs to, installed or not
 
-import pyro
 import torch
 from benchmark_page import Row, markdown, plot, show
 from benchmark_ways import (
@@ -56,6 +54,7 @@ from pyro_vae._checks import whole_number
 from pyro_vae._files import check_writable, read_json
 from pyro_vae._options import check_choices, option
 from pyro_vae.data.builtin import DATASETS
+from pyro_vae.runs.describe import versions
 from pyro_vae.runs.folder import processor
 from pyro_vae.runs.settings import DataOptions
 from pyro_vae.runs.signals import Signals
@@ -241,12 +240,12 @@ def scaling(train: Data, repeats: int) -> list[Row]:
 
 
 def machine() -> dict[str, Any]:
-    versions = {"torch": torch.__version__, "pyro-ppl": pyro.__version__, "python": platform.python_version()}
+    found = versions()
     if (version := numpyro_version()) is not None:
         import jax
 
-        versions |= {"numpyro": version, "jax": jax.__version__}
-    return {"processor": processor(), "threads": torch.get_num_threads(), "versions": versions}
+        found |= {"numpyro": version, "jax": jax.__version__}
+    return {"processor": processor(), "threads": torch.get_num_threads(), "versions": found}
 
 
 def earlier(path: Path, setting: dict[str, Any]) -> list[Row]:

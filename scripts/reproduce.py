@@ -20,14 +20,13 @@ from typing import Any
 SCRIPTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(SCRIPTS.parent))  # the package this script belongs to, installed or not
 
-import pyro
 import torch
 from reproduce_systems import System, systems
 
-import pyro_vae
 from pyro_vae import CheckpointError, cli, load_data
 from pyro_vae._files import check_writable, read_json
 from pyro_vae._options import check_choices, option
+from pyro_vae.runs.describe import versions
 from pyro_vae.runs.folder import processor, write_json
 from pyro_vae.runs.settings import DataOptions
 from pyro_vae.runs.signals import Signals
@@ -173,7 +172,7 @@ def run(options: Options, signals: Signals) -> None:
             "command": "python scripts/reproduce.py" + (" --quick" if options.quick else ""),
             "date": date.today().isoformat(),
             "hardware": f"{torch.get_num_threads()} threads on {os.cpu_count()} cores of {processor()}",
-            "versions": {"pyro_vae": pyro_vae.__version__, "pyro-ppl": pyro.__version__, "torch": torch.__version__},
+            "versions": versions(),
             "seconds": round(total, 1),
             "failed": failed,
             "rows": [asdict(row) for row in rows],

@@ -22,7 +22,7 @@ def training_curves(history: Sequence[TrainingRecord], *, title: str = "") -> "F
 
     Args:
         history: the records returned by :func:`pyro_vae.fit`.
-        title: above the picture.
+        title: of the figure.
     """
     labels = {"neg_elbo": "-ELBO", "kl": "KL"}
     names = drawn_terms(history)
@@ -62,7 +62,7 @@ def density_panels(
         columns: panels per row.
         limits: ``(x_min, x_max, y_min, y_max)``, the same in all panels.
         bins: of the histograms, per axis.
-        title: above the picture.
+        title: of the figure.
     """
     x_min, x_max, y_min, y_max = limits
     x, y = np.meshgrid(np.linspace(x_min, x_max, 120), np.linspace(y_min, y_max, 120))
@@ -103,7 +103,7 @@ def curves(
         lines: name -> (x, y).
         xlabel: name of the horizontal axis.
         ylabel: name of the vertical axis.
-        title: above the picture.
+        title: of the figure.
         bands: name of a line -> half-width of the band around it, ``(n,)``.
         level: name and height of a horizontal line.
         log_x: logarithmic horizontal axis.

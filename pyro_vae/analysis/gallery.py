@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["run_figures"]
 
-SHOWN = 3000  # test observations in the picture of latents
-_MOST_LABELS = 20  # more cannot be told apart in one picture
+SHOWN = 3000  # test observations in the figure of latents
+_MOST_LABELS = 20  # more cannot be distinguished in one figure
 
 
 @torch.no_grad()
@@ -44,10 +44,10 @@ def run_figures(
         train: training data.
         test: test data.
         history: what ``fit`` returned.
-        title: of model and data, above each picture.
+        title: of model and data, above each figure.
         test_means: posterior means of the first test observations, 3,000 at most, if they are known.
         tsne_of_training: t-SNE of random training observations, not of the first test observations.
-        left_out: called with the reason why pictures are left out that the model does not allow.
+        left_out: called with the reason for each figure that is undefined for the model.
     """
     yield "training_curves", charts.training_curves(history, title=title)
     if model is None:

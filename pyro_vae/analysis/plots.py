@@ -62,7 +62,7 @@ def image_rows(rows: Mapping[str, Array], *, title: str = "", columns: Sequence[
 
     Args:
         rows: name of a row -> images ``(n, H, W)`` or ``(n, C, H, W)``, the same n in all rows.
-        title: above the picture.
+        title: of the figure.
         columns: names of the columns, above the first row.
     """
     count = {name: len(images) for name, images in rows.items()}
@@ -107,7 +107,7 @@ def image_plane(images: Array, first: Array, second: Array, *, title: str = "") 
         images: ``(size * size, H, W)`` or ``(size * size, C, H, W)``, row-major, the second axis descending.
         first: values on the horizontal axis, ``(size,)``, ascending.
         second: values on the vertical axis, ``(size,)``, ascending.
-        title: above the picture.
+        title: of the figure.
     """
     images, size = np.asarray(images, dtype=float), len(first)
     images = images[:, None] if images.ndim == 3 else images  # (size * size, C, H, W)
@@ -175,7 +175,7 @@ def latent_scatter(
     Args:
         points: positions.
         labels: whole numbers, or None.
-        title: above the picture.
+        title: of the figure.
         axes_names: names of the axes; None if the axes have no meaning (t-SNE), then without ticks.
         classes: names of the labels 0, 1, ..., if they have any.
     """
@@ -198,7 +198,7 @@ def latent_planes(panels: Mapping[str, tuple[Array, Array]], *, title: str = "",
 
     Args:
         panels: name -> (points ``(N, 2)``, labels ``(N,)``).
-        title: above the picture.
+        title: of the figure.
         ticks: False if the axes have no meaning (t-SNE).
     """
     figure = new_figure(4.6 * len(panels) + 0.8, 4.9)
@@ -289,7 +289,7 @@ def latent_pairs(
         points: latent means ``(N, latent_dim)``.
         labels: whole numbers ``(N,)``, or None.
         axes: the latent axes shown; default: all.
-        title: above the picture.
+        title: of the figure.
         classes: names of the labels 0, 1, ..., if they have any.
     """
     points, labels = np.asarray(points), None if labels is None else np.asarray(labels)

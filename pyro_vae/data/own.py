@@ -265,10 +265,10 @@ def read_splits(
     Args:
         path: as for :func:`read_data`; or a folder with subfolders ``train`` and ``test``, or a ``.npz`` file with
             ``x_train`` and ``x_test``.
-        test: test data apart, as for :func:`read_data`.
-        image_size: as for :func:`read_data`; the test images are made as large as the training images.
-        fraction: of the observations that is held out for the test, at random (always the same ones; of labelled data the
-            same share of each label, to within one), where there is no test set.
+        test: separate test data, as for :func:`read_data`.
+        image_size: as for :func:`read_data`; the test images are resized to the size of the training images.
+        fraction: of the observations that is held out as test set, if there is none: a random subset, always the same one,
+            stratified by label where there are labels.
         pixels: as for :func:`read_data`.
 
     Raises:
@@ -315,7 +315,7 @@ def _called(names: Sequence[str], arrays: dict[str, Any]) -> str | None:
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     """The arrays of a .npy file, as ``x``, or of a .npz file."""
-    if path.suffix in _FILES and path.exists() and not path.is_file():  # a named pipe would be waited for without end
+    if path.suffix in _FILES and path.exists() and not path.is_file():  # reading a named pipe would block
         raise DataError(f"{path}: expected a file, found a pipe or device. Save the data as a file first.")
     if path.suffix not in (".npy", ".npz"):
         kind = "missing" if not path.exists() else "neither a folder of images nor a .npy, .npz or .csv file"

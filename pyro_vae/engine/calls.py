@@ -182,10 +182,10 @@ class Calls(Generic[C, R]):
             return key, graph
         self._met[key] = self._met.get(key, 0) + 1
         if len(self._met) > _MOST_KINDS:
-            self._met.clear()  # they keep arguments alive
+            self._met.clear()  # keys keep arguments alive
             self._give_up(
-                f"it has been called in more than {_MOST_KINDS} ways: an argument, or Python state that it depends on, is "
-                "another one too often"
+                f"it would need more than {_MOST_KINDS} graphs: an argument, or Python state on which it depends, changes "
+                "too often"
             )
             return key, None
         if self.graphs and self._met[key] < self.patience:
@@ -215,7 +215,7 @@ class Calls(Generic[C, R]):
 
         traced = trace(function, inputs)
         if any(place < len(inputs) for place in traced.written):
-            raise UntraceableError("it changes a tensor that it is called with; let it change a copy")
+            raise UntraceableError("it writes to one of its arguments; write to a copy instead")
         graph = Graph(traced, compiling.compiled(traced, inputs), about, time.perf_counter() - start)
         self.seconds += graph.seconds
         if self.say is not None:
@@ -228,7 +228,7 @@ class Calls(Generic[C, R]):
         before = self._copy() if times > 1 and graph.traced.guards else None
         try:
             made, results = self._call(graph, call, times)
-        except Exception:  # of an operation, or a result that is refused: the eager calls tell
+        except Exception:  # from an operation or a rejected result: the eager calls raise it, if it is real
             if not self._can_rerun():
                 raise
             return [self.rerun()]
@@ -248,7 +248,7 @@ class Calls(Generic[C, R]):
         return [*results, self._eager(call)]
 
     def _retrace_or_give_up(self, graph: Graph) -> None:
-        """Once more, since the values may have been rare ones when the graph was traced."""
+        """Retrace once, since the values at the first trace may have been untypical; then fall back."""
         key = next(key for key, each in self.graphs.items() if each is graph)
         if key not in self._retraced:
             self._retraced.add(key)
@@ -256,7 +256,7 @@ class Calls(Generic[C, R]):
             self._met[key] = self.patience
         else:
             line = graph.failures.most_common(1)[0][0]
-            self._give_up(f"a value that Python takes from a tensor is another one too often ({line})")
+            self._give_up(f"a value that Python reads from a tensor changes too often ({line})")
 
     def _unnote(self, times: int) -> None:
         call, noise, noted = self._since.calls.pop()
@@ -316,7 +316,7 @@ class Calls(Generic[C, R]):
             if again := self._can_rerun():
                 self._give_up(f"compiled, {problem}")
             else:
-                self._give_up(f"compiled, {problem}; the calls before, whose inputs have changed since, are not made again")
+                self._give_up(f"compiled, {problem}; earlier calls are not re-run, since their inputs have changed")
             return self.rerun() if again else expected
         if not self.program.is_finite() and self._can_rerun():
             return self.rerun()

@@ -88,7 +88,7 @@ def _package_of(program: Any) -> str:
 
 
 class _Cell(NamedTuple):
-    """One value: of a mapping at a key, for people its name, and how deep it is compared."""
+    """A value of a mapping, by key; its name in messages, and the depth of its comparison."""
 
     mapping: Any
     key: Any
@@ -114,7 +114,7 @@ class PythonState:
         self.modules: dict[nn.Module, None] = {}
         self.forbidden = ""
         self._cells: dict[tuple[int, Any], _Cell] = {}
-        self._first: list[Any] = []  # what was found there when it was met
+        self._first: list[Any] = []  # the values when the cells were added
         self._buffers: dict[tuple[nn.Module, str], Tensor] = {}
         self._codes: set[CodeType] = set()
         self._seen: set[int] = set()
@@ -147,25 +147,25 @@ class PythonState:
     def watch(
         self, mapping: "Mapping[Any, Any] | _Closure | _Length", key: Any, name: str, *, by_identity: bool = False
     ) -> None:
-        """One more value to compare; by identity, where what a container holds does not matter."""
+        """Add a value to compare; by identity, if the content of a container is irrelevant."""
         place = id(getattr(mapping, "mapping", mapping)), key
         if place not in self._cells:
             self._cells[place] = _Cell(mapping, key, name, 0 if by_identity else 3)
             self._first.append(self._cells[place].constant())
 
     def watch_mapping(self, mapping: Mapping[Any, Any], name: str) -> None:
-        """All values of a mapping to compare, and their number."""
+        """Add all values of a mapping, and their number."""
         self.watch(_Length(mapping), len, f"{name}s")
         for key in mapping:
             self.watch(mapping, key, f"{name} {key}")
 
     def token(self) -> int:
-        """A number that is another one where anything has changed, and the same where all is as it was."""
+        """A number that identifies the current values: equal values have equal numbers."""
         values = [cell.mapping.get(cell.key, _GONE) for cell in self._cells.values()]
         is_known = self._token >= 0 and len(values) == len(self._last)
         if is_known and all(map(operator.is_, values, self._last)) and self._containers_are_same():
             return self._token
-        if (known := len(self._last)) < len(values):  # cells added since then did not matter before
+        if (known := len(self._last)) < len(values):  # cells added since then had no influence before
             self._tokens = {(*each[:known], *self._first[known:]): token for each, token in self._tokens.items()}
         self._last = values
         pairs = zip(self._cells.values(), values, strict=True)
@@ -213,7 +213,7 @@ class PythonState:
                 self._add_object(module)
             elif _is_users(name):
                 if frame.f_code.co_freevars and frame.f_code not in self._codes:
-                    for function in gc.get_referrers(frame.f_code):  # a frame does not tell whose closure it has
+                    for function in gc.get_referrers(frame.f_code):  # a frame does not refer to its function
                         if isinstance(function, FunctionType):
                             self._add_object(function)
                 self._add_code(frame.f_code, frame.f_globals)
@@ -221,11 +221,7 @@ class PythonState:
                 if first == "self":
                     self._meet(frame.f_locals.get(first), is_new=frame.f_code.co_name == "__init__")
         elif event == "c_call" and _is_users(name) and not self.forbidden and not name.startswith("pyro_vae."):
-            if getattr(argument, "__module__", None) == "time" or getattr(argument, "__name__", "") in (
-                "now",
-                "today",
-                "utcnow",
-            ):
+            if getattr(argument, "__module__", None) == "time" or getattr(argument, "__name__", "") in _CLOCKS:
                 self.forbidden = f"it reads the clock ({frame.f_code.co_filename}:{frame.f_lineno})"
             elif argument is next:
                 self.forbidden = f"it takes from an iterator ({frame.f_code.co_filename}:{frame.f_lineno})"
@@ -243,7 +239,7 @@ class PythonState:
                 self._add_code(inner, variables)
 
     def _meet(self, value: Any, *, is_new: bool) -> None:
-        if is_new and id(value) not in self._seen:  # created during the call, it has no state between calls
+        if is_new and id(value) not in self._seen:  # an object created during the call has no state between calls
             self._seen.add(id(value))
             self._keep.append(value)
         self._add_object(value)

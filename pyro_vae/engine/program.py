@@ -86,7 +86,7 @@ class Program(Generic[C, R]):
     stateless = False  # whether calls have no side effects
 
     def reset(self, call: C) -> None:
-        """Before a call is made again: Python holds what it held then."""
+        """Called before a call is re-run: restores the Python state of that call."""
 
     def before(self, graph: Graph) -> None:
         """Called before compiled calls: copies Python state to tensors."""

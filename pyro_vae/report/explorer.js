@@ -1,10 +1,10 @@
 "use strict";
-// The latent explorer: runs a decoder in the page, from the record that explorer.py has put into it.
+// The latent explorer: runs a decoder in the page, from the record that explorer.py writes.
 
 (() => {
   const SVG = "http://www.w3.org/2000/svg";
   const UNIT = 100; // of the plane's drawing, per standard deviation of the prior
-  const SLIDER_LIMIT = 4; // standard deviations; the sliders reach farther where points lie farther
+  const SLIDER_LIMIT = 4; // standard deviations; more if the points lie farther out
 
   const sigmoid = (v) => (v >= 0 ? 1 / (1 + Math.exp(-v)) : Math.exp(v) / (1 + Math.exp(v)));
   const ACTIVATIONS = { relu: (v) => (v > 0 ? v : 0), tanh: Math.tanh };
@@ -96,7 +96,7 @@
     /** Set some dimensions of z; the image follows with the next frame. */
     function move(changes) {
       for (const [i, value] of Object.entries(changes)) z[i] = value;
-      if (start) start.value = ""; // no longer where it says
+      if (start) start.value = ""; // z is no longer at the selected start
       if (drawn) requestAnimationFrame(show);
       drawn = false;
     }
@@ -160,7 +160,7 @@
         select.value = axes[which];
         select.addEventListener("change", () => {
           const chosen = Number(select.value);
-          if (axes[1 - which] === chosen) axes = [axes[1], axes[0]]; // the other one's: they change places
+          if (axes[1 - which] === chosen) axes = [axes[1], axes[0]]; // the axis of the other selector: swap them
           else axes = axes.map((axis, i) => (i === which ? chosen : axis));
           selects.forEach((each, i) => (each.value = axes[i]));
           layOut();

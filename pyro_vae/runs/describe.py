@@ -23,7 +23,7 @@ from pyro_vae.runs.presets import Settings
 from pyro_vae.training.objective import Objective
 from pyro_vae.training.state import identity, processor
 
-__all__ = ["described", "further", "model_of", "name_of", "parts_of", "prepared", "provenance"]
+__all__ = ["described", "further", "model_of", "name_of", "parts_of", "prepared", "provenance", "versions"]
 
 
 def model_of(objective: Objective) -> Any:
@@ -54,12 +54,17 @@ def provenance(train: Data, test: Data | None, options: Mapping[str, Any]) -> di
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "processes": processes.world_size(),
-        "versions": {
-            "pyro_vae": pyro_vae.__version__,
-            "pyro-ppl": pyro.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that determine the results."""
+    return {
+        "pyro_vae": pyro_vae.__version__,
+        "pyro-ppl": pyro.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
     }
 
 

@@ -62,7 +62,7 @@ class TensorBoard:
             self._writer.flush()
 
     def figure(self, name: str, figure: "Figure") -> None:
-        """A picture."""
+        """Add a figure."""
         with self._writing():
             self._writer.add_figure(name, figure)
 

@@ -52,23 +52,23 @@ class Settings:
     :class:`~pyro_vae._checks.SettingError` that names it.
     """
 
-    preset: str = option(help="reference system that these settings start from")
+    preset: str = option(help="reference system from which these settings start")
     likelihood: str = option(
         help="normal: sigmoid mean, variance 1/2; learned-normal: mean and variance learned, of numbers of any range; "
         "poisson: counts",
         choices=(*LIKELIHOODS, "none"),  # none: a plain autoencoder
-        default_text="with --data, what fits the data, which is said",
+        default_text="with --data: chosen by the data, and printed",
     )
     hidden: tuple[int, ...] = option(
         help="widths from the data to the latent, mirrored in the decoder; of convolutional nets, channels"
     )
     latent_dim: int = option(help="number of latent dimensions")
     batch_size: int = option(help="observations per step; the last of an epoch has what is left")
-    lr: float = option(help="Adam's learning rate, at the start")
+    lr: float = option(help="Adam's initial learning rate")
     epochs: int | None = option(None, help="passes over the training set")
     steps: int | None = option(None, help="steps of the optimiser, in place of epochs")
     record_every: int | None = option(
-        None, help="steps between lines, each with an evaluation on the whole test set", default_text="an epoch"
+        None, help="steps between records, each with an evaluation on the whole test set", default_text="an epoch"
     )
     net: str = option(
         "mlp",
@@ -76,7 +76,7 @@ class Settings:
         "conv: convolutions",
         choices=NETS,
     )
-    image_size: int | None = option(None, help="height and width that images are made")
+    image_size: int | None = option(None, help="height and width to which images are resized")
     beta: float = option(1.0, help="weight of the KL in the loss")
     particles: int = option(1, help="latent draws per observation in the loss")
     objective: str = option(
@@ -86,20 +86,20 @@ class Settings:
     )
     binarization: str = option(
         "none",
-        help="none: grey pixels; threshold: 1 above 0.5; dynamic: drawn as Bernoulli(grey) each time an image is seen",
+        help="none: grey pixels; threshold: 1 above 0.5; dynamic: redrawn as Bernoulli(grey) in each batch",
         choices=BINARIZATIONS,
         flag="--binarize",
     )
     eps: float = option(1e-8, help="Adam's, added to the root of the second moment")
     schedule: str = option(
         "constant",
-        help="of the learning rate; stages: of 1, 3, 9 ... epochs, from one to the next lower (Burda et al. 2016)",
+        help="of the learning rate; stages: lower from stage to stage, of 1, 3, 9, ... epochs (Burda et al. 2016)",
         choices=SCHEDULES,
     )
     init: str = option(
         "default",
-        help="initial weights; default: torch's of each layer; glorot: Glorot uniform and biases of 0, with bernoulli the "
-        "output's at the training mean (Burda et al. 2016)",
+        help="initial weights; default: those of torch for each layer; glorot: Glorot uniform and biases of 0, with "
+        "bernoulli the output's at the training mean (Burda et al. 2016)",
         choices=INITS,
     )
 

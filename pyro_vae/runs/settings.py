@@ -42,7 +42,7 @@ class RunSettings:
     An invalid value raises a :class:`~pyro_vae._checks.SettingError` that names it.
     """
 
-    dataset: str = option("auto", help="auto: mnist if it can be had, else digits", choices=DATASETS)
+    dataset: str = option("auto", help="auto: mnist if available, else digits", choices=DATASETS)
     data: str | None = option(
         None,
         help="your own data, in place of --dataset: a folder of images, or of such folders for each label; a .npy, .npz or "
@@ -58,21 +58,21 @@ class RunSettings:
     )
     pixels: str | None = option(
         None,
-        help="of uint8 in --data that is no image: yes: pixels, scaled by 1/255; no: whole numbers, kept",
+        help="whether uint8 in --data that is not an image is pixels; yes: scaled by 1/255; no: whole numbers, unscaled",
         choices=("yes", "no"),
         default_text="refuse to guess",
     )
     compile: str = option(
         "auto",
-        help="the step traced and compiled; auto: where the run is long enough to pay for it",
+        help="trace and compile the training step; auto: if the run is long enough to pay for it",
         choices=tuple(COMPILE),
     )
-    precision: str = option("highest", help="of matrix products in training", choices=PRECISIONS)
-    seed: int = option(0, help="of weights, data order and noise")
+    precision: str = option("highest", help="float32 precision of matrix products in training", choices=PRECISIONS)
+    seed: int = option(0, help="seed of initial weights, data order and noise")
     clip_grad_norm: float | None = option(
         None,
-        help="scale the gradient down to this norm, over all parameters together, where it is longer",
-        default_text="never",
+        help="largest norm of the gradient, over all parameters together; a longer one is scaled down",
+        default_text="no limit",
     )
 
     def __post_init__(self) -> None:
@@ -141,8 +141,8 @@ class FolderOptions:
 class MeasureOptions(DataOptions):
     """Device and number of draws of an evaluation."""
 
-    device: str = option("auto", help="auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
-    importance_samples: int = option(100, help="draws per test image for log p(x) by importance sampling; 0: leave it out")
+    device: str = option("auto", help="auto: cuda if available", choices=("auto", "cpu", "cuda"))
+    importance_samples: int = option(100, help="draws per test image for log p(x) by importance sampling; 0: omit it")
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -173,7 +173,7 @@ class TrainOptions(FolderOptions, MeasureOptions):
     )
     checkpoint_every: int | None = option(
         None,
-        help="steps from checkpoint to checkpoint",
+        help="steps between checkpoints",
         metavar="STEPS",
         default_text="about every 10 seconds, for no more than 2 % of the time",
     )

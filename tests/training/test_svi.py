@@ -368,7 +368,7 @@ def test_a_guard_that_fails_too_often_is_given_up(traced):
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(loc, scale), obs=x)
 
-    with pytest.warns(NotCompiledWarning, match="value that Python takes from a tensor is another one too often .*in often"):
+    with pytest.warns(NotCompiledWarning, match="value that Python reads from a tensor changes too often .*in often"):
         assert_same(lambda: (often, loc_guide, adam(), Trace_ELBO()), ((X,),) * 30, compiled=False)
 
 
@@ -404,7 +404,7 @@ def test_an_argument_that_is_another_one_at_each_step_is_a_reason(traced):
             weakref.finalize(prior, freed.append, None)
             svi.step(X, prior)
 
-    with pytest.warns(NotCompiledWarning, match="an argument, or Python state that it depends on, is another one too often"):
+    with pytest.warns(NotCompiledWarning, match="an argument, or Python state on which it depends, changes too often"):
         run()
     gc.collect()
     assert len(freed) > 200  # no more than a few are kept
