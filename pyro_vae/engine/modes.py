@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
+from pyro.util import torch_isnan, warn_if_nan
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -46,6 +48,8 @@ class LossAsTensor(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.item and args[0].is_floating_point() and _is_of_a_loss(sys._getframe(1)):
             return args[0].detach()
+        if func is torch.isnan and _is_warning_of_a_loss(sys._getframe(1)):
+            return np.False_  # a guard would undo the step; the caller warns of the number
         if func is Tensor.backward:
             self._noted.append(args[0])
             return None
@@ -65,6 +69,17 @@ def _is_of_a_loss(frame: FrameType | None) -> bool:
     name = frame.f_globals.get("__name__", "")
     of_pyro = name.startswith("pyro.infer.") and name.split(".")[2] not in ("autoguide", "reparam", "mcmc")
     return of_pyro or isinstance(frame.f_locals.get("self"), ELBO)
+
+
+def _is_warning_of_a_loss(frame: FrameType | None) -> bool:
+    """Whether an ELBO asks Pyro for a warning if its loss is NaN."""
+    for code in (torch_isnan.__code__, warn_if_nan.__code__):
+        while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == "torch":
+            frame = frame.f_back
+        if frame is None or frame.f_code is not code:
+            return False
+        frame = frame.f_back
+    return frame is not None and _is_of_a_loss(frame)
 
 
 class ValueGuards(TorchDispatchMode):

@@ -1,7 +1,8 @@
 """Pyro's stochastic variational inference, its steps compiled whole."""
 
 import copy
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from pyro.infer import SVI
 from pyro.infer.util import zero_grads
 from pyro.optim.optim import is_scheduler
 from pyro.poutine.runtime import _PYRO_STACK
+from pyro.util import warn_if_nan
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from tqdm.auto import trange
@@ -175,6 +177,7 @@ class _Step(StepProgram[_Arguments, Loss]):
             self.python.watch(vars(svi), name, name)
         self._store = Store()
         self._begun = False
+        self._gradients: dict[int, Tensor] = {}  # of the last step, by parameter, for optimisers that are not in a graph
         self._held: dict[str, Tensor] = {}  # by Pyro's store, after the last eager step
         self._numbers: dict[tuple[Any, ...], list[float]] = {}  # Python's floats among the arguments, by the rest
         self._as_tensors: set[tuple[Any, ...]] = set()  # where they change, and are passed as tensors
@@ -230,7 +233,8 @@ class _Step(StepProgram[_Arguments, Loss]):
     # --- eager and traced ---
 
     def eager(self, call: _Arguments) -> Loss:
-        loss: Loss = SVI.step(self.svi, *call.args, **call.kwargs)
+        with self._keeping_gradients():
+            loss: Loss = SVI.step(self.svi, *call.args, **call.kwargs)
         self.python.rebind()
         params = pyro.get_param_store()._params
         changed = len(params) != len(self._held) or any(params.get(name) is not p for name, p in self._held.items())
@@ -239,6 +243,24 @@ class _Step(StepProgram[_Arguments, Loss]):
             self.python.watch_mapping(self._store, "the parameter")
             self.calls.begin()
         return loss
+
+    @contextmanager
+    def _keeping_gradients(self) -> Iterator[None]:
+        """Keeps the gradients on which optimisers step that are not in a graph: Pyro's step sets them to zero."""
+        updates = [graph.about.update for graph in self.calls.graphs.values()]
+        parameters = {id(s.parameter): s.parameter for u in updates if isinstance(u, AfterGraph) for s in u.slots}
+
+        def keep(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                self._gradients[id(parameter)] = parameter.grad.clone()
+
+        self._gradients = {place: torch.zeros_like(p) for place, p in parameters.items()}
+        hooks = [p.register_post_accumulate_grad_hook(keep) for p in parameters.values()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def reset(self, call: _Arguments) -> None:
         for group, lr, betas in call.rates:
@@ -314,14 +336,22 @@ class _Step(StepProgram[_Arguments, Loss]):
     # --- around compiled calls ---
 
     def after(self, graph: Graph, times: int, others: list[Tensor]) -> None:
+        if isinstance(graph.about.update, AfterGraph):
+            self._gradients = {id(p): g.clone() for p, g in zip(self.parameters(graph), others, strict=True)}
         if times:
             graph.about.update.after(times, others)
+
+    def gradient_copies(self, graph: Graph) -> list[Tensor]:
+        if isinstance(graph.about.update, AfterGraph):
+            return [self._gradients[id(p)] for p in self.parameters(graph)]
+        return super().gradient_copies(graph)
 
     def at_once(self, graph: Graph) -> bool:
         return isinstance(graph.about.update, AdamInGraph)
 
     def result(self, call: _Arguments, graph: Graph, numbers: list[float], others: list[Tensor]) -> Loss:
         kind = graph.about.kind
+        warn_if_nan(numbers[0], "loss")  # as the ELBO does
         if not issubclass(kind, tuple):
             return numbers[0]
         return tuple(numbers) if kind is tuple else kind(*numbers)
