@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -15,12 +15,12 @@ from pyro.optim.optim import is_scheduler
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.util import warn_if_nan
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from tqdm.auto import trange
 
 from pyro_vae._checks import one_of, whole_number
+from pyro_vae.engine.arguments import ArgumentReader, Arguments, shapes_of
 from pyro_vae.engine.calls import Calls
-from pyro_vae.engine.guards import PythonState, Store, constant
+from pyro_vae.engine.guards import PythonState, Store
 from pyro_vae.engine.modes import UntraceableError, untraced
 from pyro_vae.engine.program import Graph, NotYetError, StepProgram
 from pyro_vae.training.updates import AdamInGraph, AfterGraph, Slot, adam_takes
@@ -88,7 +88,7 @@ class CompiledSVI(SVI):
         one_of("check", check, ("auto", "always"))
         super().__init__(model, guide, optim, loss, loss_and_grads)
         self._program = _Step(self)
-        self._calls: Calls[_Arguments, Loss] = Calls(
+        self._calls: Calls[_Call, Loss] = Calls(
             self._program,
             what="SVI is run by Pyro's own steps",
             every=_CHECK_EVERY if check == "auto" else 0,
@@ -132,7 +132,7 @@ class CompiledSVI(SVI):
         """What has been compiled, in lines for people: graphs, operations, seconds, calls, guards; or why nothing was."""
         lines = [f"Pyro's own steps: {self.reason}"] if self.reason else []
         for (_, key, _), graph in self._calls.graphs.items():  # type: ignore[misc]
-            shapes = ", ".join(str(tuple(part[0])) for part in key[1:] if isinstance(part, tuple) and len(part) == 6)  # type: ignore[has-type]
+            shapes = shapes_of(key)  # type: ignore[has-type]
             operations = len(graph.traced.graph.graph.nodes)
             lines.append(
                 f"tensors of shape {shapes or 'none'}: {operations:,} operations, compiled in {graph.seconds:.1f} s; "
@@ -149,14 +149,11 @@ _AT_ONCE = 500  # steps, after which a progress bar moves and a KeyboardInterrup
 
 
 @dataclass
-class _Arguments:
-    """What a step is called with: its tensors, and all else; and what the optimisers hold then."""
+class _Call:
+    """A call of ``step``: its arguments, and the learning rates and betas of the optimisers at that time."""
 
-    args: Sequence[Any]
-    kwargs: dict[str, Any]
-    tensors: list[Tensor]
-    key: tuple[Any, ...]
-    rates: list[tuple[dict[str, Any], float, Any]] = field(default_factory=list)
+    arguments: Arguments
+    rates: list[tuple[dict[str, Any], float, Any]]
 
 
 @dataclass
@@ -167,8 +164,8 @@ class _About:
     kind: type  # of the loss
 
 
-class _Step(StepProgram[_Arguments, Loss]):
-    calls: Calls[_Arguments, Loss]
+class _Step(StepProgram[_Call, Loss]):
+    calls: Calls[_Call, Loss]
 
     def __init__(self, svi: SVI) -> None:
         self.svi = svi
@@ -179,62 +176,31 @@ class _Step(StepProgram[_Arguments, Loss]):
         self._begun = False
         self._gradients: dict[int, Tensor] = {}  # of the last step, by parameter, for optimisers that are not in a graph
         self._held: dict[str, Tensor] = {}  # by Pyro's store, after the last eager step
-        self._numbers: dict[tuple[Any, ...], list[float]] = {}  # Python's floats among the arguments, by the rest
-        self._as_tensors: set[tuple[Any, ...]] = set()  # where they change, and are passed as tensors
+        self._read = ArgumentReader()
 
     # --- what it is called with ---
 
-    def arguments(self, args: Sequence[Any], kwargs: dict[str, Any]) -> _Arguments:
+    def arguments(self, args: Sequence[Any], kwargs: dict[str, Any]) -> _Call:
         if self.calls.reason:
-            return _Arguments(args, kwargs, [], (), [])
-        leaves: Sequence[Any]
-        spec: TreeSpec | int
-        plain = not kwargs and all(isinstance(a, Tensor) for a in args)
-        leaves, spec = (args, len(args)) if plain else tree_flatten((args, kwargs))
-        if not plain and any(type(leaf) is float for leaf in leaves):
-            args, kwargs = self._with_live_floats(leaves, spec)  # type: ignore[arg-type]
-            leaves, spec = tree_flatten((args, kwargs))
-        tensors: dict[int, Tensor] = {}
-        key: list[Any] = [spec]
-        for leaf in leaves:
-            if isinstance(leaf, Tensor):
-                place = [*tensors].index(id(leaf)) if id(leaf) in tensors else -1  # the same one twice
-                tensors[id(leaf)] = leaf
-                key.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad, place))
-            else:
-                key.append(constant(leaf))
-        return _Arguments(args, kwargs, [*tensors.values()], tuple(key), self._rates())
-
-    def _with_live_floats(self, leaves: Sequence[Any], spec: TreeSpec) -> tuple[Any, Any]:
-        """Numbers that were others before, an annealed weight, say, as tensors, which need no new graph each time."""
-        rest = (
-            spec,
-            tuple(type(leaf) if type(leaf) is float or isinstance(leaf, Tensor) else constant(leaf) for leaf in leaves),
-        )
-        numbers = [leaf for leaf in leaves if type(leaf) is float]
-        if self._numbers.setdefault(rest, numbers) != numbers:
-            self._as_tensors.add(rest)
-        if rest in self._as_tensors:
-            leaves = [torch.tensor(leaf) if type(leaf) is float else leaf for leaf in leaves]
-        args, kwargs = tree_unflatten(leaves, spec)
-        return args, kwargs
+            return _Call(Arguments(args, kwargs, [], ()), [])
+        return _Call(self._read(args, kwargs), self._rates())
 
     def _rates(self) -> list[tuple[dict[str, Any], float, Any]]:
         return [(g, g["lr"], g.get("betas")) for o in self._optimizers() for g in o.param_groups if "lr" in g]
 
-    def key(self, call: _Arguments) -> Hashable:
+    def key(self, call: _Call) -> Hashable:
         if not self._begun or _PYRO_STACK or not torch.is_grad_enabled():
             return None  # the first step, which makes parameters; or handlers around it
-        return self.python.token(), call.key, torch.get_default_dtype()
+        return self.python.token(), call.arguments.key, torch.get_default_dtype()
 
-    def inputs(self, call: _Arguments) -> Sequence[Tensor]:
-        return call.tensors
+    def inputs(self, call: _Call) -> Sequence[Tensor]:
+        return call.arguments.tensors
 
     # --- eager and traced ---
 
-    def eager(self, call: _Arguments) -> Loss:
+    def eager(self, call: _Call) -> Loss:
         with self._keeping_gradients():
-            loss: Loss = SVI.step(self.svi, *call.args, **call.kwargs)
+            loss: Loss = SVI.step(self.svi, *call.arguments.args, **call.arguments.kwargs)
         self.python.rebind()
         params = pyro.get_param_store()._params
         changed = len(params) != len(self._held) or any(params.get(name) is not p for name, p in self._held.items())
@@ -262,15 +228,15 @@ class _Step(StepProgram[_Arguments, Loss]):
             for hook in hooks:
                 hook.remove()
 
-    def reset(self, call: _Arguments) -> None:
+    def reset(self, call: _Call) -> None:
         for group, lr, betas in call.rates:
             group.update({"lr": lr} if betas is None else {"lr": lr, "betas": betas})
 
-    def trace(self, call: _Arguments, noted: list[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Any]:
+    def trace(self, call: _Call, noted: list[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Any]:
         before, params = self.python.snapshot(), dict(pyro.get_param_store()._params)
         svi = self.svi
         with pyro.validation_enabled(False), poutine.trace(param_only=True) as capture, self.python.recorded():
-            loss = svi.loss_and_grads(svi.model, svi.guide, *call.args, **call.kwargs)
+            loss = svi.loss_and_grads(svi.model, svi.guide, *call.arguments.args, **call.arguments.kwargs)
         self.python.rebind()
         self._restore_store(params)
         if changes := self.python.changes(before):
@@ -349,7 +315,7 @@ class _Step(StepProgram[_Arguments, Loss]):
     def at_once(self, graph: Graph) -> bool:
         return isinstance(graph.about.update, AdamInGraph)
 
-    def result(self, call: _Arguments, graph: Graph, numbers: list[float], others: list[Tensor]) -> Loss:
+    def result(self, call: _Call, graph: Graph, numbers: list[float], others: list[Tensor]) -> Loss:
         kind = graph.about.kind
         warn_if_nan(numbers[0], "loss")  # as the ELBO does
         if not issubclass(kind, tuple):
@@ -382,10 +348,10 @@ class _Step(StepProgram[_Arguments, Loss]):
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         return [o.optimizer if is_scheduler(o) else o for o in self.svi.optim.optim_objs.values()]
 
-    def gradients(self, graph: Graph, call: _Arguments) -> list[Tensor]:
+    def gradients(self, graph: Graph, call: _Call) -> list[Tensor]:
         parameters = self.parameters(graph)
         zero_grads(parameters)
-        self.svi.loss_and_grads(self.svi.model, self.svi.guide, *call.args, **call.kwargs)
+        self.svi.loss_and_grads(self.svi.model, self.svi.guide, *call.arguments.args, **call.arguments.kwargs)
         self.python.rebind()
         gradient_factor = graph.about.update.gradient_factor
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad * gradient_factor for p in parameters]
