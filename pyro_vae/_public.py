@@ -10,6 +10,10 @@ from pyro_vae.estimates.evaluate import evaluate
 from pyro_vae.estimates.importance import log_marginal
 from pyro_vae.estimates.prior_sampling import direct_log_marginal, prior_search
 from pyro_vae.estimates.records import Estimate, UnreliableEstimateWarning
+from pyro_vae.inference.loss import compiled
+from pyro_vae.inference.mcmc import CompiledHMC, CompiledNUTS, compiled_potential
+from pyro_vae.inference.predictive import CompiledPredictive
+from pyro_vae.inference.svi import CompiledSVI
 from pyro_vae.models.autoencoder import Autoencoder
 from pyro_vae.models.likelihoods import (
     BernoulliLikelihood,
@@ -38,4 +42,3 @@ from pyro_vae.training.objectives import (
 from pyro_vae.training.records import TrainingRecord
 from pyro_vae.training.schedules import CyclicWarmup, LinearWarmup
 from pyro_vae.training.state import TrainingStoppedError
-from pyro_vae.training.svi import CompiledSVI

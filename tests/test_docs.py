@@ -21,7 +21,17 @@ FILES = {
     for path in sorted(PACKAGE.rglob("*.py"))
     if path.stem not in ("__init__", "__main__", "_public")
 }
-ROOMS = ("data", "engine", "models", "estimates", "training", "analysis", "runs", "report")  # imports run upward
+ROOMS = (
+    "data",
+    "engine",
+    "models",
+    "estimates",
+    "training",
+    "inference",
+    "analysis",
+    "runs",
+    "report",
+)  # imports run upward
 
 
 def model_graph():

@@ -60,7 +60,8 @@ class Calls(Generic[C, R]):
         what: its name in the warning.
         every: maximum number of calls between verifications.
         most: maximum number of cached graphs.
-        patience: number of calls with a new key before it is compiled, except for the first key.
+        patience: the call with a new key that is compiled.
+        first: the same for the first key.
         say: called with each new graph.
 
     Attributes:
@@ -78,9 +79,11 @@ class Calls(Generic[C, R]):
         every: int = 1000,
         most: int = 8,
         patience: int = 10,
+        first: int = 1,
         say: Callable[[Graph], None] | None = None,
     ) -> None:
-        self.program, self.what, self.every, self.most, self.patience, self.say = program, what, every, most, patience, say
+        self.program, self.what, self.every, self.most, self.say = program, what, every, most, say
+        self.patience, self.first = patience, first
         self.reason, self.seconds, self.rolled_back = "", 0.0, 0
         self.graphs: OrderedDict[Hashable, Graph] = OrderedDict()
         self._met: dict[Hashable, int] = {}
@@ -188,7 +191,7 @@ class Calls(Generic[C, R]):
                 "too often"
             )
             return key, None
-        if self.graphs and self._met[key] < self.patience:
+        if self._met[key] < (self.patience if self.graphs else self.first):
             return key, None
         try:
             graph = self._compile(call)

@@ -13,12 +13,14 @@ import numpy as np
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 from torch.distributions import Transform
 
 from pyro_vae.engine.modes import UntraceableError
 
-__all__ = ["PythonState", "Store", "constant"]
+__all__ = ["PythonState", "Store", "constant", "has_handlers"]
 
 
 class _Same:
@@ -70,13 +72,13 @@ def _is_users(module: str) -> bool:
     """Whether a module is the user's code, or one of this package's models and objectives, which are treated alike."""
     root = module.split(".")[0]
     if root == "pyro_vae":
-        return module.split(".")[1:2] != ["engine"] and module not in _OURS
+        return module.split(".")[1:2] not in (["engine"], ["inference"]) and module not in _OURS
     if root in sys.stdlib_module_names and root != "__main__":
         return False
     return "site-packages" not in (getattr(sys.modules.get(module), "__file__", None) or "") or root in _PACKAGES
 
 
-_OURS = tuple(f"pyro_vae.training.{name}" for name in ("svi", "fit", "step", "compiled_step", "updates"))
+_OURS = tuple(f"pyro_vae.training.{name}" for name in ("fit", "step", "compiled_step", "updates"))
 _PACKAGES: set[str] = set()  # installed packages whose programs are traced, treated as the user's code
 
 
@@ -123,6 +125,7 @@ class PythonState:
         self._keep: list[Any] = []
         self._last: list[Any] = []
         self._containers: list[tuple[Any, list[Any]]] = []
+        self._holders: list[tuple[Any, tuple[str, ...]]] = []  # objects with attributes that are watched
         self._tokens: dict[tuple[Any, ...], int] = {}
         self._token = -1
         if new := {_package_of(root) for root in roots} - _PACKAGES - {"torch", "pyro", "functools", ""}:
@@ -134,6 +137,8 @@ class PythonState:
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Records the state that code running in this context uses."""
+        for holder, leave_out in self._holders:  # they may have got attributes since
+            self._watch_attributes(holder, leave_out)
         before = sys.getprofile()
         sys.setprofile(self._event)
         try:
@@ -292,7 +297,11 @@ class PythonState:
                     self._add_object(child)
 
     def _add_attributes(self, value: Any, leave_out: tuple[str, ...] = ()) -> None:
+        self._holders.append((value, leave_out))
         self.watch(_Length(vars(value)), len, f"the attributes of {type(value).__name__}")
+        self._watch_attributes(value, leave_out)
+
+    def _watch_attributes(self, value: Any, leave_out: tuple[str, ...]) -> None:
         for name, held in list(vars(value).items()):
             if name not in leave_out:
                 self.watch(vars(value), name, f"{name} of {type(value).__name__}")
@@ -350,6 +359,11 @@ class Store(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(pyro.get_param_store()._params)
+
+
+def has_handlers() -> bool:
+    """Whether handlers are active that would see the sites of a program; ``block`` alone, as in MCMC, hides them."""
+    return any(type(handler) is not BlockMessenger for handler in _PYRO_STACK)
 
 
 def _is_mutable(value: Any) -> bool:

@@ -181,7 +181,7 @@ def line_of_user() -> str:
     inner = ""
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
-        if name.startswith("pyro_vae.training."):
+        if name.startswith(("pyro_vae.training.", "pyro_vae.inference.")):
             break  # what follows has called the program
         line = f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name}"
         if not name.startswith("pyro_vae.engine.") and name.split(".")[0] not in _LIBRARIES:

@@ -39,7 +39,7 @@ from torch import nn
 from torch.distributions import constraints
 
 from pyro_vae.engine.tracing import NotCompiledWarning
-from pyro_vae.training.svi import CompiledSVI
+from pyro_vae.inference.svi import CompiledSVI
 
 X = torch.tensor([0.3, -1.2, 0.8, 2.1, 0.4, -0.6], dtype=torch.float64)
 
@@ -612,7 +612,7 @@ def test_what_cannot_be_compiled_is_run_by_pyro_and_the_reason_told(scale, reaso
         svi, *_ = steps(CompiledSVI, lambda: (model, loc_guide, adam(), Trace_ELBO()), [(X,)] * 5)
     assert len(caught) == 1
     assert svi.reason
-    assert svi.explain().startswith("Pyro's own steps: ")
+    assert svi.explain().startswith("SVI is run by Pyro's own steps: ")
     assert not svi._calls.graphs
 
 

@@ -12,15 +12,15 @@ from pyro import poutine
 from pyro.infer import SVI
 from pyro.infer.util import zero_grads
 from pyro.optim.optim import is_scheduler
-from pyro.poutine.runtime import _PYRO_STACK
 from pyro.util import warn_if_nan
 from torch import Tensor
 from tqdm.auto import trange
 
 from pyro_vae._checks import one_of, whole_number
-from pyro_vae.engine.arguments import ArgumentReader, Arguments, shapes_of
+from pyro_vae.engine.arguments import ArgumentReader, Arguments, explain
 from pyro_vae.engine.calls import Calls
-from pyro_vae.engine.guards import PythonState, Store
+from pyro_vae.engine.gradients import Gradient, ValueAndGradient
+from pyro_vae.engine.guards import PythonState, Store, has_handlers
 from pyro_vae.engine.modes import UntraceableError, untraced
 from pyro_vae.engine.program import Graph, NotYetError, StepProgram
 from pyro_vae.training.updates import AdamInGraph, AfterGraph, Slot, adam_takes
@@ -95,6 +95,14 @@ class CompiledSVI(SVI):
             most=whole_number("most_graphs", most_graphs),
         )
         self._program.calls = self._calls
+        python = PythonState(model, guide, self.loss)
+        for name in ("model", "guide", "loss"):
+            python.watch(vars(self), name, name)
+        python.watch_mapping(Store(), "the parameter")
+        self._losses: Calls[Arguments, Gradient] = Calls(
+            ValueAndGradient(self._evaluate, python, parameters=tuple), what="losses are evaluated by Pyro itself", first=10
+        )
+        self._read, self._has_several = ArgumentReader(), False
 
     @property
     def reason(self) -> str:
@@ -128,20 +136,21 @@ class CompiledSVI(SVI):
                 bar.set_postfix_str(f"loss {torch.tensor(some).mean(0).tolist():.4g}" if isinstance(some[0], float) else "")
         return torch.tensor(losses, dtype=torch.float64)
 
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss without a step, see ``pyro.infer.SVI.evaluate_loss``; the 10th evaluation is compiled."""
+        if not self._program.has_begun or self._losses.reason or self._has_several:
+            loss = super().evaluate_loss(*args, **kwargs)
+            self._has_several = isinstance(loss, tuple)
+            return loss
+        return self._losses(self._read(args, kwargs)).value.item()
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self.loss(self.model, self.guide, *args, **kwargs)
+
     def explain(self) -> str:
-        """What has been compiled, in lines for people: graphs, operations, seconds, calls, guards; or why nothing was."""
-        lines = [f"Pyro's own steps: {self.reason}"] if self.reason else []
-        for (_, key, _), graph in self._calls.graphs.items():  # type: ignore[misc]
-            shapes = shapes_of(key)  # type: ignore[has-type]
-            operations = len(graph.traced.graph.graph.nodes)
-            lines.append(
-                f"tensors of shape {shapes or 'none'}: {operations:,} operations, compiled in {graph.seconds:.1f} s; "
-                f"{graph.made:,} calls, of which {graph.failed:,} with a guard that did not hold"
-            )
-            for line in dict.fromkeys(graph.traced.guards):
-                failures = graph.failures[line]
-                lines.append(f"    guard: {line}" + (f"; it did not hold {failures:,} times" if failures else ""))
-        return "\n".join(lines) or "nothing is compiled yet: the first step is Pyro's own"
+        """A description of the graphs, their guards and calls, in lines; or the reason why there are none."""
+        return explain(self._calls)
 
 
 _CHECK_EVERY = 1000
@@ -185,11 +194,16 @@ class _Step(StepProgram[_Call, Loss]):
             return _Call(Arguments(args, kwargs, [], ()), [])
         return _Call(self._read(args, kwargs), self._rates())
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether there was a step, which makes the parameters."""
+        return self._begun
+
     def _rates(self) -> list[tuple[dict[str, Any], float, Any]]:
         return [(g, g["lr"], g.get("betas")) for o in self._optimizers() for g in o.param_groups if "lr" in g]
 
     def key(self, call: _Call) -> Hashable:
-        if not self._begun or _PYRO_STACK or not torch.is_grad_enabled():
+        if not self._begun or has_handlers() or not torch.is_grad_enabled():
             return None  # the first step, which makes parameters; or handlers around it
         return self.python.token(), call.arguments.key, torch.get_default_dtype()
 
