@@ -4,35 +4,29 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from pyro_vae.engine.arguments import Arguments
-from pyro_vae.engine.guards import PythonState, has_handlers
+from pyro_vae.engine.guards import PythonState
 from pyro_vae.engine.modes import UntraceableError
 from pyro_vae.engine.program import Graph, Program, close
+from pyro_vae.engine.store import has_handlers
 
 __all__ = ["FunctionProgram", "trace_program"]
 
 
 def trace_program(python: PythonState, function: Callable[[], Any], noted: list[Tensor]) -> Any:
-    """Run a function while it is traced, and reject what a graph cannot represent.
+    """Run a function while it is traced.
 
     Raises:
-        UntraceableError: it changes Python state, reads the clock, takes from an iterator, or calls ``backward()``.
+        UntraceableError: it calls ``backward()``; or see :meth:`~pyro_vae.engine.guards.PythonState.traced`.
     """
-    before = python.snapshot()
-    with pyro.validation_enabled(False), python.recorded():
+    with python.traced():
         result = function()
-    if noted:
-        raise UntraceableError("it calls backward() itself")
-    python.rebind()
-    if changes := python.changes(before):
-        raise UntraceableError(f"it changes {changes[0]} as it goes")
-    if python.forbidden:
-        raise UntraceableError(python.forbidden)
+        if noted:
+            raise UntraceableError("it calls backward() itself")
     return result
 
 

@@ -11,8 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from pyro_vae.engine.arguments import Arguments
 from pyro_vae.engine.function import trace_program
-from pyro_vae.engine.guards import PythonState, has_handlers
+from pyro_vae.engine.guards import PythonState
 from pyro_vae.engine.program import Graph, Program
+from pyro_vae.engine.store import has_handlers
 
 __all__ = ["Gradient", "ValueAndGradient", "attach"]
 

@@ -13,14 +13,12 @@ import numpy as np
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
-from pyro.poutine.block_messenger import BlockMessenger
-from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 from torch.distributions import Transform
 
 from pyro_vae.engine.modes import UntraceableError
 
-__all__ = ["PythonState", "Store", "constant", "has_handlers"]
+__all__ = ["PythonState", "constant"]
 
 
 class _Same:
@@ -137,8 +135,6 @@ class PythonState:
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Records the state that code running in this context uses."""
-        for holder, leave_out in self._holders:  # they may have got attributes since
-            self._watch_attributes(holder, leave_out)
         before = sys.getprofile()
         sys.setprofile(self._event)
         try:
@@ -204,6 +200,51 @@ class PythonState:
         then = [*before, *self._first[len(before) :]]
         pairs = zip(self._cells.values(), then, self.snapshot(), strict=True)
         return [cell.name for cell, old, new in pairs if old != new]
+
+    @contextmanager
+    def traced(self) -> Iterator[None]:
+        """A context in which a program is traced: its Python state is recorded, and restored if an error is raised.
+
+        Raises:
+            UntraceableError: the program changes Python state, reads the clock, or takes from an iterator.
+        """
+        for holder, leave_out in self._holders:  # which may have got attributes since
+            self._watch_attributes(holder, leave_out)
+        before, saved = self.snapshot(), self._save()
+        try:
+            with pyro.validation_enabled(False), self.recorded():
+                yield
+            self.rebind()
+            if changes := self.changes(before):
+                raise UntraceableError(f"it changes {changes[0]} as it runs")
+            if self.forbidden:
+                raise UntraceableError(self.forbidden)
+        except Exception:
+            self._restore(*saved)
+            raise
+
+    def _save(self) -> tuple[list[Any], list[tuple[dict[str, Any], set[str]]], list[tuple[Any, Any]]]:
+        values = [cell.mapping.get(cell.key, _GONE) for cell in self._cells.values()]
+        attributes = [(vars(holder), {*vars(holder)}) for holder, _ in self._holders]
+        contents = [(value, value.copy()) for value in values if _is_mutable(value)]
+        return values, attributes, contents
+
+    def _restore(self, values: Any, attributes: Any, contents: Any) -> None:
+        for cell, value in zip(self._cells.values(), values, strict=False):
+            if value is not _GONE and cell.mapping.get(cell.key, _GONE) is not value:
+                if isinstance(cell.mapping, _Closure):
+                    cell.mapping.cell.cell_contents = value
+                elif isinstance(cell.mapping, dict):
+                    cell.mapping[cell.key] = value
+        for holder, names in attributes:
+            for name in holder.keys() - names:
+                del holder[name]
+        for container, content in contents:
+            if isinstance(container, list):
+                container[:] = content
+            else:
+                container.clear()
+                container.update(content)
 
     def rebind(self) -> None:
         """Undo the replacement of buffers: copy the values of the new tensors to the original ones, and restore these.
@@ -343,27 +384,6 @@ class _Closure:
             return self.cell.cell_contents
         except ValueError:  # not bound yet
             return default
-
-
-class Store(Mapping[str, Tensor]):
-    """The unconstrained parameters in Pyro's store, whose dictionary is another one after ``scope()``."""
-
-    def __getitem__(self, name: str) -> Tensor:
-        return pyro.get_param_store()._params[name]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return pyro.get_param_store()._params.get(name, default)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(pyro.get_param_store()._params)
-
-    def __len__(self) -> int:
-        return len(pyro.get_param_store()._params)
-
-
-def has_handlers() -> bool:
-    """Whether handlers are active that would see the sites of a program; ``block`` alone, as in MCMC, hides them."""
-    return any(type(handler) is not BlockMessenger for handler in _PYRO_STACK)
 
 
 def _is_mutable(value: Any) -> bool:

@@ -12,7 +12,8 @@ from pyro_vae._checks import one_of, whole_number
 from pyro_vae.engine.arguments import ArgumentReader, Arguments, explain
 from pyro_vae.engine.calls import Calls
 from pyro_vae.engine.gradients import Gradient, ValueAndGradient, attach
-from pyro_vae.engine.guards import PythonState, Store, has_handlers
+from pyro_vae.engine.guards import PythonState
+from pyro_vae.engine.store import Store, has_handlers
 
 __all__ = ["CompiledLoss", "compiled"]
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from pyro_vae.engine.arguments import ArgumentReader, Arguments, explain
 from pyro_vae.engine.calls import Calls
 from pyro_vae.engine.function import FunctionProgram
-from pyro_vae.engine.guards import PythonState, Store
+from pyro_vae.engine.guards import PythonState
+from pyro_vae.engine.store import Store
 
 __all__ = ["CompiledPredictive"]
 

@@ -20,9 +20,10 @@ from pyro_vae._checks import one_of, whole_number
 from pyro_vae.engine.arguments import ArgumentReader, Arguments, explain
 from pyro_vae.engine.calls import Calls
 from pyro_vae.engine.gradients import Gradient, ValueAndGradient
-from pyro_vae.engine.guards import PythonState, Store, has_handlers
+from pyro_vae.engine.guards import PythonState
 from pyro_vae.engine.modes import UntraceableError, untraced
 from pyro_vae.engine.program import Graph, NotYetError, StepProgram
+from pyro_vae.engine.store import Store, has_handlers
 from pyro_vae.training.updates import AdamInGraph, AfterGraph, Slot, adam_takes
 
 __all__ = ["CompiledSVI"]
@@ -102,7 +103,8 @@ class CompiledSVI(SVI):
         self._losses: Calls[Arguments, Gradient] = Calls(
             ValueAndGradient(self._evaluate, python, parameters=tuple), what="losses are evaluated by Pyro itself", first=10
         )
-        self._read, self._has_several = ArgumentReader(), False
+        self._read = ArgumentReader()
+        self._has_several: bool | None = None  # losses; not known before the first evaluation
 
     @property
     def reason(self) -> str:
@@ -138,7 +140,7 @@ class CompiledSVI(SVI):
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The loss without a step, see ``pyro.infer.SVI.evaluate_loss``; the 10th evaluation is compiled."""
-        if not self._program.has_begun or self._losses.reason or self._has_several:
+        if not self._program.has_begun or self._losses.reason or self._has_several is not False:
             loss = super().evaluate_loss(*args, **kwargs)
             self._has_several = isinstance(loss, tuple)
             return loss
@@ -247,16 +249,11 @@ class _Step(StepProgram[_Call, Loss]):
             group.update({"lr": lr} if betas is None else {"lr": lr, "betas": betas})
 
     def trace(self, call: _Call, noted: list[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Any]:
-        before, params = self.python.snapshot(), dict(pyro.get_param_store()._params)
-        svi = self.svi
-        with pyro.validation_enabled(False), poutine.trace(param_only=True) as capture, self.python.recorded():
-            loss = svi.loss_and_grads(svi.model, svi.guide, *call.arguments.args, **call.arguments.kwargs)
-        self.python.rebind()
-        self._restore_store(params)
-        if changes := self.python.changes(before):
-            raise UntraceableError(f"it changes {changes[0]} as it goes")
-        if self.python.forbidden:
-            raise UntraceableError(self.python.forbidden)
+        params, svi = dict(pyro.get_param_store()._params), self.svi
+        with self.python.traced():
+            with poutine.trace(param_only=True) as capture:
+                loss = svi.loss_and_grads(svi.model, svi.guide, *call.arguments.args, **call.arguments.kwargs)
+            self._restore_store(params)
         values = [site["value"].unconstrained() for site in capture.trace.nodes.values()]
         parameters = list({id(p): p for p in values}.values())
         found: Sequence[Tensor | None] = [None] * len(parameters)
@@ -280,7 +277,7 @@ class _Step(StepProgram[_Call, Loss]):
             store._params.clear()
             store._params.update(params)
             store._param_to_name = {p: name for name, p in params.items()}
-            raise UntraceableError("it puts parameters into Pyro's store, or replaces them there, as it goes")
+            raise UntraceableError("it puts parameters into Pyro's store, or replaces them there, as it runs")
 
     def _update(self, parameters: Sequence[Tensor], all_of_them: Sequence[Tensor]) -> AdamInGraph | AfterGraph:
         optim = self.svi.optim

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_vae.engine.calls import Calls
 from pyro_vae.engine.guards import PythonState
-from pyro_vae.engine.modes import UntraceableError, untraced
+from pyro_vae.engine.modes import untraced
 from pyro_vae.engine.program import Graph, StepProgram
 from pyro_vae.training.step import FLUSH_EVERY, EagerStep, NonFiniteStepError
 from pyro_vae.training.updates import (
@@ -154,14 +154,8 @@ class _Step(StepProgram[_Batch, dict[str, float]]):
 
     def trace(self, call: _Batch, noted: list[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Any]:
         step = self.step
-        before = self.python.snapshot()
-        with self.python.recorded():
+        with self.python.traced():
             terms = step.objective(*step.data.batch(call.index))
-        self.python.rebind()
-        if changes := self.python.changes(before):
-            raise UntraceableError(f"the objective changes its own Python attributes in forward(): {changes[0]}")
-        if self.python.forbidden:
-            raise UntraceableError(self.python.forbidden)
         found = torch.autograd.grad(terms["loss"], step.parameters, allow_unused=True)
         pairs = [(p, g) for p, g in zip(step.parameters, found, strict=True) if g is not None]
         gradients = [g for _, g in pairs]

@@ -593,8 +593,8 @@ def puts_parameters_into_the_store(x):
 @pytest.mark.parametrize(
     ("scale", "reason"),
     [
-        (count_in_a_list, "changes the global CALLS as it goes"),
-        (count_in_an_object, "changes the global COUNTER as it goes"),
+        (count_in_a_list, "changes the global CALLS as it runs"),
+        (count_in_an_object, "changes the global COUNTER as it runs"),
         (clock, "reads the clock"),
         (numpy_noise, "draws from Python's or NumPy's random numbers"),
         (an_iterator, "takes from an iterator"),
@@ -813,3 +813,72 @@ def test_the_whole_way_by_inductor():
     found = [svi.step(X) for _ in range(20)] + svi.run(280, X, progress_bar=False).tolist()
     assert svi.reason == ""
     assert found == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize("optim", [lambda: pyro.optim.SGD({"lr": 0.01}), lambda: pyro.optim.RMSprop({"lr": 0.01})])
+def test_a_wrong_gradient_is_found_whatever_the_optimiser(monkeypatch, optim):
+    """A graph in which one quotient, of the gradient, is three times as large."""
+
+    def wrong(graph, inputs):
+        divisions = [node for node in graph.graph.nodes if node.target is torch.ops.aten.div.Tensor]
+        with graph.graph.inserting_after(divisions[-1]):
+            other = graph.graph.call_function(torch.ops.aten.mul.Tensor, (divisions[-1], 3.0))
+        divisions[-1].replace_all_uses_with(other, delete_user_cb=lambda user: user is not other)
+        graph.recompile()
+        return graph
+
+    compile_by(monkeypatch, wrong)
+
+    def make():
+        return normal_model, normal_guide, optim(), Trace_ELBO()
+
+    _, expected, params, _, _ = steps(SVI, make, [(X,)] * 6)
+    with pytest.warns(NotCompiledWarning, match="its gradient is not that of the eager step"):
+        _, losses, found, _, _ = steps(CompiledSVI, make, [(X,)] * 6)
+    assert losses == expected
+    for name, value in params.items():
+        assert torch.equal(found[name], value)
+
+
+def test_an_attribute_that_the_first_step_makes(traced):
+    """A counter that does not exist before the first step is Python state all the same."""
+
+    class Counting:
+        def __call__(self, x):
+            self.steps = getattr(self, "steps", 0) + 1
+            loc = pyro.sample("loc", dist.Normal(0.1 * self.steps, 1.0))
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    with pytest.warns(NotCompiledWarning, match="it changes"):
+        assert_same(lambda: (Counting(), loc_guide, adam(), Trace_ELBO()), compiled=False)
+
+
+def test_a_loss_of_nan_warns_as_pyro_does(traced):
+    def model(x, scale):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.1)) * scale, 1.0), obs=x)
+
+    svi = CompiledSVI(model, nothing, adam(), Trace_ELBO())
+    with pyro.validation_enabled(False):
+        for _ in range(3):
+            svi.step(X, torch.tensor(1.0))
+        with pytest.warns(UserWarning, match="Encountered NaN: loss"):
+            assert math.isnan(svi.step(X, torch.tensor(math.nan)))
+    assert svi.reason == ""
+    assert not svi._calls.graphs[next(iter(svi._calls.graphs))].traced.guards
+
+
+def test_evaluations_are_compiled_too(traced):
+    losses = []
+    for kind in (SVI, CompiledSVI):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = kind(normal_model, normal_guide, adam(), Trace_ELBO())
+        losses.append([svi.step(X) if i % 2 else svi.evaluate_loss(X) for i in range(40)])
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-10, atol=1e-10)
+    assert sum(graph.made for graph in svi._losses.graphs.values()) == 10
+    wake = CompiledSVI(discrete_model, discrete_guide, adam(), ReweightedWakeSleep(num_particles=2))
+    for _ in range(12):
+        wake.step(X)
+        assert isinstance(wake.evaluate_loss(X), tuple)
