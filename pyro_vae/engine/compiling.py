@@ -43,7 +43,8 @@ def inductor(traced: Traced, inputs: Sequence[Tensor]) -> Call:
     graph, mode = traced.graph, FakeTensorMode(allow_non_fake_inputs=True)
     for node in graph.graph.nodes:
         node.meta.pop("val", None)  # belongs to the fake mode of the tracer, not to this one
-    options: dict[str, Any] = {"fallback_random": True, "cpp_wrapper": True, "pattern_matcher": False}  # see _addmm
+    # pattern_matcher: see _addmm. size_asserts take a third of the time of a small graph; the runner compares the shapes.
+    options = {"fallback_random": True, "cpp_wrapper": True, "pattern_matcher": False, "size_asserts": False}
     with torch.no_grad(), torch._inductor.config.patch(options):
         examples = [mode.from_tensor(t) for t in inputs]
         functional = make_fx(

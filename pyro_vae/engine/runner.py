@@ -43,10 +43,20 @@ class Runner:
         self._inputs = (ctypes.c_void_p * 0)()
         self._held: list[Tensor] = []
         self._places: list[int] = []
+        self._shapes: list[torch.Size] = []
 
     def take(self, inputs: Sequence[Tensor]) -> None:
-        """Bind the input tensors; their values are read at each call."""
+        """Bind the input tensors; their values are read at each call.
+
+        Raises:
+            RuntimeError: a tensor has another shape than at the first call.
+        """
         places = [t.data_ptr() for t in inputs]  # an assignment to .data may have replaced the storage
+        shapes = [t.shape for t in inputs]
+        if shapes != self._shapes:
+            if self._held:
+                raise RuntimeError(f"the shapes of tensors were {self._shapes}, and are {shapes}")
+            self._shapes = shapes
         if not self._held:
             self._inputs = (ctypes.c_void_p * len(inputs))()
             self._held, changed = [*inputs], [*range(len(inputs))]

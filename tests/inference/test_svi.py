@@ -882,3 +882,22 @@ def test_evaluations_are_compiled_too(traced):
     for _ in range(12):
         wake.step(X)
         assert isinstance(wake.evaluate_loss(X), tuple)
+
+
+def test_a_tensor_that_gets_another_shape_in_place():
+    """A closure's tensor is no argument, so that its shape is not part of the key; compiled code would read past its end."""
+    weights = torch.ones(6)
+
+    def model(x):
+        with pyro.plate("data", len(weights)):
+            pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.1)), weights), obs=x[: len(weights)])
+
+    made = []
+    for kind in (SVI, CompiledSVI):
+        pyro.clear_param_store()
+        weights.data = torch.ones(6)
+        svi = kind(model, nothing, adam(), Trace_ELBO())
+        losses = [svi.step(X) for _ in range(4)]
+        weights.data = torch.ones(3)
+        made.append([*losses, svi.step(X), svi.step(X)])
+    torch.testing.assert_close(torch.tensor(made[1]), torch.tensor(made[0]), rtol=1e-10, atol=1e-10)
