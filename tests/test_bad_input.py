@@ -233,8 +233,23 @@ LIBRARY = {
     ),
     "one draw for log p(x), train_run": lambda: own_run(lambda folder: mine(folder, importance_samples=1)),
     "neither epochs nor steps, train_run": lambda: own_run(lambda folder: mine(folder, steps=None, epochs=None)),
+    "a guide with an auxiliary site that is no transform": lambda: refused(log_marginal, VAE.model, with_auxiliary, FEW),
+    "parameters made in inference mode": lambda: made_in_inference_mode(),
+    "batches of whole numbers": lambda: refused(Data, FEW, dtype=torch.int32),
     "load_run, given a number": lambda: own_run(lambda folder: load_run(mine(folder), model=3)),
 }
+
+
+def with_auxiliary(x):
+    VAE.guide(x)
+    with pyro.plate("rows", len(x)):
+        pyro.sample("a", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+
+
+def made_in_inference_mode():
+    with torch.inference_mode():
+        vae = make_vae()
+    return train(vae=vae)
 
 
 class Constant(Objective):

@@ -91,6 +91,12 @@ class Data:
                     f"{self.name}: expected {name} as a dense tensor with values, found {value.layout} on {value.device}: "
                     f"{name}.to_dense()."
                 )
+        if any(value.requires_grad for value in named.values()):  # fit would add to their gradients
+            object.__setattr__(self, "x", self.x.detach())
+            object.__setattr__(self, "tensors", {name: value.detach() for name, value in self.tensors.items()})
+            named = self._named()
+        if self.dtype is not None and not self.dtype.is_floating_point:
+            raise DataError(f"{self.name}: dtype: expected a floating-point type, of the batches, found {self.dtype}.")
         if self.binarization not in BINARIZATIONS:
             raise DataError(f"binarization must be one of {', '.join(BINARIZATIONS)}; found {self.binarization!r}.")
         if self.x.dim() < 2 or self.x.numel() == 0:

@@ -22,8 +22,10 @@ def held_out(path: Path, data: Data, fraction: float) -> tuple[Data, Data]:
         fraction: to be held out, at least one and at most 10,000.
 
     Raises:
-        DataError: a single observation, which cannot be parted.
+        DataError: a single observation, which cannot be parted; or the fraction is not between 0 and 1.
     """
+    if not 0 < fraction < 1:
+        raise DataError(f"fraction: expected a number between 0 and 1, found {fraction!r}.")
     if len(data) < 2:
         raise DataError(f"{path}: expected at least two observations, one of them to test on, found one.")
     count = min(max(1, round(fraction * len(data))), _MOST)

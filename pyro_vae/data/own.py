@@ -235,7 +235,7 @@ def _read(path: Path, image_size: int | None, pixels: bool | None, like: Sequenc
     """As :func:`read_data`; ``like`` is the height and width of images if image_size is None."""
     if path.is_dir():
         return read_folder(path, like if image_size is None else (image_size, image_size), pixels)
-    if path.suffix == ".csv" and path.is_file():
+    if path.suffix.lower() == ".csv" and path.is_file():
         return _read_table(path, pixels)
     arrays = _read_arrays(path)
     return _of_arrays(path, arrays, _called(_X, arrays), _called(_Y, arrays), image_size, pixels)
@@ -276,7 +276,7 @@ def read_splits(
             data differ in shape, scale, columns or labels.
     """
     path = Path(path).expanduser()
-    if path.suffix == ".npz" and test is None and {"x_train", "x_test"} <= (arrays := _read_arrays(path)).keys():
+    if path.suffix.lower() == ".npz" and test is None and {"x_train", "x_test"} <= (arrays := _read_arrays(path)).keys():
         names = [(f"x_{part}", f"y_{part}" if f"y_{part}" in arrays else None) for part in ("train", "test")]
         first, held = (_of_arrays(path, arrays, x_name, y_name, image_size, pixels) for x_name, y_name in names)
     else:
@@ -315,14 +315,14 @@ def _called(names: Sequence[str], arrays: dict[str, Any]) -> str | None:
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     """The arrays of a .npy file, as ``x``, or of a .npz file."""
-    if path.suffix in _FILES and path.exists() and not path.is_file():  # reading a named pipe would block
+    if path.suffix.lower() in _FILES and path.exists() and not path.is_file():  # reading a named pipe would block
         raise DataError(f"{path}: expected a file, found a pipe or device. Save the data as a file first.")
-    if path.suffix not in (".npy", ".npz"):
+    if path.suffix.lower() not in (".npy", ".npz"):
         kind = "missing" if not path.exists() else "neither a folder of images nor a .npy, .npz or .csv file"
         raise DataError(f"{path}: {kind}. Name a folder of images, an array saved by numpy.save or numpy.savez, or a table.")
     try:
         # Mapped copy-on-write ("c"); allow_pickle=False: code in a file is not run.
-        content = np.load(path, mmap_mode="c" if path.suffix == ".npy" else None, allow_pickle=False)
+        content = np.load(path, mmap_mode="c" if path.suffix.lower() == ".npy" else None, allow_pickle=False)
         if isinstance(content, np.ndarray):
             return {"x": content}
         with content:

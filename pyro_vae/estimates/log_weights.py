@@ -259,6 +259,9 @@ def _vectorized(program: Callable[..., Any], num_samples: int) -> Callable[..., 
 
 
 def _check_structure(p_sites: dict[str, Any], q_sites: dict[str, Any], size: int) -> None:
+    extra = [name for name in q_sites if name not in p_sites]  # whose transforms are Delta, as in Pyro's autoguides
+    if extra and not any(isinstance(base_distribution(site["fn"]), dist.Delta) for site in q_sites.values()):
+        raise ValueError(f"site {extra[0]!r} is in the guide but not in the model. Draw it in both.")
     for name, site in (*p_sites.items(), *q_sites.items()):
         in_guide = q_sites.get(name) is site
         if in_guide and site["is_observed"]:

@@ -52,6 +52,8 @@ def make_optimizer(
     parameters = [p for p in objective.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("fit: the objective has no parameter that requires a gradient; nothing to train.")
+    if any(p.is_inference() for p in parameters):
+        raise ValueError("fit: parameters made in torch.inference_mode() cannot be trained. Build the model outside of it.")
     ensure_cache()
     made = torch.optim.Adam(parameters, lr=lr, fused=True) if optimizer is None else optimizer(parameters, lr=lr)
     if not isinstance(made, torch.optim.Optimizer):

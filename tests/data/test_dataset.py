@@ -9,8 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import make_vae
 
-from pyro_vae import BernoulliLikelihood, Data, DataError, load_data
+from pyro_vae import BernoulliLikelihood, Data, DataError, NegativeELBO, fit, load_data
 from pyro_vae._checks import few_values
 from pyro_vae.data import builtin
 from pyro_vae.data.builtin import DatasetFallbackWarning, MissingDataError
@@ -587,3 +588,12 @@ def test_resize_is_bilinear_and_keeps_the_type():
         Data(torch.rand(4, 5)).resize(3)
     with pytest.raises(DataError, match="image size: expected a whole number"):
         Data(torch.rand(4, 1, 5, 5)).resize(0)
+
+
+def test_a_tensor_that_requires_a_gradient_gets_none():
+    x = torch.rand(20, 1, 4, 4, requires_grad=True)
+    context = (2 * x).sum((1, 2, 3))  # part of a graph, through which a second backward() would fail
+    data = Data(x, tensors={"c": context})
+    assert not any(tensor.requires_grad for tensor in (data.x, data.tensors["c"]))
+    fit(NegativeELBO(make_vae()), data, epochs=2, batch_size=10, lr=1e-3, verbose=False)
+    assert x.grad is None

@@ -1,5 +1,6 @@
 """Arrays, data sets of torch, files and folders become the same data, and what cannot be read is named."""
 
+import math
 import os
 import tracemalloc
 import zipfile
@@ -459,3 +460,14 @@ def test_members_that_are_no_arrays_are_not_there(tmp_path):
         archive.writestr("x.npy", "no array")
     with pytest.raises(DataError, match="x.npz: expected an array called x, .* found none"):
         read_data(tmp_path / "x.npz")
+
+
+def test_upper_case_suffixes(tmp_path):
+    np.save(tmp_path / "a.npy", np.ones((6, 2)))
+    (tmp_path / "a.npy").rename(tmp_path / "A.NPY")
+    (tmp_path / "B.CSV").write_text("a,b\n1.5,2\n3,4\n")
+    assert read_data(tmp_path / "A.NPY").x.shape == (6, 2)
+    assert read_data(tmp_path / "B.CSV").columns == ("a", "b")
+    for fraction in (0.0, 1.0, math.nan):
+        with pytest.raises(DataError, match="fraction: expected a number between 0 and 1"):
+            read_splits(tmp_path / "A.NPY", fraction=fraction)
