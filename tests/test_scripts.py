@@ -344,6 +344,7 @@ WRONG = {
     "autoencoders_mnist": ["--steps", "0", "--steps: expected a whole number >= 1, found 0."],
     "iwae_mnist": ["vae-7", "MODEL: expected one of vae-1, vae-5, vae-50, iwae-1, iwae-5, iwae-50, found 'vae-7'."],
     "reproduce": ["--systems", "--systems: expected one or more of A, B, C, D, E, found none."],
+    "benchmark_svi": ["--pyro", "none", "--pyro: expected a clone of Pyro, found no folder none/examples."],
     "benchmark": ["--repeats", "0", "--repeats: expected a whole number >= 1, found 0."],
 }
 
@@ -356,6 +357,26 @@ def test_a_wrong_option_of_a_script_is_told_in_one_line(name, capsys):
     assert exited.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(f"error: {message}")
+
+
+def test_benchmark_of_svi(tmp_path):
+    """One case with a model of its own, and one whose example is not in the clone; nothing is run twice."""
+    (tmp_path / "pyro" / "examples").mkdir(parents=True)
+    command = ("benchmark_svi.py", "minipyro", "eight_schools", "--steps", 12, "--pyro", "pyro", "--out", "out")
+    result = script(*command, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    first, second = json.loads((tmp_path / "out" / "compiled-svi.json").read_text())["rows"]
+    assert (first["case"], first["reason"], first["stage"]) == ("minipyro", "", "done")
+    assert first["compiled_steps"] > 5
+    assert first["difference"] < 1e-5
+    assert "FileNotFoundError" in second["failure"]
+    page = (tmp_path / "out" / "compiled-svi.md").read_text()
+    assert "- 1 of 2 static variants run compiled" in page
+    assert "| minipyro |" in page
+    assert (tmp_path / "out" / "compiled-svi.png").read_bytes().startswith(b"\x89PNG")
+    again = script(*command, cwd=tmp_path)
+    assert again.returncode == 0
+    assert "minipyro" not in again.stdout
 
 
 def test_gaussian2d_short(tmp_path):
